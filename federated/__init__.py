@@ -1,0 +1,1 @@
+"""Federated fine-tuning on Flower: rounds, payloads, aggregation, reports."""

@@ -1,0 +1,315 @@
+"""The configuration of a run: one pydantic tree, defaults in code, YAML holds the differences.
+
+``load_config`` reads a file (or the name of a shipped configuration), applies ``key=value`` overrides and
+validates. Every error names the dotted key and, for an unknown key, the nearest valid one. Past this module
+configuration objects go no deeper than the builders in ``federated.experiment``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lora.config import LoRAConfig
+from models.errors import UserError
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """Which CLIP, and what of it is fine-tuned."""
+
+    type: Literal["clip", "clip_lora"] = "clip_lora"
+    model_name: str = "tiny"
+    """``tiny`` (bundled), a hub name, a local folder in the hub's format, or ``open_clip:<architecture>``."""
+    num_classes: int | None = Field(None, ge=2)
+    """Checked against the data when given; taken from the data otherwise."""
+    fine_tuning: str | None = None
+    """What trains and travels when ``type`` is ``clip``, a key of ``models.clip.STRATEGIES`` (default ``full``);
+    ``clip_lora`` trains adapters."""
+    pretrained: bool = True
+    """False: the same architecture with random weights, the control that shows what pre-training is worth."""
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class TaskSection(Section):
+    """What is learnt and how it is scored."""
+
+    name: Literal["classification", "zero_shot", "retrieval"] = "classification"
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    """Prompts around a class name; their text embeddings are averaged."""
+    train_head: bool = True
+    """Whether the classification head trains and travels beside the adapters."""
+
+
+class DataSection(Section):
+    """Which images, and how they reach the model."""
+
+    source: str = "fashion_mnist"
+    """A registered source: fashion_mnist, emoji, digits (embedded), imagefolder, csv, hub."""
+    path: str | None = None
+    """Folder, file or hub name of the sources that need one."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the source, such as ``language`` or ``skip_corrupt``."""
+    max_train_samples: int | None = Field(None, ge=1)
+    max_test_samples: int | None = Field(None, ge=1)
+    cache_bytes: int = Field(1_000_000_000, ge=0)
+    """Budget for decoded images kept in memory; beyond it they are decoded on demand."""
+
+
+class PartitionSection(Section):
+    """How the training images are split into one shard a client."""
+
+    name: str = "dirichlet"
+    """A partitioner of ``federated.partition.PARTITIONERS``: iid, dirichlet, pathological, shard, natural …"""
+    num_clients: int = Field(10, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The partitioner's own arguments, such as ``alpha`` and ``min_samples`` of dirichlet."""
+    local_test_fraction: float = Field(0.1, ge=0, lt=1)
+    """Part of each shard that its client keeps for its own evaluation and never trains on."""
+
+
+class FederationSection(Section):
+    """Rounds and cohorts."""
+
+    rounds: int = Field(5, ge=1)
+    cohort_size: int | None = Field(None, ge=1)
+    """Clients sampled a round; all of them when not given."""
+    timeout_seconds: float = Field(3600.0, gt=0)
+
+
+class ClientSection(Section):
+    """A client's local training."""
+
+    local_steps: int = Field(20, ge=1)
+    batch_size: int = Field(32, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Images that pass through the model at once; the rest of a batch is accumulated."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip_norm: float | None = Field(None, gt=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    augmentation: dict[str, Any] = Field(default_factory=dict)
+
+
+class AggregationSection(Section):
+    """How the server combines the clients' updates."""
+
+    name: str = "fedavg"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class CommunicationSection(Section):
+    """How states are encoded, and the link that transfer times are stated for."""
+
+    uplink: str = "fp32"
+    downlink: str = "fp32"
+    uplink_mbps: float = Field(10.0, gt=0)
+    downlink_mbps: float = Field(50.0, gt=0)
+    base_preinstalled: bool = False
+    """True when clients already hold the base model; the one-off base is stated separately either way."""
+
+
+class EvaluationSection(Section):
+    """When the global model and the clients are evaluated."""
+
+    every: int = Field(1, ge=1)
+    """Rounds between evaluations on the server's test set; the last round is always evaluated."""
+    clients_every: int = Field(0, ge=0)
+    """Rounds between evaluations on the clients' own data; 0: after the last round alone."""
+    clients: bool = True
+    """Whether clients evaluate at all; their downlink is counted in the ledger."""
+    max_clients: int = Field(100, ge=1)
+    """At most this many clients evaluate at a time; a seeded sample where there are more."""
+    batch_size: int = Field(250, ge=1)
+
+
+class EngineSection(Section):
+    """What carries the messages and how much of the machine it may use."""
+
+    name: Literal["inprocess"] = "inprocess"
+    threads: int = Field(1, ge=1)
+    """Torch threads; one is best for the bundled model, two or more pay off on ViT-B/32."""
+
+
+class OutputSection(Section):
+    """Where the run folder goes."""
+
+    root: str = "runs"
+    name: str | None = None
+    """Folder name under ``root``; the configuration's own name when not given."""
+
+
+class ExperimentConfig(Section):
+    """A whole run."""
+
+    seed: int = Field(0, ge=0)
+    model: ModelSection = ModelSection()
+    lora: LoRAConfig = LoRAConfig()
+    task: TaskSection = TaskSection()
+    data: DataSection = DataSection()
+    partition: PartitionSection = PartitionSection()
+    federation: FederationSection = FederationSection()
+    client: ClientSection = ClientSection()
+    aggregation: AggregationSection = AggregationSection()
+    communication: CommunicationSection = CommunicationSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    engine: EngineSection = EngineSection()
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExperimentConfig:
+        cohort, clients = self.federation.cohort_size, self.partition.num_clients
+        if cohort is not None and cohort > clients:
+            raise ValueError(
+                f"federation.cohort_size is {cohort} but partition.num_clients is {clients}: "
+                f"sample at most {clients} clients a round, or make more clients"
+            )
+        if self.model.type == "clip_lora" and self.model.fine_tuning is not None:
+            raise ValueError(
+                f"model.fine_tuning={self.model.fine_tuning} goes with model.type=clip; "
+                "model.type=clip_lora trains adapters"
+            )
+        return self
+
+    @property
+    def uses_adapters(self) -> bool:
+        """Whether LoRA adapters are injected."""
+        return self.model.type == "clip_lora" and self.lora.enabled
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients sampled a round."""
+        return self.federation.cohort_size or self.partition.num_clients
+
+
+def config_folder() -> Path:
+    """Return the folder of the shipped configurations (inside the package when installed from a wheel)."""
+    packaged = Path(__file__).parent / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def shipped_names() -> list[str]:
+    """Return the names that ``find_config`` knows."""
+    return sorted(path.stem for path in config_folder().glob("*.yaml"))
+
+
+def find_config(name_or_path: str | Path) -> Path:
+    """Return the file of a configuration given by path or by shipped name.
+
+    Raises:
+        UserError: There is neither such a file nor such a name.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = config_folder() / f"{Path(name_or_path).name.removesuffix('.yaml')}.yaml"
+    if len(path.parts) == 1 and shipped.is_file():
+        return shipped
+    raise UserError(
+        f"no configuration {name_or_path}: give a YAML file or one of the shipped names "
+        f"{', '.join(shipped_names())}"
+    )
+
+
+def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read a configuration and apply ``key=value`` overrides.
+
+    Args:
+        name_or_path: A YAML file or the name of a shipped configuration.
+        overrides: Such as ``client.learning_rate=1e-3``; values are YAML.
+
+    Raises:
+        UserError: A missing file, YAML that does not parse, an unknown key or a value that does not fit.
+    """
+    path = find_config(name_or_path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, source=str(path), default_name=path.stem)
+
+
+def parse_config(tree: dict[str, Any], *, source: str, default_name: str | None = None) -> ExperimentConfig:
+    """Validate a configuration tree; ``default_name`` becomes ``output.name`` when the tree has none."""
+    try:
+        config = ExperimentConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}:\n  " + "\n  ".join(_explain(error))) from error
+    if config.output.name is None and default_name is not None:
+        config = config.model_copy(update={"output": config.output.model_copy(update={"name": default_name})})
+    return config
+
+
+def dump_config(config: ExperimentConfig) -> str:
+    """Return the resolved configuration as YAML; ``load_config`` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override {override!r} is not of the form key=value, such as federation.rounds=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of {override!r} is not valid YAML: {error}") from error
+    *parents, leaf = key.strip().split(".")
+    node = tree
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {part} is a value, not a section")
+        node = child
+    node[leaf] = value
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for detail in error.errors():
+        location = [part for part in detail["loc"] if isinstance(part, str)]
+        dotted = ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            yield f"unknown key {dotted}{_nearest(location)}"
+        elif dotted:
+            yield f"{dotted}: {detail['msg']} (got {detail['input']!r})"
+        else:
+            yield detail["msg"].removeprefix("Value error, ")
+
+
+def _nearest(location: list[str]) -> str:
+    """Return a hint with the nearest valid key: in the same section first, then anywhere."""
+    *section, leaf = location
+    valid = list(_dotted_keys(ExperimentConfig))
+    prefix = ".".join(section)
+    siblings = {key.rsplit(".", 1)[-1]: key for key in valid if key.rpartition(".")[0] == prefix}
+    matches = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)
+    if matches:
+        return f"; did you mean {siblings[matches[0]]}?"
+    leaves = {key.rsplit(".", 1)[-1]: key for key in valid}
+    matches = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
+    return f"; did you mean {leaves[matches[0]]}?" if matches else f"; valid here: {', '.join(sorted(siblings))}"
+
+
+def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from _dotted_keys(annotation, f"{prefix}{name}.")

@@ -1,0 +1,176 @@
+"""The default engine: a Flower grid that runs every client in this process, one after another.
+
+Where it stands in a round: between ``strategy.configure_train`` and ``strategy.aggregate_train``. It hands
+each message to the very ``ClientApp`` that Flower's simulation or deployment engine would run, so nothing
+above or below it knows which engine carries the messages.
+
+What it guarantees:
+
+* clients cannot leak state into each other: each message arrives as a copy of its containers, each client
+  works on a copy of its own ``Context.state``, and a failed client's state is not committed;
+* a client that raises becomes a Flower error reply, and the round goes on;
+* memory does not grow with the number of clients: a client's ``Context`` exists once it has been called.
+
+All use of Flower's internals by this project is in this file (message identity, run, task identity) and in
+``federated.payload.wire_bytes`` (serialised size). Tested with the versions in ``TESTED_FLOWER``.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+TESTED_FLOWER = ("1.41", "1.42")
+"""Flower releases (major.minor) whose internals this file is tested with."""
+
+FIRST_NODE_ID = 1000
+"""Node id of client 0; node ids are stable, so two runs address the same clients."""
+
+_RUN_ID = 1
+
+log = logging.getLogger(__name__)
+
+
+def node_id_of(client_id: int) -> int:
+    """Return the grid's node id of a client."""
+    return FIRST_NODE_ID + client_id
+
+
+class InProcessGrid(Grid):
+    """Carries messages to clients that live in this process.
+
+    Args:
+        client_app: The Flower app that every client runs.
+        num_clients: Number of clients; client ``i`` is node ``1000 + i``.
+        run_config: What each client finds in ``Context.run_config``.
+        execution_order: Reorders the messages of a batch before they run; results must not depend on it.
+        on_reply: Called after each client with ``(client_id, "ok" or "failed")``, for progress displays.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        num_clients: int,
+        *,
+        run_config: Mapping[str, bool | float | int | str] | None = None,
+        execution_order: Callable[[Sequence[Message]], Sequence[Message]] | None = None,
+        on_reply: Callable[[int, str], None] | None = None,
+    ) -> None:
+        self._client_app = client_app
+        self._num_clients = num_clients
+        self._run_config = dict(run_config or {})
+        self._order = execution_order
+        self._on_reply = on_reply
+        self._contexts: dict[int, Context] = {}
+        self._replies: dict[str, Message] = {}
+        self._run = Run.create_empty(run_id=_RUN_ID)
+        # Message() reads these process-wide identifiers and refuses to exist without them.
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = _RUN_ID, 1, SUPERLINK_NODE_ID
+
+    def set_run(self, run: Run) -> None:
+        """Replace Flower's description of the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """Flower's description of the run."""
+        return self._run
+
+    def context(self, client_id: int) -> Context:
+        """Return a client's context, creating it at its first use."""
+        node_id = node_id_of(client_id)
+        if node_id not in self._contexts:
+            node_config = {"partition-id": client_id, "num-partitions": self._num_clients}
+            self._contexts[node_id] = Context(
+                _RUN_ID, node_id, node_config, RecordDict(), dict(self._run_config)
+            )
+        return self._contexts[node_id]
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Create a message (part of Flower's grid interface)."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the node ids of all clients, in client order."""
+        return [node_id_of(client_id) for client_id in range(self._num_clients)]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Run the clients the messages are addressed to; return the message ids."""
+        return self._execute(messages, timeout=None)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies to these messages that exist, and forget them."""
+        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Run the addressed clients and return their replies.
+
+        A client that has not started when ``timeout`` seconds have passed gives no reply at all, as in
+        Flower's own engines; a client that is running is not interrupted.
+        """
+        return self.pull_messages(self._execute(messages, timeout=timeout))
+
+    def _execute(self, messages: Iterable[Message], *, timeout: float | None) -> list[str]:
+        stamped = [_stamp(message, SUPERLINK_NODE_ID) for message in messages]
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for message in stamped if self._order is None else self._order(stamped):
+            if deadline is not None and time.monotonic() >= deadline:
+                log.warning("timeout of %.0f s: the remaining clients of this batch were not run", timeout)
+                break
+            self._replies[message.metadata.message_id] = self._run_client(message)
+        return [message.metadata.message_id for message in stamped]
+
+    def _run_client(self, message: Message) -> Message:
+        node_id = message.metadata.dst_node_id
+        client_id = node_id - FIRST_NODE_ID
+        context = self.context(client_id)
+        working = Context(
+            context.run_id, node_id, dict(context.node_config), _clone(context.state), dict(context.run_config)
+        )
+        inbox = Message(_clone(message.content), node_id, message.metadata.message_type)
+        inbox.__dict__["_metadata"] = message.metadata
+        try:
+            reply = self._client_app(message=inbox, context=working)
+            self._contexts[node_id] = working
+        except Exception as error:  # the one place where a client's crash becomes an error reply
+            log.warning("client %d failed: %s: %s", client_id, type(error).__name__, error)
+            log.debug("client %d failed", client_id, exc_info=True)
+            reason = f"{type(error).__name__}: {error}"
+            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+        if self._on_reply is not None:
+            self._on_reply(client_id, "failed" if reply.has_error() else "ok")
+        return _stamp(reply, node_id)
+
+
+def _stamp(message: Message, source_node_id: int) -> Message:
+    """Give a message its identity; Flower itself writes these read-only fields through ``__dict__``."""
+    message.metadata.__dict__.update(
+        _message_id=str(uuid.uuid4()), _run_id=_RUN_ID, _src_node_id=source_node_id
+    )
+    return message
+
+
+def _clone(content: RecordDict) -> RecordDict:
+    """Copy the containers; the arrays' bytes are immutable and stay shared.
+
+    A strategy puts one record into many messages: a client that edits its message in place must not
+    reach the next client's.
+    """
+    return RecordDict(
+        {
+            key: record.copy() if isinstance(record, ArrayRecord) else copy.deepcopy(record)
+            for key, record in content.items()
+        }
+    )

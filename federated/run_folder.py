@@ -1,0 +1,150 @@
+"""The folder of a run: everything it leaves behind, written as it happens.
+
+``config.yaml``, ``environment.json`` and ``partition.json`` are written before the first round; a line of
+``metrics.jsonl``, the rows of ``communication.csv`` and TensorBoard events after each round; ``checkpoint/``
+holds the latest global state; ``summary.json`` and ``adapter/`` come at the end. Files appear whole or not
+at all.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.utils.tensorboard import SummaryWriter
+
+from federated.config import ExperimentConfig, dump_config
+from models.errors import UserError
+from models.state import State
+
+_MARKER = "config.yaml"
+_PACKAGES = ("fedlora", "torch", "transformers", "peft", "flwr", "flwr-datasets", "datasets", "numpy")
+
+
+class RunFolder:
+    """Writes a run's files under ``path``.
+
+    Args:
+        path: The folder; it must not exist unless ``overwrite``.
+        config: The resolved configuration.
+        overwrite: Replace an earlier run's folder. A folder that is not a run's is never removed.
+
+    Raises:
+        UserError: The folder exists and may not be replaced.
+    """
+
+    def __init__(self, path: Path, config: ExperimentConfig, *, overwrite: bool = False) -> None:
+        self.path = path
+        check_free(path, overwrite=overwrite)
+        if path.exists():
+            shutil.rmtree(path)
+        path.mkdir(parents=True)
+        write_text(path / _MARKER, dump_config(config))
+        write_json(path / "environment.json", describe_environment(config))
+        (path / "metrics.jsonl").touch()
+        self._writer: SummaryWriter | None = None
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Append one round to ``metrics.jsonl`` and to the TensorBoard events."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, sort_keys=True) + "\n")
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self.path))
+        for key, value in line.items():
+            if key != "server_round" and isinstance(value, int | float):
+                self._writer.add_scalar(key, value, line["server_round"])
+        self._writer.flush()
+
+    def save_checkpoint(self, state: State, *, server_round: int) -> None:
+        """Replace the checkpoint by the global state after ``server_round``."""
+        folder = self.path / "checkpoint"
+        folder.mkdir(exist_ok=True)
+        temporary = folder / "state.safetensors.part"
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(tensors, temporary, metadata={"server_round": str(server_round), "format": "pt"})
+        temporary.replace(folder / "state.safetensors")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write ``summary.json``."""
+        write_json(self.path / "summary.json", summary)
+
+    def close(self) -> None:
+        """Finish the TensorBoard events."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def describe_environment(config: ExperimentConfig) -> dict[str, Any]:
+    """Return what a reader needs to judge or repeat the run: versions, machine, threads, commit, seed."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return versions | {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": gpu,
+        "threads": config.engine.threads,
+        "commit": _commit(),
+        "seed": config.seed,
+    }
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Make sure that a run may be written to ``path``, without touching it.
+
+    Raises:
+        UserError: It exists and may not be replaced, or is not a run folder.
+    """
+    if not path.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{path} already exists: pass --overwrite to replace it, or set output.name=OTHER")
+    if not path.is_dir() or (any(path.iterdir()) and not (path / _MARKER).is_file()):
+        raise UserError(f"{path} is not a run folder (it has no {_MARKER}): it is not overwritten")
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _commit() -> str:
+    """Return the commit of the source tree, or ``not a checkout``."""
+    git = shutil.which("git")
+    root = Path(__file__).parents[1]
+    if git is None or not (root / ".git").exists():
+        return "not a checkout"
+    result = subprocess.run(
+        [git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or "no commit"

@@ -1,0 +1,11 @@
+"""The one exception type that means "the input is wrong, and here is what to do about it".
+
+Every layer raises it for bad configuration, data or adapter files; the command line prints its
+message and ends with exit code 2.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Bad input. The message names the file, key or client at fault and the remedy."""
