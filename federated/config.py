@@ -34,10 +34,10 @@ class ModelSection(Section):
     num_classes: int | None = Field(None, ge=2)
     """Checked against the data when given; taken from the data otherwise."""
     fine_tuning: str | None = None
-    """What trains and travels when ``type`` is ``clip``, a key of ``models.clip.STRATEGIES`` (default ``full``);
-    ``clip_lora`` trains adapters."""
+    """What trains and travels when ``type`` is ``clip``: full (the default), head_only, text_and_projection or
+    another key of ``models.finetuning.STRATEGIES``; ``clip_lora`` trains adapters."""
     pretrained: bool = True
-    """False: the same architecture with random weights, the control that shows what pre-training is worth."""
+    """False: the same architecture with random weights, a control for what pre-training is worth."""
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -60,7 +60,7 @@ class DataSection(Section):
     path: str | None = None
     """Folder, file or hub name of the sources that need one."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of the source, such as ``language`` or ``skip_corrupt``."""
+    """Arguments of the source, such as ``language`` or ``skip_corrupt``."""
     max_train_samples: int | None = Field(None, ge=1)
     max_test_samples: int | None = Field(None, ge=1)
     cache_bytes: int = Field(1_000_000_000, ge=0)
@@ -71,7 +71,7 @@ class PartitionSection(Section):
     """How the training images are split into one shard a client."""
 
     name: str = "dirichlet"
-    """A partitioner of ``federated.partition.PARTITIONERS``: iid, dirichlet, pathological, shard, natural …"""
+    """A partitioner of ``federated.partition.PARTITIONERS``: iid, dirichlet, natural, shard …"""
     num_clients: int = Field(10, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
     """The partitioner's own arguments, such as ``alpha`` and ``min_samples`` of dirichlet."""
@@ -103,6 +103,9 @@ class ClientSection(Section):
     clip_norm: float | None = Field(None, gt=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     augmentation: dict[str, Any] = Field(default_factory=dict)
+    ranks: list[int] | None = Field(None, min_length=1)
+    """Adapter rank of each client, for aggregators that mix ranks; a shorter list is repeated (groups). The
+    largest is ``lora.r``."""
 
 
 class AggregationSection(Section):
@@ -304,7 +307,9 @@ def _nearest(location: list[str]) -> str:
         return f"; did you mean {siblings[matches[0]]}?"
     leaves = {key.rsplit(".", 1)[-1]: key for key in valid}
     matches = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
-    return f"; did you mean {leaves[matches[0]]}?" if matches else f"; valid here: {', '.join(sorted(siblings))}"
+    return (
+        f"; did you mean {leaves[matches[0]]}?" if matches else f"; valid here: {', '.join(sorted(siblings))}"
+    )
 
 
 def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -97,7 +97,12 @@ class InProcessGrid(Grid):
         return self._contexts[node_id]
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """Create a message (part of Flower's grid interface)."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -114,7 +119,9 @@ class InProcessGrid(Grid):
         """Return the replies to these messages that exist, and forget them."""
         return [self._replies.pop(i) for i in message_ids if i in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Run the addressed clients and return their replies.
 
         A client that has not started when ``timeout`` seconds have passed gives no reply at all, as in
@@ -137,7 +144,11 @@ class InProcessGrid(Grid):
         client_id = node_id - FIRST_NODE_ID
         context = self.context(client_id)
         working = Context(
-            context.run_id, node_id, dict(context.node_config), _clone(context.state), dict(context.run_config)
+            context.run_id,
+            node_id,
+            dict(context.node_config),
+            _clone(context.state),
+            dict(context.run_config),
         )
         inbox = Message(_clone(message.content), node_id, message.metadata.message_type)
         inbox.__dict__["_metadata"] = message.metadata

@@ -33,7 +33,9 @@ class MeteredGrid(Grid):
         self._ledger = ledger
         self._client_of = client_of
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Send, wait, and count both directions."""
         sent = sorted(messages, key=lambda message: self._client_of(message.metadata.dst_node_id))
         if not sent:
@@ -84,7 +86,12 @@ class MeteredGrid(Grid):
         return self._grid.run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """Forward."""
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)

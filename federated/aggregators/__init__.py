@@ -1,0 +1,69 @@
+"""Aggregation of LoRA factors: what travels, and how the server combines it."""
+
+from federated.aggregators.base_delta import BaseDelta, BaseUpdate, fold
+from federated.aggregators.by_name import AGGREGATORS, aggregator_from_name
+from federated.aggregators.checks import Refusal, check_ranks, check_updates, run_round
+from federated.aggregators.downlinks import pack_downlink, receive, unpack_downlink
+from federated.aggregators.error import aggregation_error
+from federated.aggregators.factor_averaging import dual, fedavg, fedsa, ffa, rolora
+from federated.aggregators.fed_sb import InBasis, fed_sb, spectral_start
+from federated.aggregators.fresh import fresh_factors
+from federated.aggregators.hetlora import cut_to_rank, hetlora
+from federated.aggregators.protocol import (
+    NEVER,
+    Aggregator,
+    ClientProfile,
+    ClientRules,
+    Downlink,
+    FreshDraw,
+    ServerState,
+    Update,
+    skip_round,
+)
+from federated.aggregators.redistribution import fedsvd, flexlora
+from federated.aggregators.residual import fedex, lora_fair
+from federated.aggregators.saving import load_server, save_server
+from federated.aggregators.stacking import flora
+
+__all__ = [
+    "AGGREGATORS",
+    "NEVER",
+    "Aggregator",
+    "BaseDelta",
+    "BaseUpdate",
+    "ClientProfile",
+    "ClientRules",
+    "Downlink",
+    "FreshDraw",
+    "InBasis",
+    "Refusal",
+    "ServerState",
+    "Update",
+    "aggregation_error",
+    "aggregator_from_name",
+    "check_ranks",
+    "check_updates",
+    "cut_to_rank",
+    "dual",
+    "fed_sb",
+    "fedavg",
+    "fedex",
+    "fedsa",
+    "fedsvd",
+    "ffa",
+    "flexlora",
+    "flora",
+    "fold",
+    "fresh_factors",
+    "hetlora",
+    "load_server",
+    "lora_fair",
+    "pack_downlink",
+    "receive",
+    "rolora",
+    "run_round",
+    "save_server",
+    "skip_round",
+    "spectral_start",
+    "unpack_downlink",
+]

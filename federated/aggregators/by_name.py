@@ -1,0 +1,50 @@
+"""The aggregators by the names that configurations use.
+
+Stands at the door, before round 1: ``aggregation.name`` and ``aggregation.options`` become a value.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from federated.aggregators.factor_averaging import dual, fedavg, fedsa, ffa, rolora
+from federated.aggregators.fed_sb import fed_sb
+from federated.aggregators.hetlora import hetlora
+from federated.aggregators.protocol import Aggregator
+from federated.aggregators.redistribution import fedsvd, flexlora
+from federated.aggregators.residual import fedex, lora_fair
+from federated.aggregators.stacking import flora
+from federated.registry import look_up
+
+AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
+    "fedavg": fedavg,
+    "ffa": ffa,
+    "rolora": rolora,
+    "flora": flora,
+    "fedex": fedex,
+    "flexlora": flexlora,
+    "hetlora": hetlora,
+    "fedsa": fedsa,
+    "lora_fair": lora_fair,
+    "fedsvd": fedsvd,
+    "fed_sb": fed_sb,
+    "dual": dual,
+}
+
+
+def aggregator_from_name(name: str, options: Mapping[str, Any], *, seed: int = 0) -> Aggregator:
+    """Return an aggregator.
+
+    Args:
+        name: A key of ``AGGREGATORS``.
+        options: Its own.
+        seed: The run's; for aggregators that draw factors, unless ``options`` has a seed.
+
+    Raises:
+        UserError: There is no such aggregator or option, or a value is out of range.
+    """
+    build = look_up(AGGREGATORS, "aggregator", name, options)
+    draws = "seed" in inspect.signature(build).parameters
+    return build(**({"seed": seed, **options} if draws else options))

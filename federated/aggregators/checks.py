@@ -1,0 +1,170 @@
+"""Which updates may be aggregated: one bad reply must not stop a round or poison the model.
+
+Where it stands in a round: between decoding and ``Aggregator.apply``. What is refused is named with its
+reason and the rest goes on; when nothing is left, ``run_round`` keeps the server as it was and says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from federated.aggregators.factor_averaging import fedavg
+from federated.aggregators.protocol import Aggregator, ServerState, Update, skip_round
+from lora.adapters import factor_pairs
+from models.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Refusal = tuple[int, str]
+"""A client id and the reason."""
+
+_NUM_SHOWN = 3
+
+
+def run_round(
+    aggregator: Aggregator, server: ServerState, updates: Iterable[Update]
+) -> tuple[ServerState, list[Update], list[Refusal]]:
+    """Check the updates and apply the usable ones.
+
+    Returns:
+        The server after the round (unchanged but for its round counter when no update was usable), the
+        updates that were used and the refusals, both in client order.
+    """
+    accepted, refused = check_updates(server, updates, aggregator)
+    server_round = server.server_round + 1
+    for client_id, reason in refused:
+        logger.warning("round %d: update of client %d refused: %s", server_round, client_id, reason)
+    if not accepted:
+        logger.warning("round %d: no usable update, the global state stays as it was", server_round)
+        return skip_round(server), accepted, refused
+    return aggregator.apply(server, accepted), accepted, refused
+
+
+def check_updates(
+    server: ServerState, updates: Iterable[Update], aggregator: Aggregator | None = None
+) -> tuple[list[Update], list[Refusal]]:
+    """Sort updates into usable ones and refusals, both in client order.
+
+    A reply that arrived twice counts once; two different ones from the same client are both refused, since
+    nothing says which is right.
+
+    Args:
+        server: The state that the clients started from.
+        updates: In any order.
+        aggregator: Says what should have travelled; None: everything, in the server's shapes.
+    """
+    rule = fedavg() if aggregator is None else aggregator
+    expected = rule.uplink(server.state, server.server_round + 1)
+    accepted: list[Update] = []
+    refused: list[Refusal] = []
+    in_order = sorted(updates, key=lambda update: update.client_id)
+    for client_id, group in itertools.groupby(in_order, key=lambda update: update.client_id):
+        first, *copies = group
+        if any(not _equal(first, copy) for copy in copies):
+            refused.append((client_id, f"sent {1 + len(copies)} different updates in one round"))
+            continue
+        refused += [(client_id, "sent its update again; it counts once")] * len(copies)
+        fault = _fault(rule, server, first, expected)
+        if fault is None:
+            accepted.append(first)
+        else:
+            refused.append((client_id, fault))
+    return accepted, refused
+
+
+def check_ranks(aggregator: Aggregator, server: ServerState, ranks: Mapping[int, int]) -> None:
+    """Refuse, before round 1, client ranks that an aggregator cannot take.
+
+    Args:
+        aggregator: The rule.
+        server: Its state before round 1.
+        ranks: Client id -> rank.
+
+    Raises:
+        UserError: A rank is not the server's and the rule cannot mix them, or is above the server's.
+    """
+    highest = max((server.state[pair.a].shape[0] for pair in factor_pairs(server.state)), default=0)
+    others = {client_id: rank for client_id, rank in sorted(ranks.items()) if rank != highest}
+    if others and not aggregator.allows_mixed_ranks:
+        raise UserError(
+            f"{aggregator.name} needs one rank for all clients; the server has {highest}, but "
+            f"{_ranks(others)}; give all the same lora.r, or take flora, flexlora or hetlora"
+        )
+    outside = {client_id: rank for client_id, rank in others.items() if not 1 <= rank <= highest}
+    if outside:
+        raise UserError(f"{_ranks(outside)}, outside 1 to {highest}: lora.r must be the largest client rank")
+
+
+def _ranks(ranks: Mapping[int, int]) -> str:
+    return ", ".join(f"client {client_id} has {rank}" for client_id, rank in ranks.items())
+
+
+def _equal(first: Update, second: Update) -> bool:
+    return (
+        (first.num_examples, first.rank) == (second.num_examples, second.rank)
+        and dict(first.scaling) == dict(second.scaling)
+        and first.state.keys() == second.state.keys()
+        and all(torch.equal(tensor, second.state[name]) for name, tensor in first.state.items())
+    )
+
+
+def _fault(rule: Aggregator, server: ServerState, update: Update, expected: Sequence[str]) -> str | None:
+    """Return why an update cannot be used; None when it can."""
+    if not 0 < update.num_examples < math.inf:
+        return f"has {update.num_examples} training examples"
+    missing, unknown = sorted(set(expected) - set(update.state)), sorted(set(update.state) - set(expected))
+    if missing or unknown:
+        lacks, has = f"lacks {_shorten(missing)}", f"has unknown {_shorten(unknown)}"
+        return f"{lacks} and {has}" if missing and unknown else lacks if missing else has
+    return (
+        _rank_fault(rule, server, update)
+        or _scaling_fault(rule, server, update)
+        or _value_fault(server, update)
+    )
+
+
+def _rank_fault(rule: Aggregator, server: ServerState, update: Update) -> str | None:
+    highest = max((server.state[pair.a].shape[0] for pair in factor_pairs(server.state)), default=0)
+    if update.rank is None or update.rank == highest:
+        return None
+    if not rule.allows_mixed_ranks:
+        return f"has rank {update.rank}, the server {highest}; {rule.name} needs one rank for all clients"
+    return None if 1 <= update.rank < highest else f"has rank {update.rank}, outside 1 to {highest}"
+
+
+def _scaling_fault(rule: Aggregator, server: ServerState, update: Update) -> str | None:
+    for pair in factor_pairs(server.state):
+        own = update.scaling.get(pair.module)
+        if own is None:
+            return f"lacks the scaling of {pair.module}"
+        if not math.isfinite(own) or own == 0:
+            return f"has scaling {own} on {pair.module}"
+        if not rule.allows_mixed_ranks and not math.isclose(own, server.scaling[pair.module], rel_tol=1e-6):
+            return f"has scaling {own} on {pair.module}, the server {server.scaling[pair.module]}"
+    return None
+
+
+def _value_fault(server: ServerState, update: Update) -> str | None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in server.state.items()}
+    for pair in factor_pairs(server.state):
+        (rank, d_in), (d_out, _) = shapes[pair.a], shapes[pair.b]
+        rank = rank if update.rank is None else min(rank, update.rank)
+        shapes[pair.a], shapes[pair.b] = (rank, d_in), (d_out, rank)
+    for name, tensor in update.state.items():
+        if tuple(tensor.shape) != shapes[name]:
+            return f"{name} has shape {tuple(tensor.shape)} instead of {shapes[name]}"
+        if tensor.dtype != server.state[name].dtype:
+            return f"{name} is {tensor.dtype} instead of {server.state[name].dtype}"
+        if not bool(tensor.isfinite().all()):
+            return f"{name} is not finite"
+    return None
+
+
+def _shorten(names: Sequence[str]) -> str:
+    more = len(names) - _NUM_SHOWN
+    return ", ".join(names[:_NUM_SHOWN]) + (f" and {more} more" if more > 0 else "")

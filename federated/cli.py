@@ -1,0 +1,115 @@
+"""The command ``fedlora``: run, show-config, info, report.
+
+Everything a person types ends up here; the commands only read arguments, call one function of the package
+and print. Bad input ends with a one-line message and exit code 2.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from models.errors import UserError
+
+app = typer.Typer(
+    help="Federated fine-tuning of CLIP-class models in which only LoRA adapters travel.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped name such as quickstart.")
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Overrides such as federation.rounds=3 client.batch_size=16."
+    ),
+]
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    *,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run folder of the same name.")
+    ] = False,
+) -> None:
+    """Run a federated fine-tuning and write its folder.
+
+    Example: fedlora run quickstart federation.rounds=3 output.name=short
+    """
+    from federated.config import load_config
+    from federated.console import RunDisplay, print_results
+    from federated.run_record import read_run
+    from federated.simulation import run_experiment
+
+    loaded = load_config(config, overrides or [])
+    console = Console()
+    folder = run_experiment(loaded, overwrite=overwrite, display=RunDisplay(console))
+    record = read_run(folder)
+    print_results(console, record.metrics, record.summary, record.ledger)
+    console.print(f"run folder: {folder}\nreport:     {folder / 'report.html'}", highlight=False)
+
+
+@app.command("show-config")
+def show_config(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Print the resolved configuration, defaults included.
+
+    Example: fedlora show-config quickstart lora.r=4
+    """
+    from federated.config import dump_config, load_config
+
+    typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
+
+
+@app.command()
+def info(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Print parameter counts and the bytes a round will send, without training.
+
+    Example: fedlora info clip_lora model.pretrained=false
+    """
+    from federated.config import load_config
+    from federated.console import rich_table
+    from federated.inspection import describe_run, description_tables
+
+    console = Console()
+    for title, table in description_tables(describe_run(load_config(config, overrides or []))):
+        console.print(rich_table(table, title=title))
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:
+    """Write report.html and plots/ of a run again, from its files.
+
+    Example: fedlora report runs/quickstart
+    """
+    from federated.report import write_report
+
+    typer.echo(write_report(run_folder))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the command; ends with exit code 2 on bad input."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app(args=None if arguments is None else list(arguments))
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

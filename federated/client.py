@@ -1,0 +1,141 @@
+"""The ClientApp: decode, local steps, encode. One client's part of a round, on any engine.
+
+A message carries what this client lacks of the global state; the client takes it in, trains from it
+(``federated.local_training``) and answers with the difference. Nothing of one client stays behind in the
+shared model for the next: what a method wants a client to remember goes into its ``Context.state``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from federated.aggregators import NEVER, receive, unpack_downlink
+from federated.codecs import codec_from_name
+from federated.experiment import Experiment, experiment_of
+from federated.local_training import Assignment, load_into_model, train_locally
+from federated.messages import (
+    CLIENT_ID,
+    NUM_EXAMPLES,
+    RANK,
+    SERVER_ROUND,
+    TRAIN_LOSS,
+    read_state,
+    write_state,
+)
+from federated.payload import CONFIG, METRICS
+from federated.seeding import generator
+from models.state import State
+
+HELD, VERSION, CODEC_MEMORY = "held", "version", "codec-memory"
+"""Keys in ``Context.state``: the wire state a client holds, its version, and what its codec still owes."""
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Answer a training message with this client's update."""
+    experiment = experiment_of(context.run_config)
+    assignment = _assignment(message, context)
+    held = take_in(experiment, message, context, assignment.rank)
+    result = train_locally(experiment, assignment, held)
+    uplink = experiment.aggregator.uplink(held, assignment.server_round)
+    delta = {name: result.state[name] - held[name] for name in uplink}
+    private = experiment.aggregator.private(held)
+    if private:
+        keep(context, HELD, held | {name: result.state[name] for name in private})
+    metrics = {
+        CLIENT_ID: assignment.client_id,
+        NUM_EXAMPLES: result.num_examples,
+        TRAIN_LOSS: result.train_loss,
+        RANK: result.next_rank or 0,
+    }
+    content = encode(experiment, delta, context, assignment)
+    content[METRICS] = MetricRecord(metrics)
+    return Message(content, reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Answer an evaluation message with the metrics on this client's own test samples."""
+    experiment = experiment_of(context.run_config)
+    assignment = _assignment(message, context)
+    held = take_in(experiment, message, context, assignment.rank)
+    load_into_model(experiment, held, assignment.rank)
+    metrics = experiment.evaluate_client(assignment.client_id)
+    reply = {CLIENT_ID: assignment.client_id, NUM_EXAMPLES: int(metrics.pop("num_examples"))}
+    return Message(RecordDict({METRICS: MetricRecord({**reply, **metrics})}), reply_to=message)
+
+
+@app.query()
+def identify(message: Message, context: Context) -> Message:
+    """Tell the server which client this node is (Flower's own engines give nodes random ids)."""
+    reply = MetricRecord({CLIENT_ID: _client_id(context)})
+    return Message(RecordDict({METRICS: reply}), reply_to=message)
+
+
+def take_in(experiment: Experiment, message: Message, context: Context, rank: int | None) -> State:
+    """Return the wire state that this client holds once it has received a downlink.
+
+    What the downlink left out is what the client held before; what it brings for the base model is folded in.
+    """
+    config = cast(Mapping[str, int], message.content.config_records[CONFIG])
+    codec = codec_from_name(experiment.config.communication.downlink)
+    downlink = unpack_downlink(read_state(message.content, codec, experiment.layout), config)
+    before = recall(context, HELD) or experiment.wire_state(rank)
+    held = receive(downlink, before)
+    experiment.base.fold(downlink.base_updates, held_version=_version(context), version=downlink.version)
+    if experiment.aggregator.clients_remember:
+        keep(context, HELD, held)
+        context.state[VERSION] = ConfigRecord({VERSION: downlink.version})
+    return held
+
+
+def encode(experiment: Experiment, delta: State, context: Context, assignment: Assignment) -> RecordDict:
+    """Encode an update; with error feedback, what the codec loses now is added to the next update."""
+    codec = codec_from_name(experiment.config.communication.uplink)
+    rng = generator(experiment.config.seed, "codec", assignment.server_round, assignment.client_id)
+    memory = recall(context, CODEC_MEMORY) if codec.error_feedback else {}
+    content, decoded = write_state(
+        {name: value + memory.get(name, 0.0) for name, value in delta.items()},
+        codec,
+        rng,
+        {SERVER_ROUND: assignment.server_round},
+    )
+    if codec.error_feedback:
+        lost = {name: value + memory.get(name, 0.0) - decoded[name] for name, value in delta.items()}
+        keep(context, CODEC_MEMORY, memory | lost)
+    return content
+
+
+def keep(context: Context, key: str, state: State) -> None:
+    """Store named arrays in the client's own state; they reach it again with its next message."""
+    context.state[key] = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in state.items()})
+
+
+def recall(context: Context, key: str) -> State:
+    """Return what ``keep`` stored under ``key``; empty when this client has stored nothing yet."""
+    if key not in context.state:
+        return {}
+    record = cast(Mapping[str, Array], context.state[key])
+    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
+
+
+def _version(context: Context) -> int:
+    if VERSION not in context.state:
+        return NEVER
+    return int(cast(Mapping[str, int], context.state[VERSION])[VERSION])
+
+
+def _assignment(message: Message, context: Context) -> Assignment:
+    config = cast(Mapping[str, int], message.content.config_records[CONFIG])
+    return Assignment(_client_id(context), int(config[SERVER_ROUND]), int(config.get(RANK, 0)) or None)
+
+
+def _client_id(context: Context) -> int:
+    return int(cast(int, context.node_config["partition-id"]))

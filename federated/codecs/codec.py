@@ -1,0 +1,261 @@
+"""Codecs: from named tensors to a flat buffer and back, with an exact byte count for each.
+
+Where it stands in a round: a state is encoded just before ``payload.pack`` and decoded just after
+``payload.unpack``, on both sides. A codec is a value with three functions, found by its name: ``int8``,
+``int4:sr``, ``topk:0.1:ef+int8``.
+
+Quantisers keep one fp32 scale for each rank component of a LoRA factor, that is for each row of A and each
+column of B, because components differ in size by orders of magnitude. Scaling B by its rows would cost 4
+bytes for every r values. Other tensors have one scale a row, or one in all if they are vectors.
+
+``:sr`` rounds stochastically. ``:ef`` asks the sender for error feedback: it adds to each state what the
+states before it lost (Seide et al. 2014; Stich et al. 2018).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from federated.codecs.codings import CODINGS, Coding
+from federated.codecs.selection import (
+    SELECTIONS,
+    decode_positions,
+    encode_positions,
+    num_kept,
+    positions_num_bytes,
+)
+from federated.payload import (
+    Layout,
+    PayloadError,
+    check_finite,
+    flatten,
+    layout_of,
+    num_values,
+    unflatten,
+)
+from lora.adapters import factor_of
+from models.errors import UserError
+from models.state import State
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A way to send a state.
+
+    Attributes:
+        name: What ``codec_from_name`` makes it from.
+        encode: ``(state, rng) -> buffer``, one-dimensional, of at most 4 bytes an item; only stochastic
+            rounding draws from ``rng``. Raises PayloadError naming a tensor with a value that cannot be sent.
+        decode: ``(buffer, layout) -> state``, fp32 on the CPU, in memory of its own. Raises PayloadError for
+            a buffer of the wrong length or with values that are not finite.
+        num_bytes: ``layout -> bytes`` of every buffer of that layout, exactly.
+        error_feedback: Whether the sender should use ``encode_with_memory``.
+    """
+
+    name: str
+    encode: Callable[[State, np.random.Generator], np.ndarray]
+    decode: Callable[[np.ndarray, Layout], State]
+    num_bytes: Callable[[Layout], int]
+    error_feedback: bool = False
+
+
+# ---- by name
+
+
+def valid_codec_names() -> str:
+    """Return the sentence that lists every codec, for error messages and the documentation."""
+    return (
+        f"{', '.join(CODINGS)}; {' or '.join(SELECTIONS)}:<density>+<one of these>, as in topk:0.1+int8; "
+        "':ef' after the first part adds error feedback, as in topk:0.1:ef+fp16"
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def codec_from_name(text: str) -> Codec:
+    """Return the codec of that name.
+
+    Raises:
+        UserError: No such codec; the message lists those that exist.
+    """
+    first, plus, stored_as = text.partition("+")
+    stem = first.removesuffix(":ef")
+    if stem in CODINGS and not plus:
+        codec = _dense(stem, CODINGS[stem]())
+    else:
+        codec = _sparse_from_name(text, stem, stored_as if plus else "fp32")
+    return with_error_feedback(codec) if stem != first else codec
+
+
+def _sparse_from_name(text: str, selection: str, stored_as: str) -> Codec:
+    kind, _, number = selection.partition(":")
+    if kind not in SELECTIONS or stored_as not in CODINGS:
+        raise UserError(f"unknown codec '{text}': there are {valid_codec_names()}")
+    try:
+        density = float(number)
+    except ValueError:
+        density = math.nan
+    if not 0 < density <= 1:
+        raise UserError(f"codec '{text}': '{number}' is no density above 0 and at most 1, as in {kind}:0.1")
+    return _sparse(kind, density, stored_as)
+
+
+# ---- error feedback
+
+
+def with_error_feedback(codec: Codec) -> Codec:
+    """Return the codec marked for error feedback: the same bytes, but senders use ``encode_with_memory``."""
+    if codec.error_feedback:
+        return codec
+    first, plus, rest = codec.name.partition("+")
+    return replace(codec, name=f"{first}:ef{plus}{rest}", error_feedback=True)
+
+
+def encode_with_memory(
+    codec: Codec, state: State, memory: State | None, rng: np.random.Generator
+) -> tuple[np.ndarray, State]:
+    """Encode a state plus what was lost so far, and return what is lost now.
+
+    Over any number of calls, the decoded states plus the last memory add up to the states.
+
+    Args:
+        codec: Any codec.
+        state: The update of this round.
+        memory: What the last call returned, None at first. The sender keeps it between rounds.
+        rng: For stochastic rounding.
+
+    Returns:
+        The buffer and the new memory, of the state's layout.
+
+    Raises:
+        PayloadError: The memory has another layout than the state.
+    """
+    layout = layout_of(state)
+    total = flatten(state, layout)
+    if memory is not None:
+        total += flatten(memory, layout)
+    corrected = unflatten(total, layout)
+    buffer = codec.encode(corrected, rng)
+    sent = codec.decode(buffer, layout)
+    return buffer, {name: corrected[name] - sent[name] for name in sent}
+
+
+# ---- the two kinds of codecs
+
+
+def _dense(name: str, coding: Coding) -> Codec:
+    """Every value travels: ``coding.num_bytes(n, G)`` bytes, with G = 0 for codings without scales."""
+
+    def encode(state: State, rng: np.random.Generator) -> np.ndarray:
+        order = _wire_order(layout_of(state), by_rank=coding.grouped)
+        return coding.encode(order.flatten(state, coding.largest), order.group_sizes, rng)
+
+    def decode(buffer: np.ndarray, layout: Layout) -> State:
+        order = _wire_order(layout, by_rank=coding.grouped)
+        return order.unflatten(coding.decode(_checked_bytes(buffer, num_bytes(layout)), order.group_sizes))
+
+    def num_bytes(layout: Layout) -> int:
+        groups = _wire_order(layout, by_rank=coding.grouped).group_sizes
+        return coding.num_bytes(num_values(layout), groups.size)
+
+    return Codec(name, encode, decode, num_bytes)
+
+
+def _sparse(kind: str, density: float, stored_as: str) -> Codec:
+    """k = num_kept(n, density) values travel: ``coding.num_bytes(k, G) + positions_num_bytes(n, k)`` bytes.
+
+    The selection is over the whole state, not tensor by tensor. The values stand first in the buffer.
+    """
+    select, coding = SELECTIONS[kind], CODINGS[stored_as]()
+
+    def encode(state: State, rng: np.random.Generator) -> np.ndarray:
+        order = _wire_order(layout_of(state), by_rank=coding.grouped)
+        values = order.flatten(state, coding.largest)
+        mask = select(values, num_kept(values.size, density))
+        kept = coding.encode(values[mask], _count_by_group(mask, order.group_sizes), rng)
+        return np.concatenate([kept.view(np.uint8), encode_positions(mask)])
+
+    def decode(buffer: np.ndarray, layout: Layout) -> State:
+        order = _wire_order(layout, by_rank=coding.grouped)
+        n = num_values(layout)
+        k = num_kept(n, density)
+        data = _checked_bytes(buffer, num_bytes(layout))
+        values_end = coding.num_bytes(k, order.group_sizes.size)
+        mask = decode_positions(data[values_end:], n, k)
+        values = np.zeros(n, dtype=np.float32)
+        values[mask] = coding.decode(data[:values_end], _count_by_group(mask, order.group_sizes))
+        return order.unflatten(values)
+
+    def num_bytes(layout: Layout) -> int:
+        n, groups = num_values(layout), _wire_order(layout, by_rank=coding.grouped).group_sizes
+        k = num_kept(n, density)
+        return coding.num_bytes(k, groups.size) + positions_num_bytes(n, k)
+
+    return Codec(f"{kind}:{density}+{stored_as}", encode, decode, num_bytes)
+
+
+def _count_by_group(mask: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
+    """Return how many values of each group are marked, (G,)."""
+    marked_before = np.concatenate([[0], np.cumsum(mask)])
+    return np.diff(marked_before[np.concatenate([[0], np.cumsum(group_sizes)])])
+
+
+def _checked_bytes(buffer: np.ndarray, expected_bytes: int) -> np.ndarray:
+    if buffer.nbytes != expected_bytes:
+        raise PayloadError(
+            f"the payload has {buffer.nbytes} bytes where its codec and layout make {expected_bytes}: "
+            "do both sides use the same codec?"
+        )
+    return np.require(buffer, requirements=["C", "A", "W"]).reshape(-1).view(np.uint8)
+
+
+# ---- the order of the values on the wire
+
+
+@dataclass(frozen=True, eq=False)
+class _WireOrder:
+    """The order in which a state's values travel, and the groups that share a scale.
+
+    Attributes:
+        transposed: Names of the tensors that travel column by column, so that every group is consecutive.
+        layout: Names and shapes after that transposition.
+        group_sizes: (G,) int64; empty where no coding asks for groups.
+    """
+
+    transposed: frozenset[str]
+    layout: Layout
+    group_sizes: np.ndarray
+
+    def flatten(self, state: State, largest: float) -> np.ndarray:
+        """Return the values, (n,) float32; raise PayloadError for one that is NaN or beyond ``largest``."""
+        return flatten(self._transpose(state), self.layout, largest=largest)
+
+    def unflatten(self, values: np.ndarray) -> State:
+        """Return the named tensors; raise PayloadError for a value that is not finite."""
+        check_finite(values, self.layout)
+        return {
+            name: tensor.contiguous()
+            for name, tensor in self._transpose(unflatten(values, self.layout)).items()
+        }
+
+    def _transpose(self, state: State) -> State:
+        return {name: tensor.t() if name in self.transposed else tensor for name, tensor in state.items()}
+
+
+@functools.lru_cache(maxsize=128)
+def _wire_order(layout: Layout, *, by_rank: bool) -> _WireOrder:
+    if not by_rank:
+        return _WireOrder(frozenset(), layout, np.zeros(0, dtype=np.int64))
+    columns = frozenset(name for name, shape in layout if factor_of(name) == "lora_B" and len(shape) == 2)
+    turned = tuple((name, shape[::-1] if name in columns else shape) for name, shape in layout)
+    sizes: list[int] = []
+    for _, shape in turned:
+        num_groups = shape[0] if len(shape) > 1 else 1
+        count = math.prod(shape)
+        if count:
+            sizes += [count // num_groups] * num_groups
+    return _WireOrder(columns, turned, np.array(sizes, dtype=np.int64))

@@ -1,0 +1,335 @@
+"""An experiment: the model, the data and the shards that a configuration describes, built once a process.
+
+Where it stands: server and clients of one process ask for it by the text of the configuration and get the
+same object, so that one frozen base model serves all simulated clients.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from federated.aggregators import Aggregator, ServerState, aggregator_from_name, cut_to_rank
+from federated.base_weights import BaseWeights
+from federated.config import ExperimentConfig, load_config, parse_config
+from federated.data import FederatedData, ImageTensors, image_tensors, load_data
+from federated.partition import Partition, partition, save_partition
+from federated.payload import Layout, layout_of, num_values
+from federated.savings import ModelSizes
+from federated.seeding import generator
+from federated.splits import IntArray, hold_out
+from lora.adapters import factor_pairs, scalings, unwrap
+from lora.checkpoint import save_full_checkpoint, save_lora_adapters
+from lora.clip_wrapper import CLIPLoRAWrapper
+from lora.verify import count_parameters
+from models.clip import FederatedCLIPModel
+from models.errors import UserError
+from models.exchange import find_parameters
+from models.state import State
+from models.training import Batch, TrainingSettings
+
+CONFIG_KEY, OVERRIDES_KEY = "config", "overrides"
+"""Keys of Flower's run config: a configuration (name, path or YAML text) and ``key=value`` overrides."""
+
+BYTES_PER_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One client's rows of the training data.
+
+    Attributes:
+        train: Rows it trains on.
+        test: Rows it keeps for its own evaluation.
+    """
+
+    train: IntArray
+    test: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """Everything that server and clients share.
+
+    Attributes:
+        config: The run's settings.
+        model: The federated model, with adapters when the configuration asks for them.
+        data: The rows.
+        partition: Which client holds which training rows.
+        shards: The same, split into training and local test rows.
+        train_images: Tensors of the training rows.
+        test_images: Tensors of the server's test rows.
+        initial_state: What travels, before round 1.
+        layout: Names and shapes of ``initial_state``.
+        aggregator: How updates are combined, and what follows from that for clients.
+        base: The base weights, for aggregators that merge into them.
+        scaling: Module -> s, the factor in front of B @ A at the model's rank.
+        training_settings: How clients train.
+    """
+
+    config: ExperimentConfig
+    model: FederatedCLIPModel | CLIPLoRAWrapper
+    data: FederatedData
+    partition: Partition
+    shards: tuple[Shard, ...]
+    train_images: ImageTensors
+    test_images: ImageTensors
+    initial_state: State
+    layout: Layout
+    aggregator: Aggregator
+    base: BaseWeights
+    scaling: Mapping[str, float]
+    training_settings: TrainingSettings
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients."""
+        return len(self.shards)
+
+    @property
+    def headline_metric(self) -> str:
+        """The metric that the run is judged by."""
+        return self.model.task.headline_metric
+
+    @property
+    def mixed_ranks(self) -> bool:
+        """Whether clients have ranks of their own."""
+        return self.config.client.ranks is not None
+
+    def rank_of(self, client_id: int) -> int | None:
+        """Return a client's configured rank; None where all have the model's."""
+        ranks = self.config.client.ranks
+        return None if ranks is None else ranks[client_id % len(ranks)]
+
+    def scaling_at(self, rank: int | None) -> dict[str, float]:
+        """Return module -> s of an adapter of another rank: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        if rank is None:
+            return dict(self.scaling)
+        power = 0.5 if self.config.lora.use_rslora else 1.0
+        ranks = {
+            pair.module: self.initial_state[pair.a].shape[0] for pair in factor_pairs(self.initial_state)
+        }
+        return {
+            module: s * (ranks[module] / min(rank, ranks[module])) ** power
+            for module, s in self.scaling.items()
+        }
+
+    @functools.cached_property
+    def initial_server_state(self) -> ServerState:
+        """The aggregator's state before round 1."""
+        return self.aggregator.init(self.initial_state, self.scaling)
+
+    def wire_state(self, rank: int | None = None) -> State:
+        """Return the wire state of a client of this rank that has received nothing yet."""
+        private = {name: self.initial_state[name] for name in self.aggregator.private(self.initial_state)}
+        state = self.initial_server_state.state | private
+        return state if rank is None else cut_to_rank(state, rank)
+
+    def exchanged_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the live parameters of what travels, by wire name."""
+        return find_parameters(unwrap(self.model), self.model.exchanged_names)
+
+    def reset(self) -> None:
+        """Put model and base back to where they were before round 1."""
+        self.base.reset()
+        self.model.set_state(self.initial_state)
+
+    def num_examples(self, client_id: int) -> int:
+        """Return a client's weight: its number of training rows."""
+        return len(self.shards[client_id].train)
+
+    def local_batches(self, client_id: int, num_steps: int, rng: np.random.Generator) -> Iterator[Batch]:
+        """Yield the batches of a client's local steps."""
+        rows = self.shards[client_id].train
+        for batch in self.train_images.local_batches(rows, self.config.client.batch_size, num_steps, rng):
+            yield self.model_batch(batch)
+
+    def evaluate_client(self, client_id: int) -> dict[str, float]:
+        """Evaluate the model, as it is, on a client's own test rows."""
+        return self._evaluate(self.train_images, self.shards[client_id].test)
+
+    def evaluate_server(self) -> dict[str, float]:
+        """Evaluate the model, as it is, on the server's test rows."""
+        return self._evaluate(self.test_images, None)
+
+    def model_batch(self, batch: Mapping[str, Any]) -> Batch:
+        """Keep what the model's task reads; captions become tokens."""
+        tensors = {key: batch[key] for key in ("pixel_values", "labels", "concept") if key in batch}
+        if self.config.task.name == "retrieval":
+            tensors |= self.model.tokenize(batch["captions"])
+        return tensors
+
+    def _evaluate(self, images: ImageTensors, rows: IntArray | None) -> dict[str, float]:
+        batches = images.batches(rows, self.config.evaluation.batch_size, rng=None)
+        return self.model.evaluate(self.model_batch(batch) for batch in batches)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Return how many parameters there are, train, and travel."""
+        counts = count_parameters(self.model)
+        return {
+            "total": counts["total"],
+            "trainable": counts["trainable"],
+            "exchanged": num_values(self.layout),
+        }
+
+    def model_sizes(self) -> ModelSizes:
+        """Return what one transfer costs in other ways of training, in fp32 bytes."""
+        full = count_parameters(self.model)["base"]  # the head included, adapters not
+        head = 0 if self.model.head is None else (self.model.embedding_dim + 1) * self.model.num_classes
+        ships_base = not self.config.uses_adapters and self.config.model.fine_tuning in (None, "full")
+        preinstalled = ships_base or self.config.communication.base_preinstalled
+        return ModelSizes(
+            full_model_bytes=full * BYTES_PER_FP32,
+            head_bytes=head * BYTES_PER_FP32 if head else None,
+            base_bytes=0 if preinstalled else (full - head) * BYTES_PER_FP32,
+        )
+
+    def save_partition(self, path: Path) -> None:
+        """Write ``partition.json``."""
+        labels = self.data.labels() if self.data.label_column else None
+        save_partition(self.partition, path, labels, self.data.class_names)
+
+    def save_adapter(self, folder: Path, *, server_round: int, final: float) -> None:
+        """Write the global adapter in PEFT's format, or the full model where there are no adapters."""
+        metrics = {self.headline_metric: final}
+        if self.config.uses_adapters:
+            save_lora_adapters(self.model, folder, server_round=server_round, metrics=metrics)
+        else:
+            save_full_checkpoint(self.model, folder, server_round=server_round, metrics=metrics)
+
+
+def experiment_of(run_config: Mapping[str, Any]) -> Experiment:
+    """Return the experiment that a Flower run config describes; the same object each time in one process."""
+    return _cached_experiment(str(run_config[CONFIG_KEY]), str(run_config.get(OVERRIDES_KEY, "")))
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_experiment(config: str, overrides: str) -> Experiment:
+    if "\n" in config:
+        return build_experiment(parse_config(yaml.safe_load(config), source="the run config"))
+    return build_experiment(load_config(config, overrides.split()))
+
+
+def build_experiment(config: ExperimentConfig) -> Experiment:
+    """Load data and model, inject adapters, split the data over clients.
+
+    Raises:
+        UserError: Something the configuration names is missing or does not fit the rest.
+    """
+    data = load_run_data(config)
+    split = partition(
+        data.train,
+        name=config.partition.name,
+        num_clients=config.partition.num_clients,
+        seed=config.seed,
+        label_column=data.label_column,
+        domain_column=data.domain_column,
+        **config.partition.options,
+    )
+    model = build_model(config, data.class_names)
+    images = {
+        name: image_tensors(data, name, model.preprocess, cache_bytes=config.data.cache_bytes)
+        for name in ("train", "test")
+    }
+    initial_state, scaling = model.get_state(), scalings(model)
+    return Experiment(
+        config=config,
+        model=model,
+        data=data,
+        partition=split,
+        shards=split_shards(config, data, split),
+        train_images=images["train"],
+        test_images=images["test"],
+        initial_state=initial_state,
+        layout=layout_of(initial_state),
+        aggregator=aggregator_from_name(
+            config.aggregation.name, config.aggregation.options, seed=config.seed
+        ),
+        base=BaseWeights(model),
+        scaling=scaling,
+        training_settings=training_settings(config),
+    )
+
+
+def load_run_data(config: ExperimentConfig) -> FederatedData:
+    """Load the data of a configuration.
+
+    Raises:
+        UserError: It is missing or unusable; the message names the file.
+    """
+    section = config.data
+    return load_data(
+        section.source,
+        path=section.path,
+        seed=config.seed,
+        max_train_samples=section.max_train_samples,
+        max_test_samples=section.max_test_samples,
+        **section.options,
+    )
+
+
+def build_model(
+    config: ExperimentConfig, class_names: tuple[str, ...] | None
+) -> FederatedCLIPModel | CLIPLoRAWrapper:
+    """Build the federated model of a configuration, with adapters when it asks for them.
+
+    Raises:
+        UserError: The number of classes does not fit the data, or the model cannot be had.
+    """
+    section = config.model
+    if section.num_classes and class_names and section.num_classes != len(class_names):
+        raise UserError(
+            f"model.num_classes is {section.num_classes} but the data has {len(class_names)} classes "
+            f"({', '.join(class_names[:5])} …): leave model.num_classes out, or correct it"
+        )
+    model = FederatedCLIPModel(
+        section.model_name,
+        section.num_classes or len(class_names or ()) or 2,
+        class_names=class_names,
+        templates=config.task.templates,
+        task=config.task.name,
+        strategy="lora" if config.uses_adapters else section.fine_tuning or "full",
+        train_head=config.task.train_head,
+        pretrained=section.pretrained,
+        device=section.device,
+        dtype=getattr(torch, section.dtype),
+        seed=config.seed,
+    )
+    if not config.uses_adapters:
+        return model
+    return CLIPLoRAWrapper(model, config.lora, seed=config.seed).apply_lora_to_federated_model()
+
+
+def training_settings(config: ExperimentConfig) -> TrainingSettings:
+    """Return the settings of local training."""
+    client = config.client
+    return TrainingSettings(
+        learning_rate=client.learning_rate,
+        weight_decay=client.weight_decay,
+        optimizer=client.optimizer,
+        warmup_steps=client.warmup_steps,
+        schedule=client.schedule,
+        clip_norm=client.clip_norm,
+        micro_batch_size=client.micro_batch_size,
+        precision=client.precision,
+    )
+
+
+def split_shards(config: ExperimentConfig, data: FederatedData, split: Partition) -> tuple[Shard, ...]:
+    """Set each client's own test rows apart from those it trains on."""
+    fraction = config.partition.local_test_fraction
+    labels = data.labels() if data.label_column else None
+    shards = []
+    for client_id, rows in enumerate(split.indices):
+        rng = generator(config.seed, "split", 2, client_id)
+        train, test = hold_out(rows, fraction, rng, labels)
+        shards.append(Shard(train, test))
+    return tuple(shards)

@@ -1,0 +1,145 @@
+"""One client's local training: wire state in, wire state out.
+
+Where it stands in a round: between decoding the downlink and encoding the uplink (``federated.client``). It
+loads the state into the shared model, lets train what the aggregator says trains, takes the local steps on
+the client's own random streams, and reads the state back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from federated.aggregators import InBasis, cut_to_rank
+from federated.experiment import Experiment
+from federated.seeding import generator, scoped_torch_rng
+from lora.adapters import factor_pairs, owner_of, set_scaling
+from models.state import State
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Who trains, when, and at which rank.
+
+    Attributes:
+        client_id: The client.
+        server_round: The round.
+        rank: Its adapter rank; None: the model's own.
+    """
+
+    client_id: int
+    server_round: int
+    rank: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LocalResult:
+    """What local training gives.
+
+    Attributes:
+        state: The client's wire state after training.
+        train_loss: Mean loss over the local steps.
+        num_examples: Rows of its shard that it trains on.
+        next_rank: The rank it goes on with.
+    """
+
+    state: State
+    train_loss: float
+    num_examples: int
+    next_rank: int | None
+
+
+def train_locally(experiment: Experiment, assignment: Assignment, held: State) -> LocalResult:
+    """Take a client's local steps from the wire state it holds."""
+    model, rules = experiment.model, experiment.aggregator.client
+    num_steps = experiment.config.client.local_steps
+    rng = generator(experiment.config.seed, "client", assignment.server_round, assignment.client_id)
+    load_into_model(experiment, held, assignment.rank)
+    trains = experiment.aggregator.trains(held, assignment.server_round)
+    with _only_these_train(experiment, trains), _in_bases(experiment, rules.bases(held)):
+        model.start_training(experiment.training_settings, num_steps, extra_loss=_extra_loss(experiment))
+        batches = experiment.local_batches(assignment.client_id, num_steps, rng)
+        with scoped_torch_rng(rng):
+            losses = [model.train_step(batch) for batch in batches]
+    before = rules.to_model(held)
+    trained = model.get_state()
+    rank = assignment.rank
+    if rank is not None:
+        trained = cut_to_rank(trained, rank)
+    return LocalResult(
+        state=rules.to_wire(trained, held),
+        train_loss=float(np.mean(losses)),
+        num_examples=experiment.num_examples(assignment.client_id),
+        next_rank=None if rank is None else rules.next_rank(before, trained, rank),
+    )
+
+
+def load_into_model(experiment: Experiment, held: State, rank: int | None = None) -> None:
+    """Put a wire state into the model; adapters below the model's rank are padded with zeros.
+
+    Padded components stay zero in training: with A and B both zero, each one's gradient is zero.
+    """
+    values = experiment.aggregator.client.to_model(held)
+    if rank is not None:
+        values = pad_to_layout(values, dict(experiment.layout))
+    if experiment.mixed_ranks:
+        set_scaling(experiment.model, experiment.scaling_at(rank))
+    experiment.model.set_state(values)
+
+
+def pad_to_layout(state: State, shapes: Mapping[str, Sequence[int]]) -> State:
+    """Return a state whose factors are filled up with zeros to the model's shapes."""
+    padded = dict(state)
+    for pair in factor_pairs(state):
+        for name in (pair.a, pair.b):
+            full = state[name].new_zeros(tuple(shapes[name]))
+            rows, columns = state[name].shape
+            full[:rows, :columns] = state[name]
+            padded[name] = full
+    return padded
+
+
+@contextlib.contextmanager
+def _only_these_train(experiment: Experiment, names: Sequence[str]) -> Iterator[None]:
+    """Freeze what travels but does not train in this round; put everything back after."""
+    wanted = set(names)
+    parameters = experiment.exchanged_parameters()
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(before[name] and name in wanted)
+    try:
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(before[name])
+
+
+@contextlib.contextmanager
+def _in_bases(experiment: Experiment, bases: Mapping[str, Tensor]) -> Iterator[None]:
+    """Confine parameters to the span of a basis while they train (``fed_sb.InBasis``)."""
+    owners = {name: owner_of(experiment.model, name) for name in bases}
+    for name, basis in bases.items():
+        parametrize.register_parametrization(owners[name], "weight", InBasis(basis))
+    if bases:
+        experiment.model.refresh()
+    try:
+        yield
+    finally:
+        for owner in owners.values():
+            parametrize.remove_parametrizations(owner, "weight", leave_parametrized=True)
+        if bases:
+            experiment.model.set_exchanged(experiment.model.exchanged_names)
+
+
+def _extra_loss(experiment: Experiment) -> Callable[[], Tensor] | None:
+    """Return what the aggregator adds to a client's loss."""
+    penalty = experiment.aggregator.client.penalty
+    if penalty is None:
+        return None
+    factors = experiment.exchanged_parameters()
+    return lambda: penalty(factors)

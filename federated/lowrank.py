@@ -1,0 +1,125 @@
+"""Linear algebra on sums of low-rank products, without ever forming a (d_out, d_in) matrix.
+
+Where it stands in a round: under ``federated.aggregators``. An adapter's weight update s * B @ A, a weighted
+sum of many of them, and the difference between two such sums are all ``left @ right`` with few columns in
+``left``; this file takes their SVD, norm and distance through QR factorisations of the two thin factors
+("QR core"), which costs O((d_out + d_in) q^2) for q columns instead of O(d_out d_in min(d_out, d_in)).
+
+The algebra runs in float64 and results return in the dtype that came in: the server's factors are small,
+and a float32 QR core already loses the sixth digit at q = 160.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The matrix ``left @ right``, in the orientation of ``nn.Linear.weight``.
+
+    Attributes:
+        left: (d_out, q); scalings and weights are folded in here.
+        right: (q, d_in).
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def num_columns(self) -> int:
+        """q, an upper bound of the rank."""
+        return self.left.shape[1]
+
+    @property
+    def num_values(self) -> int:
+        """How many numbers the two factors hold: q * (d_out + d_in)."""
+        return self.left.numel() + self.right.numel()
+
+    def dense(self) -> Tensor:
+        """Return the product, (d_out, d_in)."""
+        return self.left @ self.right
+
+
+def scaled(matrix: LowRank, factor: float) -> LowRank:
+    """Return ``factor * matrix``."""
+    return LowRank(matrix.left * factor, matrix.right)
+
+
+def stack(terms: Sequence[LowRank]) -> LowRank:
+    """Return the sum of at least one term, exactly: the factors side by side, q = the sum of theirs."""
+    return LowRank(torch.cat([t.left for t in terms], dim=1), torch.cat([t.right for t in terms], dim=0))
+
+
+def difference(first: LowRank, second: LowRank) -> LowRank:
+    """Return ``first - second``."""
+    return stack([first, scaled(second, -1.0)])
+
+
+def svd(matrix: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """Take the thin singular value decomposition through the QR core.
+
+    With Q_l R_l = left and Q_r R_r = right^T, left @ right = Q_l (R_l R_r^T) Q_r^T, and the SVD of the small
+    matrix in the middle gives that of the whole.
+
+    Returns:
+        U (d_out, p), the singular values (p,) in descending order and V^T (p, d_in), with
+        p = min(q, d_out, d_in); U and V have orthonormal columns even where a singular value is 0.
+    """
+    left_basis, left_core = torch.linalg.qr(matrix.left.double())  # (d_out, p_l), (p_l, q)
+    right_basis, right_core = torch.linalg.qr(matrix.right.double().T)  # (d_in, p_r), (p_r, q)
+    u, singular_values, vt = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    dtype = matrix.left.dtype
+    return (left_basis @ u).to(dtype), singular_values.to(dtype), (vt @ right_basis.T).to(dtype)
+
+
+def truncate(matrix: LowRank, rank: int) -> LowRank:
+    """Return the best approximation of at most ``rank`` columns in Frobenius norm (Eckart and Young).
+
+    The result is in SVD form, (U_r S_r) @ V_r^T; a matrix with no more columns than that returns as it is.
+    """
+    if matrix.num_columns <= rank:
+        return matrix
+    if rank == 0:
+        return LowRank(matrix.left[:, :0], matrix.right[:0])
+    u, singular_values, vt = svd(matrix)
+    return LowRank(u[:, :rank] * singular_values[:rank], vt[:rank].clone())
+
+
+def frobenius_norm(matrix: LowRank) -> float:
+    """Return the Frobenius norm, accurate also where the terms of a stack cancel.
+
+    ||left @ right|| = ||R_l R_r^T|| with the triangular factors of ``svd``. The cheaper ``product_norm``
+    squares first and so cannot see below about 1e-8 of the terms' own size.
+    """
+    if matrix.num_columns == 0:
+        return 0.0
+    left_core = torch.linalg.qr(matrix.left.double(), mode="r").R
+    right_core = torch.linalg.qr(matrix.right.double().T, mode="r").R
+    return float(torch.linalg.matrix_norm(left_core @ right_core.T))
+
+
+def product_norm(matrix: LowRank) -> float:
+    """Return the Frobenius norm of a single product by Gram matrices: sqrt(tr((L^T L)(R R^T))).
+
+    For norms of one adapter (HetLoRA's weights, clipping checks), not for differences.
+    """
+    left, right = matrix.left.double(), matrix.right.double()
+    return float(((left.T @ left) * (right @ right.T)).sum().clamp_min(0.0).sqrt())
+
+
+def relative_error(approximation: LowRank, ideal: LowRank) -> float:
+    """Return ||approximation - ideal||_F / ||ideal||_F; 0 when both are zero, infinite when only ideal is."""
+    distance, size = frobenius_norm(difference(approximation, ideal)), frobenius_norm(ideal)
+    if size == 0.0:
+        return 0.0 if distance == 0.0 else float("inf")
+    return distance / size

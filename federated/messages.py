@@ -1,0 +1,83 @@
+"""What server and clients say to each other: a state, encoded by a codec, in one Flower record.
+
+Where it stands in a round: ``write_state`` fills the content of the downlink and of the uplink,
+``read_state`` opens it on the other side. Codecs and payloads meet here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from flwr.app import RecordDict
+
+from federated.codecs import Codec
+from federated.payload import (
+    CONFIG,
+    LAYOUT,
+    Layout,
+    MetaValue,
+    PayloadError,
+    layout_of,
+    num_values,
+    pack,
+    unpack,
+)
+from models.state import State
+
+SERVER_ROUND = "server-round"
+NUM_VALUES = "num-values"
+NUM_EXAMPLES = "num-examples"
+CLIENT_ID = "client-id"
+TRAIN_LOSS = "train-loss"
+RANK = "rank"
+"""Keys in the records ``config`` and ``metrics``."""
+
+
+def write_state(
+    state: State,
+    codec: Codec,
+    rng: np.random.Generator,
+    meta: Mapping[str, MetaValue],
+    *,
+    send_layout: bool = False,
+) -> tuple[RecordDict, State]:
+    """Encode a state into the content of a message.
+
+    Args:
+        state: What to send.
+        codec: How to encode it.
+        rng: Source of stochastic rounding.
+        meta: Further entries of the config record, the server round among them.
+        send_layout: Whether names and shapes travel; without them the receiver must know the layout.
+
+    Returns:
+        The records, and the state as the receiver will decode it.
+    """
+    layout = layout_of(state)
+    buffer = codec.encode(state, rng)
+    content = pack(
+        buffer, layout, codec.name, meta={**meta, NUM_VALUES: num_values(layout)}, send_layout=send_layout
+    )
+    return content, codec.decode(buffer, layout)
+
+
+def read_state(content: RecordDict, codec: Codec, layout: Layout) -> State:
+    """Decode the state of a message.
+
+    Args:
+        content: What ``write_state`` returned, on the other side.
+        codec: The codec that was agreed on.
+        layout: The layout of messages that carry none; one that travelled takes precedence.
+
+    Raises:
+        PayloadError: The payload is damaged, of another codec or of another layout.
+    """
+    travelled = CONFIG in content and LAYOUT in content.config_records[CONFIG]
+    payload = unpack(content, None if travelled else layout)
+    if payload.codec != codec.name:
+        raise PayloadError(
+            f"the payload is encoded with {payload.codec}, the configuration says {codec.name}: "
+            "use one configuration on both sides"
+        )
+    return codec.decode(payload.buffer, payload.layout)

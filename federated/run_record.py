@@ -1,0 +1,142 @@
+"""Reading a run folder back: what the report, the comparison of runs and the terminal tables start from.
+
+Stands after a run, finished or not: a run that was killed has no ``summary.json`` and may end in half a line,
+and is read as far as it went.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from federated.ledger import Ledger
+from models.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder says.
+
+    Attributes:
+        directory: the folder.
+        metrics: one mapping a round, as in ``metrics.jsonl``.
+        ledger: the transfers; empty when the run recorded none.
+        partition: ``partition.json``; empty when there is none.
+        summary: ``summary.json``; empty when the run did not finish.
+        environment: ``environment.json``; empty when there is none.
+        config_text: ``config.yaml``; empty when there is none.
+    """
+
+    directory: Path
+    metrics: list[dict[str, Any]]
+    ledger: Ledger
+    partition: dict[str, Any]
+    summary: dict[str, Any]
+    environment: dict[str, Any]
+    config_text: str
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.directory.resolve().name
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The configuration as a tree.
+
+        Raises:
+            UserError: ``config.yaml`` is not YAML.
+        """
+        try:
+            tree = yaml.safe_load(self.config_text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{self.directory / 'config.yaml'} is not valid YAML: {error}") from error
+        return tree if isinstance(tree, dict) else {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return bool(self.summary)
+
+    @property
+    def metric(self) -> str:
+        """Key of the headline metric."""
+        return str(self.summary.get("headline_metric", "accuracy"))
+
+    @cached_property
+    def headline(self) -> dict[str, Any]:
+        """``zero_shot``, ``final``, ``best``, ``rounds``, ``seconds``: from the summary, or the rounds.
+
+        A value that neither has is None.
+        """
+        values = [line[self.metric] for line in self.metrics if line.get(self.metric) is not None]
+        first = self.metrics[0] if self.metrics and self.metrics[0]["server_round"] == 0 else {}
+        derived = {
+            "zero_shot": first.get(self.metric),
+            "final": values[-1] if values else None,
+            "best": max(values, default=None),
+            "rounds": self.metrics[-1]["server_round"] if self.metrics else 0,
+            "seconds": sum(line.get("seconds") or 0.0 for line in self.metrics),
+        }
+        recorded = {key: self.summary[key] for key in derived if self.summary.get(key) is not None}
+        return derived | recorded
+
+
+def read_run(run_dir: str | Path) -> RunRecord:
+    """Read a run folder.
+
+    Raises:
+        UserError: it is no run folder, or one of its files cannot be read.
+    """
+    directory = Path(run_dir)
+    metrics_path = directory / "metrics.jsonl"
+    if not metrics_path.is_file():
+        raise UserError(
+            f"{directory} is not a run folder (it has no metrics.jsonl): give the folder that a run wrote"
+        )
+    ledger_path, config_path = directory / "communication.csv", directory / "config.yaml"
+    return RunRecord(
+        directory=directory,
+        metrics=_read_lines(metrics_path),
+        ledger=Ledger.read_csv(ledger_path) if ledger_path.is_file() else Ledger(),
+        partition=_read_json(directory / "partition.json"),
+        summary=_read_json(directory / "summary.json"),
+        environment=_read_json(directory / "environment.json"),
+        config_text=config_path.read_text(encoding="utf-8") if config_path.is_file() else "",
+    )
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read one mapping a line, sorted by round; of a round that a resumed run made again, the later line."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    by_round: dict[int, dict[str, Any]] = {}
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+            by_round[int(line["server_round"])] = line
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) and not text.endswith("\n"):
+                logger.warning("%s ends in the middle of a line; that line is left out", path)
+                break
+            raise UserError(f"{path}, line {number}: not a round's metrics ({error})") from error
+    return [by_round[server_round] for server_round in sorted(by_round)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not an object")
+    return value

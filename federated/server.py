@@ -1,0 +1,243 @@
+"""The ServerApp: build the strategy, let Flower run the rounds, write the run folder.
+
+``serve`` is the server's whole part of a run on any engine. The in-process engine calls it with its own grid
+(``federated.simulation``); on Flower's engines the ``ServerApp`` below calls it with theirs, after asking
+each node which client it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from federated.aggregators import NEVER, ServerState, check_ranks
+from federated.engines.metered import MeteredGrid
+from federated.experiment import Experiment, experiment_of
+from federated.ledger import Ledger
+from federated.local_training import load_into_model
+from federated.messages import CLIENT_ID, SERVER_ROUND
+from federated.payload import CONFIG, METRICS
+from federated.report import write_report
+from federated.run_folder import RunFolder
+from federated.savings import Bandwidth, communication_summary
+from federated.seeding import generator
+from federated.strategy import LoRAStrategy, Ranks, RoundRecord
+from models.errors import UserError
+
+log = logging.getLogger(__name__)
+
+app = ServerApp()
+
+
+class Display(Protocol):
+    """What ``serve`` tells whoever watches; ``federated.console.RunDisplay`` is one."""
+
+    def run_started(self, num_rounds: int, *, headline_metric: str) -> None:
+        """The run begins."""
+
+    def round_started(self, server_round: int, cohort_size: int, phase: str) -> None:
+        """Messages of a round are about to be sent."""
+
+    def round_done(self, metrics: Mapping[str, Any]) -> None:
+        """A round's line of ``metrics.jsonl``."""
+
+
+@dataclass
+class Served:
+    """A run in progress: what closing a round needs."""
+
+    experiment: Experiment
+    strategy: LoRAStrategy
+    folder: RunFolder
+    ledger: Ledger
+    display: Display | None
+    started: float = field(default_factory=time.perf_counter)
+    round_started: float = field(default_factory=time.perf_counter)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+
+def serve(
+    grid: Grid,
+    experiment: Experiment,
+    clients: Mapping[int, int],
+    folder: RunFolder,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Run all rounds of an experiment and write its folder.
+
+    Args:
+        grid: Carries the messages.
+        experiment: Model, data and settings.
+        clients: Node id of each client id.
+        folder: Where results go.
+        display: Told what happens.
+
+    Returns:
+        The content of ``summary.json``.
+    """
+    config, ledger = experiment.config, Ledger()
+    client_of = {node_id: client_id for client_id, node_id in clients.items()}
+    experiment.reset()
+    server_state = experiment.initial_server_state
+    if experiment.mixed_ranks:
+        ranks = {i: experiment.rank_of(i) or config.lora.r for i in range(experiment.num_clients)}
+        check_ranks(experiment.aggregator, server_state, ranks)
+    strategy = LoRAStrategy(
+        aggregator=experiment.aggregator,
+        server_state=server_state,
+        clients=clients,
+        seed=config.seed,
+        cohort_size=config.cohort_size,
+        uplink=config.communication.uplink,
+        downlink=config.communication.downlink,
+        ranks=Ranks(experiment.rank_of, experiment.scaling_at) if experiment.mixed_ranks else Ranks(),
+        evaluates=lambda server_round: evaluating_clients(experiment, server_round),
+        **({} if display is None else {"on_broadcast": display.round_started}),
+    )
+    served = Served(experiment, strategy, folder, ledger, display)
+    if display is not None:
+        display.run_started(config.federation.rounds, headline_metric=experiment.headline_metric)
+    strategy.start(
+        MeteredGrid(grid, ledger, client_of.__getitem__),
+        initial_arrays=strategy.packed_state(),
+        num_rounds=config.federation.rounds,
+        timeout=config.federation.timeout_seconds,
+        evaluate_fn=lambda server_round, _: close_round(served, server_round),
+    )
+    return finish(served)
+
+
+def evaluating_clients(experiment: Experiment, server_round: int) -> list[int]:
+    """Return the clients that evaluate after a round: all of them, or a seeded sample of ``max_clients``."""
+    settings, rounds = experiment.config.evaluation, experiment.config.federation.rounds
+    due = server_round == rounds or (settings.clients_every and server_round % settings.clients_every == 0)
+    if not settings.clients or not due:
+        return []
+    clients = [i for i in range(experiment.num_clients) if len(experiment.shards[i].test)]
+    if len(clients) <= settings.max_clients:
+        return clients
+    rng = generator(experiment.config.seed, "evaluation", server_round)
+    return sorted(int(i) for i in rng.choice(clients, size=settings.max_clients, replace=False))
+
+
+def close_round(served: Served, server_round: int) -> MetricRecord | None:
+    """Evaluate the global state where due, and write the round down; round 0 is before training."""
+    experiment, record = served.experiment, served.strategy.record
+    line = round_line(record, served.ledger)
+    settings = experiment.config.evaluation
+    if server_round % settings.every == 0 or server_round == experiment.config.federation.rounds:
+        load_global_state(experiment, served.strategy.server_state)
+        line |= {key: value for key, value in experiment.evaluate_server().items() if key != "num_examples"}
+    now = time.perf_counter()
+    line["seconds"] = round(now - served.round_started, 3)
+    served.round_started = now
+    served.lines.append(line)
+    served.folder.append_metrics(line)
+    served.ledger.write_csv(served.folder.path / "communication.csv")
+    served.folder.save_checkpoint(served.strategy.server_state.state, server_round=server_round)
+    if served.display is not None:
+        served.display.round_done(line)
+    return None
+
+
+def load_global_state(experiment: Experiment, server_state: ServerState) -> None:
+    """Put the global adapter, head and base into the model."""
+    updates = {
+        module: update for module, delta in server_state.base_delta.items() if (update := delta.since(NEVER))
+    }
+    experiment.base.fold(updates, held_version=NEVER, version=server_state.server_round)
+    load_into_model(experiment, experiment.wire_state() | server_state.state)
+
+
+def round_line(record: RoundRecord, ledger: Ledger) -> dict[str, Any]:
+    """Return a round's line of ``metrics.jsonl`` before the server's evaluation."""
+    line: dict[str, Any] = {"server_round": record.server_round, "cohort": record.cohort, **record.metrics}
+    line["clients"] = {str(client_id): metrics for client_id, metrics in record.clients.items()}
+    line["failed"] = [{"client_id": f.client_id, "reason": f.reason} for f in record.failed]
+    if record.skipped:
+        line["skipped"] = True
+    for direction in ("uplink", "downlink"):
+        total = ledger.total(server_round=record.server_round, direction=direction)
+        line[f"{direction}_payload_bytes"] = total.payload_bytes
+        line[f"{direction}_wire_bytes"] = total.wire_bytes
+    return line
+
+
+def finish(served: Served) -> dict[str, Any]:
+    """Write what comes at the end: the adapter, ``summary.json`` and the report."""
+    experiment, folder = served.experiment, served.folder
+    metric = experiment.headline_metric
+    values = [line[metric] for line in served.lines if metric in line]
+    bandwidth = Bandwidth(
+        experiment.config.communication.uplink_mbps, experiment.config.communication.downlink_mbps
+    )
+    summary = {
+        "headline_metric": metric,
+        "zero_shot": values[0],
+        "final": values[-1],
+        "best": max(values),
+        "rounds": served.lines[-1]["server_round"],
+        "seconds": round(time.perf_counter() - served.started, 3),
+        "parameters": experiment.parameter_counts(),
+        "communication": communication_summary(served.ledger, experiment.model_sizes(), bandwidth),
+    }
+    load_global_state(experiment, served.strategy.server_state)
+    experiment.save_adapter(folder.path / "adapter", server_round=summary["rounds"], final=summary["final"])
+    folder.write_summary(summary)
+    folder.close()
+    write_report(folder.path)
+    return summary
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run on one of Flower's own engines."""
+    experiment = experiment_of(context.run_config)
+    config = experiment.config
+    clients = ask_client_ids(grid, experiment.num_clients, timeout=config.federation.timeout_seconds)
+    name = str(context.run_config.get("run-dir") or "")
+    path = Path(name) if name else Path(config.output.root) / f"{config.output.name}-{context.run_id}"
+    folder = RunFolder(path, config)
+    experiment.save_partition(folder.path / "partition.json")
+    serve(grid, experiment, clients, folder)
+
+
+def ask_client_ids(grid: Grid, num_clients: int, *, timeout: float) -> dict[int, int]:
+    """Ask every node which client it is, so that cohorts are the same on every engine.
+
+    Raises:
+        UserError: Too few nodes came, or two nodes are the same client.
+    """
+    deadline = time.monotonic() + timeout
+    while len(node_ids := list(grid.get_node_ids())) < num_clients:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{len(node_ids)} nodes connected within {timeout:.0f} s, {num_clients} clients are configured: "
+                "start one SuperNode a client, or set partition.num_clients"
+            )
+        time.sleep(1.0)
+    question = RecordDict({CONFIG: ConfigRecord({SERVER_ROUND: 0})})
+    messages = [
+        Message(question, dst_node_id=node_id, message_type=MessageType.QUERY) for node_id in node_ids
+    ]
+    clients: dict[int, int] = {}
+    for reply in grid.send_and_receive(messages, timeout=timeout):
+        if reply.has_error():
+            raise UserError(f"node {reply.metadata.src_node_id} failed at start: {reply.error.reason}")
+        client_id = int(cast(int, reply.content.metric_records[METRICS][CLIENT_ID]))
+        if client_id in clients:
+            raise UserError(f"two nodes say they are client {client_id}: give each its own partition-id")
+        clients[client_id] = reply.metadata.src_node_id
+    missing = [client_id for client_id in range(num_clients) if client_id not in clients]
+    if missing:
+        raise UserError(
+            f"no node answered for client {missing[0]}: give one the partition-id {missing[0]}"
+        )
+    return clients

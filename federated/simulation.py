@@ -1,0 +1,61 @@
+"""A whole run on the in-process engine: one process, one frozen base model, any number of clients."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from federated.client import app as client_app
+from federated.config import ExperimentConfig, dump_config
+from federated.console import RunDisplay
+from federated.engines.inprocess import InProcessGrid, node_id_of
+from federated.experiment import CONFIG_KEY, experiment_of
+from federated.run_folder import RunFolder, check_free
+from federated.server import serve
+
+
+def run_experiment(
+    config: ExperimentConfig, *, overwrite: bool = False, display: RunDisplay | None = None
+) -> Path:
+    """Run a configuration from start to report.
+
+    Args:
+        config: The run.
+        overwrite: Replace an earlier run's folder of the same name.
+        display: Shows progress.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: The configuration, the data or the model is unusable, or the folder exists.
+    """
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    run_config = {CONFIG_KEY: dump_config(config)}
+    with limited_threads(config.engine.threads):
+        path = Path(config.output.root) / str(config.output.name or "run")
+        check_free(path, overwrite=overwrite)
+        experiment = experiment_of(run_config)
+        folder = RunFolder(path, config, overwrite=overwrite)
+        experiment.save_partition(folder.path / "partition.json")
+        on_reply = None if display is None else display.client_done
+        grid = InProcessGrid(client_app, experiment.num_clients, run_config=run_config, on_reply=on_reply)
+        clients = {client_id: node_id_of(client_id) for client_id in range(experiment.num_clients)}
+        with display if display is not None else contextlib.nullcontext():
+            serve(grid, experiment, clients, folder, display)
+    return folder.path
+
+
+@contextlib.contextmanager
+def limited_threads(num_threads: int) -> Iterator[None]:
+    """Let torch use this many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,56 @@
+"""LoRA adapters for federated models: inject, switch, merge, count, save, load."""
+
+from lora.adapters import (
+    disable_lora,
+    enable_lora,
+    get_lora_state_dict,
+    merge_and_unload,
+    merge_lora,
+    set_lora_state_dict,
+    unmerge_lora,
+)
+from lora.checkpoint import save_full_checkpoint, save_lora_adapters
+from lora.clip_wrapper import CLIPLoRAWrapper
+from lora.config import LoRAConfig
+from lora.factory import create_model, quick_clip_lora
+from lora.gradient_checkpointing import disable_gradient_checkpointing, enable_gradient_checkpointing
+from lora.injection import apply_lora_to_text_encoder, inject_lora
+from lora.loading import load_full_checkpoint, load_lora_adapters
+from lora.named import (
+    compare_embeddings,
+    list_adapters,
+    load_named_adapter,
+    remove_adapter,
+    set_active_adapter,
+)
+from lora.verify import check_lora_injection, count_parameters, verify_gradients
+
+__all__ = [
+    "CLIPLoRAWrapper",
+    "LoRAConfig",
+    "apply_lora_to_text_encoder",
+    "check_lora_injection",
+    "compare_embeddings",
+    "count_parameters",
+    "create_model",
+    "disable_gradient_checkpointing",
+    "disable_lora",
+    "enable_gradient_checkpointing",
+    "enable_lora",
+    "get_lora_state_dict",
+    "inject_lora",
+    "list_adapters",
+    "load_full_checkpoint",
+    "load_lora_adapters",
+    "load_named_adapter",
+    "merge_and_unload",
+    "merge_lora",
+    "quick_clip_lora",
+    "remove_adapter",
+    "save_full_checkpoint",
+    "save_lora_adapters",
+    "set_active_adapter",
+    "set_lora_state_dict",
+    "unmerge_lora",
+    "verify_gradients",
+]

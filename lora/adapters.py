@@ -1,0 +1,348 @@
+"""LoRA as functions over a model: names, states, on and off, merge, scaling.
+
+THE place that knows what an adapter parameter is called and where it sits; everything else asks here. Every
+function takes a wrapper, a federated model or a bare CLIP. In a round the client uses `set_scaling` and
+`set_trainable_factors`; the rest runs before and after training. Injection itself is in `lora.injection`.
+
+The adapter that trains and travels is PEFT's "default"; other names serve inference (`lora.named`).
+Paper: Hu et al., arXiv:2106.09685: y = W x + (lora_alpha / r) B A x.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from lora.biases import forget_base_biases, trained_biases, use_base_biases, use_trained_biases
+from lora.config import LoRAConfig
+from models.errors import UserError
+from models.loading import HUGGINGFACE_TOWERS, Towers
+from models.state import State
+
+DEFAULT_ADAPTER = "default"
+FACTORS = ("lora_A", "lora_B")
+_WITH_ADAPTER_NAME = re.compile(r"\.(lora_[AB])\.([^.]+)\.weight$")
+
+
+@dataclass(frozen=True)
+class FactorPair:
+    """Wire names of the two factors of one adapted layer.
+
+    Attributes:
+        module: Name of the adapted layer.
+        a: Name of lora_A, (r, d_in).
+        b: Name of lora_B, (d_out, r).
+    """
+
+    module: str
+    a: str
+    b: str
+
+
+def wire_name(parameter_name: str) -> str:
+    """The name under which a parameter travels: PEFT's name without ".default".
+
+    >>> wire_name("clip.text_model.encoder.layers.0.self_attn.q_proj.lora_A.default.weight")
+    'clip.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight'
+    """
+    return re.sub(rf"\.(lora_[AB])\.{DEFAULT_ADAPTER}\.", r".\1.", parameter_name)
+
+
+def factor_of(name: str) -> str | None:
+    """ "lora_A" or "lora_B" if a parameter or wire name is that of a factor, else None."""
+    return next((factor for factor in FACTORS if f".{factor}." in name), None)
+
+
+def factor_pairs(names: Iterable[str]) -> list[FactorPair]:
+    """Pair the factors among wire names, sorted by module; names that are no factors are ignored.
+
+    Raises:
+        UserError: a factor without its partner.
+    """
+    present = set(names)
+    modules = sorted({n.removesuffix(f".{factor}.weight") for n in present if (factor := factor_of(n))})
+    pairs = [FactorPair(m, f"{m}.lora_A.weight", f"{m}.lora_B.weight") for m in modules]
+    for pair in pairs:
+        if not {pair.a, pair.b} <= present:
+            missing = pair.b if pair.a in present else pair.a
+            raise UserError(f"{pair.module} has one factor only: {missing} is missing from the state")
+    return pairs
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The federated model inside a wrapper; any other model is returned as it is."""
+    inner = getattr(model, "federated_model", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def clip_of(model: nn.Module) -> tuple[Any, str]:
+    """The CLIP inside a model and the prefix of its names there ("clip." or "" for a bare CLIP)."""
+    root = unwrap(model)
+    clip = getattr(root, "clip", None)
+    return (clip, "clip.") if isinstance(clip, nn.Module) else (root, "")
+
+
+def find_towers(model: nn.Module) -> Towers:
+    """The towers of a federated model, or of a bare CLIP in the Hugging Face or open_clip layout.
+
+    Raises:
+        UserError: the model has neither layout.
+    """
+    root = unwrap(model)
+    towers = getattr(root, "towers", None)
+    if isinstance(towers, Towers):
+        return towers
+    if hasattr(root, "vision_model") and hasattr(root, "text_model"):
+        return HUGGINGFACE_TOWERS
+    if hasattr(root, "visual") and hasattr(root, "transformer"):
+        return Towers("open_clip", vision=("visual",), text=("transformer",), default_targets=("attn",))
+    raise UserError(f"{type(root).__name__} has no CLIP towers; pass a FederatedCLIPModel or a bare CLIP")
+
+
+def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, Any]]:
+    """(module name, PEFT layer) of every adapted layer by name; only those with `adapter_name` if given."""
+    layers = [(n, m) for n, m in unwrap(model).named_modules() if isinstance(m, LoraLayer)]
+    return sorted((n, m) for n, m in layers if adapter_name is None or adapter_name in m.lora_A)
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, nn.Parameter]:
+    """Wire name -> parameter of every factor of one adapter, sorted by name."""
+    found = {}
+    for name, layer in adapter_layers(model, adapter_name):
+        for factor in FACTORS:
+            found[f"{name}.{factor}.weight"] = getattr(layer, factor)[adapter_name].weight
+    return dict(sorted(found.items()))
+
+
+def owner_of(model: nn.Module, name: str) -> nn.Module:
+    """The module that holds the parameter of this wire name (for a factor, its small Linear).
+
+    Raises:
+        KeyError: the model has no such parameter.
+    """
+    for parameter_name, _ in unwrap(model).named_parameters():
+        if wire_name(parameter_name) == name:
+            return unwrap(model).get_submodule(parameter_name.rpartition(".")[0])
+    raise KeyError(name)
+
+
+def is_adapter_parameter(name: str) -> bool:
+    """Whether a name from `model.named_parameters()` is that of an adapter's factor, whatever the adapter."""
+    return _WITH_ADAPTER_NAME.search(name) is not None
+
+
+def get_lora_state_dict(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> State:
+    """A detached copy on the CPU of one adapter's factors, under their wire names."""
+    parameters = adapter_parameters(model, adapter_name)
+    return {name: p.detach().cpu().clone() for name, p in parameters.items()}
+
+
+@torch.no_grad()
+def set_lora_state_dict(
+    model: nn.Module, state: Mapping[str, torch.Tensor], adapter_name: str = DEFAULT_ADAPTER
+) -> None:
+    """Copy factors into the model, in place.
+
+    Raises:
+        UserError: names or shapes differ from the model's; the message names the first few.
+    """
+    parameters = adapter_parameters(model, adapter_name)
+    check_same_layout(parameters, state)
+    for name, parameter in parameters.items():
+        parameter.copy_(state[name])
+
+
+def check_same_layout(
+    wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], source: str = "the given state"
+) -> None:
+    """Raise UserError, saying which and what to do, unless both have the same names and shapes."""
+    missing, extra = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+    if missing or extra:
+        raise UserError(
+            f"{source} does not fit this model: {len(missing)} missing {missing[:3]}, {len(extra)} not in "
+            f"the model {extra[:3]}; give both the same target_modules, target_components and layers"
+        )
+    for name in sorted(wanted):
+        if wanted[name].shape != given[name].shape:
+            raise UserError(
+                f"{source}: {name} has shape {tuple(given[name].shape)}, the model's has "
+                f"{tuple(wanted[name].shape)}; give both the same rank r and base model"
+            )
+
+
+@contextlib.contextmanager
+def trainability_kept(model: nn.Module) -> Iterator[None]:
+    """Undo PEFT's changes of requires_grad, which would thaw a frozen factor (FFA-LoRA)."""
+    before = [(p, p.requires_grad) for p in unwrap(model).parameters()]
+    yield
+    for parameter, requires_grad in before:
+        parameter.requires_grad_(requires_grad)
+
+
+def enable_lora(model: nn.Module) -> None:
+    """Switch the adapters on. Which parameters train does not change."""
+    with trainability_kept(model):
+        for _, layer in adapter_layers(model):
+            layer.enable_adapters(True)
+    use_trained_biases(unwrap(model))
+
+
+def disable_lora(model: nn.Module) -> None:
+    """Switch the adapters off: the model equals the base model bit for bit (merged ones are taken out first).
+
+    A trained head is not an adapter and stays as it is.
+    """
+    unmerge_lora(model)
+    with trainability_kept(model):
+        for _, layer in adapter_layers(model):
+            layer.enable_adapters(False)
+    use_base_biases(unwrap(model))
+
+
+def is_enabled(model: nn.Module) -> bool:
+    """Whether the model has adapters and they are on."""
+    layers = adapter_layers(model)
+    return bool(layers) and not any(layer.disable_adapters for _, layer in layers)
+
+
+@contextlib.contextmanager
+def lora_disabled(model: nn.Module) -> Iterator[None]:
+    """The base model for the length of a `with` block."""
+    was_enabled = is_enabled(model)
+    disable_lora(model)
+    try:
+        yield
+    finally:
+        if was_enabled:
+            enable_lora(model)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Fold the active adapters into the base weights in place: W += scaling * B @ A.
+
+    Merging into a half-precision base loses small updates; keep the base in fp32 for that.
+
+    Raises:
+        UserError: adapters are disabled, or hold a value that is not finite.
+    """
+    layers = adapter_layers(model)
+    if any(layer.disable_adapters for _, layer in layers):
+        raise UserError("adapters are disabled; call enable_lora(model) before merge_lora(model)")
+    for name, layer in layers:
+        for active in set(layer.active_adapters) & set(layer.lora_A):
+            if not all(getattr(layer, factor)[active].weight.isfinite().all() for factor in FACTORS):
+                raise UserError(
+                    f"the adapter of {name} holds a value that is not finite; restore an earlier checkpoint"
+                )
+    for _, layer in layers:
+        if not layer.merged:
+            layer.merge()
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Take merged adapters out of the base weights again (up to rounding, <= 1e-5 in the outputs)."""
+    for _, layer in adapter_layers(model):
+        if layer.merged:
+            layer.unmerge()
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether some adapter is folded into the base weights just now."""
+    return any(layer.merged for _, layer in adapter_layers(model))
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Merge, then put plain layers back: the model without any trace of LoRA, changed in place and returned.
+
+    The active adapter is merged; other loaded adapters are dropped. What trains does not change; of what
+    travels, the head remains.
+    """
+    root = unwrap(model)
+    merge_lora(root)
+    for name, layer in sorted(adapter_layers(root), key=lambda item: -item[0].count(".")):
+        parent, _, leaf = name.rpartition(".")
+        setattr(root.get_submodule(parent), leaf, layer.base_layer)
+    forget_base_biases(root)
+    for owner in {root, clip_of(root)[0]}:
+        for attribute in ("peft_config", "lora_config"):
+            owner.__dict__.pop(attribute, None)
+    if hasattr(root, "set_exchanged"):
+        root.set_exchanged(exchanged_names(root))
+    return root
+
+
+def lora_config_of(model: nn.Module) -> LoRAConfig | None:
+    """The LoRAConfig applied to a model; None if there is none, or its adapters came from plain PEFT."""
+    return getattr(unwrap(model), "lora_config", None)
+
+
+def scalings(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, float]:
+    """Adapted layer -> the factor in front of its B @ A, under the module names of `factor_pairs`."""
+    return {name: float(layer.scaling[adapter_name]) for name, layer in adapter_layers(model, adapter_name)}
+
+
+def set_scaling(model: nn.Module, values: Mapping[str, float], adapter_name: str = DEFAULT_ADAPTER) -> None:
+    """Set the scaling of the named layers (for clients whose rank, zero-padded, differs from the model's).
+
+    Raises:
+        UserError: a name is not that of an adapted layer.
+    """
+    if is_merged(model):
+        raise UserError("adapters are merged; call unmerge_lora(model) before changing their scaling")
+    layers = dict(adapter_layers(model, adapter_name))
+    for name, value in values.items():
+        if name not in layers:
+            raise UserError(f"no adapted layer named {name!r}; known are {list(layers)[:3]} and so on")
+        layers[name].scaling[adapter_name] = float(value)
+
+
+def set_trainable_factors(model: nn.Module, factors: Collection[str] = FACTORS) -> None:
+    """Let only the given factors of the default adapter train ({"lora_B"} for FFA-LoRA). What travels stays.
+
+    Raises:
+        UserError: a factor other than "lora_A" and "lora_B".
+    """
+    if unknown := set(factors) - set(FACTORS):
+        raise UserError(f"unknown factors {sorted(unknown)}; valid are {list(FACTORS)}")
+    for name, parameter in adapter_parameters(model).items():
+        parameter.requires_grad_(factor_of(name) in factors)
+
+
+@torch.no_grad()
+def init_adapters(model: nn.Module, generator: torch.Generator, adapter_name: str = DEFAULT_ADAPTER) -> None:
+    """Fresh factors: A Kaiming-uniform with a = sqrt(5), B = 0. Equal generators give equal factors.
+
+    Drawn on the CPU in fp32, in the order of the names, so that the device does not matter.
+    """
+    for name, parameter in adapter_parameters(model, adapter_name).items():
+        if parameter.is_meta:
+            continue
+        if factor_of(name) == "lora_B":
+            parameter.zero_()
+        else:
+            fresh = torch.empty(parameter.shape, dtype=torch.float32)
+            parameter.copy_(nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator))
+
+
+def exchanged_names(model: nn.Module) -> tuple[str, ...]:
+    """Wire names of what travels: adapters, trained biases, and the head if it trains itself; sorted."""
+    root = unwrap(model)
+    names = {*adapter_parameters(root), *trained_biases(root)}
+    if head_trains(root):
+        names |= {f"head.{name}" for name, _ in root.head.named_parameters()}
+    return tuple(sorted(names))
+
+
+def head_trains(model: nn.Module) -> bool:
+    """Whether the head itself trains and travels: there is one, it is not frozen and carries no adapter."""
+    root = unwrap(model)
+    head = getattr(root, "head", None)
+    return isinstance(head, nn.Module) and not isinstance(head, LoraLayer) and bool(root.train_head)

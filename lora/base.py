@@ -1,0 +1,143 @@
+"""LoRAWrapper: what every federated model shares once it is wrapped with LoRA.
+
+Wrapped or not, a model has the same verbs (get_parameters, set_parameters, train_step, evaluate, ...), so
+that client, server and training loop do not know whether LoRA is on. The wrapper holds the federated model
+and delegates; it copies nothing. What changes is what travels: adapters and the trained head only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from lora import adapters
+from lora.config import LoRAConfig
+from lora.gradient_checkpointing import disable_gradient_checkpointing, enable_gradient_checkpointing
+from lora.injection import inject_lora
+from models.errors import UserError
+from models.state import State
+
+
+class LoRAWrapper(nn.Module):
+    """A federated model with LoRA. Whatever is not defined here is looked up on the federated model.
+
+    Attributes:
+        federated_model: The wrapped model.
+        lora_config: What is adapted.
+        seed: Seed of the draw of lora_A.
+    """
+
+    federated_model: Any
+
+    def __init__(
+        self, federated_model: nn.Module, lora_config: LoRAConfig | None = None, *, seed: int = 0
+    ) -> None:
+        """Hold the model; nothing changes before `apply_lora_to_federated_model`.
+
+        Args:
+            federated_model: The model to wrap; used in place, not copied.
+            lora_config: What to adapt; the defaults of LoRAConfig if left out.
+            seed: Seeds the draw of lora_A; every client and the server must use the same.
+        """
+        super().__init__()
+        self.federated_model = federated_model
+        self.lora_config = lora_config or LoRAConfig()
+        self.seed = seed
+        self._before: tuple[tuple[str, ...], list[tuple[nn.Parameter, bool]]] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Fall back to the federated model: `wrapper.clip`, `wrapper.encode_text`, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "federated_model":
+                raise
+            return getattr(super().__getattr__("federated_model"), name)
+
+    def apply_lora_to_federated_model(self) -> Self:
+        """Inject the adapters, freeze the base model, name what travels. Without effect if not `enabled`.
+
+        Raises:
+            UserError: applied twice, or nothing matches the targets.
+        """
+        if self.lora_config.enabled:
+            model = self.federated_model
+            before = (model.exchanged_names, [(p, p.requires_grad) for p in model.parameters()])
+            inject_lora(model, self.lora_config, seed=self.seed)
+            self._before = before
+        return self
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the federated model carries adapters."""
+        return bool(adapters.adapter_layers(self.federated_model))
+
+    def enable_lora_layers(self) -> None:
+        """Switch the adapters on."""
+        adapters.enable_lora(self.federated_model)
+
+    def disable_lora_layers(self) -> None:
+        """Switch the adapters off: the base model, exactly (with the head as it is)."""
+        adapters.disable_lora(self.federated_model)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade time for memory in training."""
+        enable_gradient_checkpointing(self.federated_model)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Undo `enable_gradient_checkpointing`."""
+        disable_gradient_checkpointing(self.federated_model)
+
+    def merge_and_unload(self) -> nn.Module:
+        """Merge the adapters for good and return the plain federated model.
+
+        What trains and what travels is again what it was before LoRA was applied.
+        """
+        model: Any = adapters.merge_and_unload(self.federated_model)
+        if self._before is not None:
+            names, flags = self._before
+            for parameter, requires_grad in flags:
+                parameter.requires_grad_(requires_grad)
+            model.set_exchanged(names)
+            self._before = None
+        return model
+
+    def get_parameters(self) -> list[np.ndarray]:
+        """Adapters and trained head, in the order of `exchanged_names`; never the base model."""
+        return self.federated_model.get_parameters()
+
+    def set_parameters(self, parameters: list[np.ndarray]) -> None:
+        """Copy adapters and trained head into the model; the counterpart of `get_parameters`."""
+        self.federated_model.set_parameters(parameters)
+
+    def get_state(self) -> State:
+        """The same values as `get_parameters`, by wire name."""
+        return self.federated_model.get_state()
+
+    def set_state(self, state: State, **options: Any) -> None:
+        """Copy named values into the model; options are those of the federated model (`partial=True`)."""
+        self.federated_model.set_state(state, **options)
+
+    def train_step(self, data: torch.Tensor | Mapping[str, Any], labels: torch.Tensor | None = None) -> float:
+        """One optimizer step on one batch; returns the loss.
+
+        Raises:
+            UserError: the adapters are merged or disabled, so that the step could not train them.
+        """
+        layers = adapters.adapter_layers(self.federated_model)
+        if layers and (layers[0][1].merged or layers[0][1].disable_adapters):
+            raise UserError(
+                "the adapters are merged or disabled, so a step would not train them; "
+                "call unmerge_lora or enable_lora_layers first"
+            )
+        return self.federated_model.train_step(data, labels)
+
+    def evaluate(
+        self, data: torch.Tensor | Mapping[str, Any], labels: torch.Tensor | None = None
+    ) -> dict[str, float]:
+        """Loss, accuracy and number of examples of one batch."""
+        return self.federated_model.evaluate(data, labels)

@@ -1,0 +1,329 @@
+"""Adapter files in PEFT's format, and full checkpoints; safetensors and JSON, never pickle.
+
+Written after a run (and by the server between rounds); read before round 1 or for inference. A folder holds
+
+    adapter_config.json         PEFT's configuration
+    adapter_model.safetensors   factors under `base_model.model.` + path inside the CLIP, and trained biases
+    head.safetensors            what lies outside the CLIP: the head, or its adapter
+
+The first two load in plain `peft.PeftModel.from_pretrained` on the CLIP. The safetensors metadata carry the
+round or epoch, the base model's name, a sample of its weights, our LoRAConfig and the metrics. Each file is
+written beside its place and renamed, so that an interrupted save leaves the old file.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from lora.adapters import (
+    DEFAULT_ADAPTER,
+    adapter_layers,
+    adapter_parameters,
+    clip_of,
+    lora_config_of,
+    scalings,
+    unwrap,
+)
+from lora.biases import trained_biases
+from lora.config import LoRAConfig
+from models.errors import UserError
+from models.state import State
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE, ADAPTER_FILE, HEAD_FILE = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
+FULL_FILE = "model.safetensors"
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter folder holds.
+
+    Attributes:
+        folder: Where it was read from.
+        state: Factors and trained biases by their names inside the CLIP.
+        head: What lies outside the CLIP, by wire name ("head.weight").
+        peft_config: PEFT's configuration; None if only the head has an adapter.
+        lora_config: Our configuration; None for files that plain PEFT wrote.
+        base_model: Name of the base model, "" if unknown.
+        metadata: The file's metadata: server_round, epoch, metrics, base_sample, as far as present.
+    """
+
+    folder: Path
+    state: State
+    head: State = field(default_factory=dict)
+    peft_config: LoraConfig | None = None
+    lora_config: LoRAConfig | None = None
+    base_model: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save_lora_adapters(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    server_round: int | None = None,
+    epoch: int | None = None,
+    metrics: Mapping[str, float] | None = None,
+    adapter_name: str = DEFAULT_ADAPTER,
+) -> Path:
+    """Write one adapter, the trained biases and the head as a PEFT folder.
+
+    Args:
+        model: A wrapper, a federated model or a bare CLIP with adapters.
+        folder: Created if need be; the three files in it are replaced.
+        server_round: Goes into the metadata.
+        epoch: Likewise.
+        metrics: Likewise.
+        adapter_name: Which adapter.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the model has no such adapter.
+    """
+    root = unwrap(model)
+    if not adapter_parameters(root, adapter_name):
+        raise UserError(f"this model has no adapter {adapter_name!r} to save; apply LoRA first")
+    metadata = _metadata(root, server_round=server_round, epoch=epoch, metrics=metrics)
+    inside, outside = _split_state(root, adapter_name)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        fresh = Path(temporary)
+        if inside:
+            _exported_config(root, adapter_name).save_pretrained(str(fresh))
+            save_file({PEFT_PREFIX + name: t for name, t in inside.items()}, fresh / ADAPTER_FILE, metadata)
+        if outside:
+            save_file(outside, fresh / HEAD_FILE, metadata)
+        _move_into_place(fresh, folder)
+    logger.info("saved adapter %s to %s", adapter_name, folder)
+    return folder
+
+
+def read_adapter(folder: str | Path) -> AdapterFile:
+    """Read an adapter folder, ours or plain PEFT's, without touching a model.
+
+    Raises:
+        UserError: there is no such folder, it is no PEFT folder, a file is missing or damaged, or the adapter
+            uses something that is not plain LoRA.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder that holds {CONFIG_FILE}")
+    head, head_metadata = _read_tensors(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else ({}, {})
+    if not (folder / CONFIG_FILE).is_file():
+        if not head:
+            raise UserError(f"{folder} is no PEFT adapter: {CONFIG_FILE} is missing")
+        return _adapter_file(folder, {}, head, None, head_metadata)
+    if not (folder / ADAPTER_FILE).is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        remedy = "save it again with safe_serialization=True" if pickled else "copy the whole folder"
+        raise UserError(f"{folder}: {ADAPTER_FILE} is missing; {remedy}")
+    peft_config = _read_peft_config(folder)
+    tensors, metadata = _read_tensors(folder / ADAPTER_FILE)
+    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+    foreign = [n for n in state if not re.search(r"\.lora_[AB]\.weight$|bias$", n)]
+    if foreign:
+        raise UserError(
+            f"{folder}: {len(foreign)} arrays are not plain LoRA, first {foreign[0]}; merge it in PEFT first"
+        )
+    return _adapter_file(folder, state, head, peft_config, metadata)
+
+
+def save_full_checkpoint(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    server_round: int | None = None,
+    epoch: int | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> Path:
+    """Write every weight (base, adapters, head) to `model.safetensors`; else as `save_lora_adapters`."""
+    root = unwrap(model)
+    metadata = _metadata(root, server_round=server_round, epoch=epoch, metrics=metrics)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in root.state_dict().items()}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        save_file(state, Path(temporary) / FULL_FILE, metadata)
+        _move_into_place(Path(temporary), folder)
+    return folder
+
+
+def read_full_checkpoint(folder: str | Path) -> tuple[State, dict[str, Any]]:
+    """Every weight and the metadata of a full checkpoint.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = Path(folder) / FULL_FILE
+    if not path.is_file():
+        raise UserError(f"{path} is missing; was the model saved with save_only_trainable: true?")
+    return _read_tensors(path)
+
+
+def base_sample(model: nn.Module) -> list[float]:
+    """A few values of weights that LoRA never touches (embeddings, convolutions), to recognise a base."""
+    clip, _ = clip_of(model)
+    sample: list[float] = []
+    for name, module in sorted(clip.named_modules()):
+        weight = module._parameters.get("weight")
+        if (
+            isinstance(module, nn.Embedding | nn.Conv2d)
+            and isinstance(weight, torch.Tensor)
+            and not weight.is_meta
+        ):
+            flat = weight.detach().flatten()
+            picks = flat[torch.linspace(0, flat.numel() - 1, 8).long().to(flat.device)]
+            sample += [round(value, 6) for value in picks.float().tolist()]
+            logger.debug("sampled %s", name)
+    return sample
+
+
+def base_model_name(model: nn.Module) -> str:
+    """Name of the base model, "" if the model does not know it."""
+    root = unwrap(model)
+    clip, _ = clip_of(root)
+    return str(
+        getattr(root, "model_name", None) or getattr(getattr(clip, "config", None), "_name_or_path", "") or ""
+    )
+
+
+def _metadata(root: nn.Module, **extra: Any) -> dict[str, str]:
+    config = lora_config_of(root)
+    values = {
+        "base_model": base_model_name(root),
+        "base_sample": base_sample(root),
+        "lora_config": None if config is None else config.model_dump(mode="json"),
+        **extra,
+    }
+    present = {key: value for key, value in values.items() if value is not None}
+    return {"format": "pt"} | {
+        k: v if isinstance(v, str) else json.dumps(v, default=float) for k, v in present.items()
+    }
+
+
+def _split_state(root: nn.Module, adapter_name: str) -> tuple[State, State]:
+    """What lies inside the CLIP (by name there) and outside it (by wire name), detached on the CPU."""
+    _, prefix = clip_of(root)
+    parameters: dict[str, nn.Parameter] = {**adapter_parameters(root, adapter_name), **trained_biases(root)}
+    head = getattr(root, "head", None)
+    if isinstance(head, nn.Module) and not adapter_layers(head):
+        parameters |= {f"head.{name}": parameter for name, parameter in head.named_parameters()}
+    state = {name: p.detach().cpu().clone().contiguous() for name, p in parameters.items()}
+    inside = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix) and not _is_head(n)}
+    return inside, {n: t for n, t in state.items() if _is_head(n)}
+
+
+def _is_head(name: str) -> bool:
+    return name.startswith("head.")
+
+
+def _exported_config(root: nn.Module, adapter_name: str) -> LoraConfig:
+    """PEFT's configuration with the scaling that is in force, which `set_scaling` may have changed."""
+    clip, prefix = clip_of(root)
+    config = copy.deepcopy(clip.peft_config[adapter_name])
+    config.base_model_name_or_path = base_model_name(root)
+    config.inference_mode = True
+    ours = lora_config_of(root)
+    config.bias = "none" if ours is None else ours.bias
+    overrides = {}
+    for name, scaling in scalings(clip, adapter_name).items():
+        rank = clip.get_submodule(name).r[adapter_name]
+        if not math.isclose(scaling, expected_scaling(config, name, rank)):
+            overrides[f"^{re.escape(name)}"] = scaling * (math.sqrt(rank) if config.use_rslora else rank)
+    config.alpha_pattern = {**overrides, **(config.alpha_pattern or {})}
+    return config
+
+
+def expected_scaling(config: LoraConfig, module: str, rank: int) -> float:
+    """The scaling that PEFT gives a layer of this configuration."""
+    patterns = config.alpha_pattern or {}
+    keys = (k for k in patterns if re.match(rf"(.*\.)?({k})$", module))
+    alpha = next((patterns[k] for k in keys), config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _move_into_place(fresh: Path, folder: Path) -> None:
+    for path in sorted(fresh.iterdir()):
+        if path.name == "README.md":  # PEFT may add a model card; none of ours
+            continue
+        with path.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(path, folder / path.name)
+
+
+def _read_tensors(path: Path) -> tuple[State, dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = dict(handle.metadata() or {})
+            tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is damaged or no safetensors file ({error}); save or copy it again"
+        ) from error
+    return tensors, {key: _decoded(value) for key, value in metadata.items()}
+
+
+def _decoded(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _read_peft_config(folder: Path) -> LoraConfig:
+    path = folder / CONFIG_FILE
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON ({error}); copy the folder again") from error
+    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
+        raise UserError(f"{path}: peft_type is {kind!r}; only LORA adapters can be loaded")
+    unsupported = [
+        k
+        for k in ("use_dora", "modules_to_save", "target_parameters", "lora_bias", "fan_in_fan_out")
+        if raw.get(k)
+    ]
+    if unsupported:
+        raise UserError(f"{path}: {unsupported} cannot be loaded here; merge that adapter in PEFT first")
+    config = LoraConfig.from_pretrained(str(folder))
+    config.init_lora_weights = True
+    return config
+
+
+def _adapter_file(
+    folder: Path, state: State, head: State, peft_config: LoraConfig | None, metadata: dict[str, Any]
+) -> AdapterFile:
+    ours = metadata.get("lora_config")
+    return AdapterFile(
+        folder=folder,
+        state=state,
+        head=head,
+        peft_config=peft_config,
+        lora_config=LoRAConfig(**ours) if isinstance(ours, dict) else None,
+        base_model=str(
+            metadata.get("base_model") or (peft_config and peft_config.base_model_name_or_path) or ""
+        ),
+        metadata=metadata,
+    )

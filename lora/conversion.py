@@ -1,0 +1,137 @@
+"""Read adapters in the `.pt` layout of hand-written CLIP LoRA code and give them our names.
+
+Such a file holds `lora_state_dict`, with keys like `transformer.resblocks.0.attn.lora_q.lora_A` (text tower)
+and `visual.transformer.resblocks.0.attn.lora_v.lora_B` (vision tower), and `lora_config` with the rank and
+alpha. It is read with weights_only=True: a file that would run code is refused. Used once, before round 1.
+
+For a Hugging Face CLIP each of q, k, v and out becomes the adapter of its projection. For a fused attention
+the three of q, k, v become one of rank 3 r, A stacked and B block-diagonal, which is the same function.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from lora.adapters import find_towers
+from lora.checkpoint import AdapterFile
+from models.errors import UserError
+from models.state import State
+
+_KEY = re.compile(
+    r"(?P<visual>visual\.)?transformer\.resblocks\.(?P<block>\d+)\.attn\.lora_(?P<part>q|k|v|out)(_proj)?\.lora_(?P<factor>[AB])(\.weight)?"
+)
+Blocks = dict[
+    tuple[str, int], dict[str, dict[str, torch.Tensor]]
+]  # (tower, block) -> part -> "A"/"B" -> factor
+
+
+def read_converted(path: Path, model: nn.Module) -> AdapterFile:
+    """Read a `.pt` file and name its factors as `model`'s layers are named.
+
+    Raises:
+        UserError: no such file, not this layout, a pickled object inside, or no rank or alpha.
+    """
+    content = _read(path)
+    config = content["lora_config"]
+    rank = int(_setting(path, config, "r", "rank"))
+    alpha = float(_setting(path, config, "lora_alpha", "alpha"))
+    blocks = _grouped(path, content["lora_state_dict"], rank)
+    fused = find_towers(model).backend == "open_clip"
+    state, modules = _fused(blocks, rank) if fused else _separate(blocks)
+    width = 3 if fused else 1
+    peft_config = LoraConfig(
+        r=width * rank,
+        lora_alpha=width * alpha,  # type: ignore[arg-type]
+        lora_dropout=float(config.get("lora_dropout", config.get("dropout", 0.0))),
+        target_modules="|".join(re.escape(name) for name in modules),
+    )
+    metadata: dict[str, Any] = {key: content[key] for key in ("epoch", "metrics") if key in content}
+    name = str(content.get("model_name", config.get("model_name", "")))
+    return AdapterFile(path, dict(sorted(state.items())), {}, peft_config, None, name, metadata)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"{path} cannot be read safely: {str(error).splitlines()[0]}; save tensors and plain values only"
+        ) from error
+    for key in ("lora_state_dict", "lora_config"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), Mapping):
+            raise UserError(
+                f"{path} has no {key!r}; expected a dict with 'lora_state_dict' and 'lora_config'"
+            )
+    return content
+
+
+def _setting(path: Path, config: Mapping[str, Any], *names: str) -> Any:
+    for name in names:
+        if name in config:
+            return config[name]
+    raise UserError(f"{path}: lora_config has no {names[0]!r}")
+
+
+def _grouped(path: Path, factors: Mapping[str, torch.Tensor], rank: int) -> Blocks:
+    blocks: Blocks = defaultdict(lambda: defaultdict(dict))
+    for key, tensor in factors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise UserError(
+                f"{path}: unknown key {key!r}; expected names like transformer.resblocks.0.attn.lora_q.lora_A"
+            )
+        axis = 0 if match["factor"] == "A" else 1  # A is (r, d_in), B is (d_out, r)
+        value = tensor.detach().float()
+        if value.ndim == 2 and value.shape[axis] != rank and value.shape[1 - axis] == rank:
+            value = value.T
+        if value.ndim != 2 or value.shape[axis] != rank:
+            raise UserError(f"{path}: {key} has shape {tuple(tensor.shape)}, which does not fit rank {rank}")
+        tower = "vision" if match["visual"] else "text"
+        blocks[tower, int(match["block"])][match["part"]][match["factor"]] = value.contiguous()
+    for (tower, block), parts in blocks.items():
+        for part, pair in parts.items():
+            if set(pair) != {"A", "B"}:
+                raise UserError(f"{path}: lora_{part} of {tower} block {block} has one factor only")
+    if not blocks:
+        raise UserError(f"{path}: lora_state_dict is empty")
+    return blocks
+
+
+def _separate(blocks: Blocks) -> tuple[State, list[str]]:
+    """One adapter per projection of a Hugging Face CLIP."""
+    state: State = {}
+    for (tower, block), parts in blocks.items():
+        for part, pair in parts.items():
+            module = f"{tower}_model.encoder.layers.{block}.self_attn.{part}_proj"
+            state |= {f"{module}.lora_{factor}.weight": value for factor, value in pair.items()}
+    return state, sorted({name.rsplit(".lora_", 1)[0] for name in state})
+
+
+def _fused(blocks: Blocks, rank: int) -> tuple[State, list[str]]:
+    """One adapter of rank 3 r per fused attention; what the file leaves out is zero."""
+    state: State = {}
+    modules = []
+    for (tower, block), parts in blocks.items():
+        module = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{block}.attn"
+        modules.append(module)
+        width = next(iter(parts.values()))["A"].shape[1]
+        zero = {"A": torch.zeros(rank, width), "B": torch.zeros(width, rank)}
+        q_k_v = [parts.get(part, zero) for part in ("q", "k", "v")]
+        out = parts.get("out", zero)
+        state[f"{module}.lora_A.weight"] = torch.cat([pair["A"] for pair in q_k_v])  # (3 r, d)
+        state[f"{module}.lora_B.weight"] = torch.block_diag(*[pair["B"] for pair in q_k_v])  # (3 d, 3 r)
+        padding = 2 * rank
+        state[f"{module}.base_layer.out_proj.lora_A.weight"] = nn.functional.pad(out["A"], (0, 0, 0, padding))
+        state[f"{module}.base_layer.out_proj.lora_B.weight"] = nn.functional.pad(out["B"], (0, padding))
+    return state, sorted(modules)

@@ -1,0 +1,252 @@
+"""Thin doors for scripts and notebooks: build a model from a config, keep configs and models in folders.
+
+Nothing in this project imports them; the run engine builds its models from the experiment's config.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+from torch import nn
+
+from lora.checkpoint import (
+    CONFIG_FILE,
+    FULL_FILE,
+    HEAD_FILE,
+    read_adapter,
+    save_full_checkpoint,
+    save_lora_adapters,
+)
+from lora.clip_wrapper import CLIPLoRAWrapper
+from lora.config import LoRAConfig
+from lora.loading import load_full_checkpoint, load_lora_adapters
+from models.clip import FederatedCLIPModel
+from models.errors import UserError
+
+MODEL_TYPES = ("clip", "clip_lora")
+LATER_MODEL_TYPES = ("vqa", "vqa_lora")
+
+
+def quick_clip_lora(
+    model_name: str = "openai/clip-vit-base-patch32",
+    num_classes: int = 10,
+    r: int = 16,
+    lora_alpha: float = 32,
+    *,
+    lora_dropout: float = 0.1,
+    target_modules: Sequence[str] | None = None,
+    target_components: Sequence[str] = ("encoder",),
+    seed: int = 0,
+    **model_options: Any,
+) -> CLIPLoRAWrapper:
+    """A CLIP with adapters in one call.
+
+    Args:
+        model_name: "tiny", a hub name, a local folder or "open_clip:<architecture>".
+        num_classes: Classes of the head.
+        r: Rank.
+        lora_alpha: The update is scaled by lora_alpha / r.
+        lora_dropout: Dropout on the adapters' input.
+        target_modules: Layers to adapt; the backend's default if left out.
+        target_components: Any of "encoder", "vision", "text", "classifier".
+        seed: Seeds the draw of lora_A.
+        **model_options: Further arguments of FederatedCLIPModel, such as class_names or pretrained.
+    """
+    config = LoRAConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=None if target_modules is None else list(target_modules),
+        target_components=list(target_components),  # type: ignore[arg-type]
+    )
+    options = {"strategy": "lora", "seed": seed, **model_options}
+    model = FederatedCLIPModel(model_name, num_classes, **options)
+    return CLIPLoRAWrapper(model, config, seed=seed).apply_lora_to_federated_model()
+
+
+def create_model(config: Mapping[str, Any] | str | Path, **model_options: Any) -> nn.Module:
+    """Build the model that a configuration describes.
+
+    Args:
+        config: A mapping with sections `model` (type, model_name, num_classes, ...), `lora` and `task`, or
+            the path of a YAML file that holds one; other sections are not looked at.
+        **model_options: Further arguments of FederatedCLIPModel, such as class_names.
+
+    Returns:
+        A FederatedCLIPModel for `model.type: clip`, an applied CLIPLoRAWrapper for `clip_lora`.
+
+    Raises:
+        UserError: an unknown type or key, with the nearest valid one.
+    """
+    tree = _read_yaml(Path(config)) if isinstance(config, str | Path) else dict(config)
+    section = dict(tree.get("model") or {})
+    model_type = section.pop("type", "clip_lora")
+    if model_type not in MODEL_TYPES:
+        later = " is not part of this version" if model_type in LATER_MODEL_TYPES else " is unknown"
+        raise UserError(f"model.type {model_type!r}{later}; valid are {', '.join(MODEL_TYPES)}")
+    options = _model_options(section, dict(tree.get("task") or {}), uses_adapters=model_type == "clip_lora")
+    seed = int(tree.get("seed", 0))
+    model = FederatedCLIPModel(**{"seed": seed, **options, **model_options})
+    if model_type == "clip":
+        return model
+    wrapper = CLIPLoRAWrapper(model, _lora_config(tree.get("lora") or {}, "lora"), seed=seed)
+    return wrapper.apply_lora_to_federated_model()
+
+
+class LoRAConfigManager:
+    """LoRA configurations by name, one YAML file each."""
+
+    def __init__(self, root: str | Path = "./lora_configs") -> None:
+        """Keep the files in `root`, which is made when something is saved."""
+        self.root = Path(root)
+
+    def save_config(self, config: LoRAConfig, name: str) -> Path:
+        """Write a configuration; an older one of the same name is replaced."""
+        path = self.root / f"{_checked(name)}.yaml"
+        self.root.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".yaml.saving")
+        fresh.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        fresh.replace(path)
+        return path
+
+    def load_config(self, name: str) -> LoRAConfig:
+        """Read a configuration.
+
+        Raises:
+            UserError: no such name (the message lists the known ones), or the file is not valid.
+        """
+        path = self.root / f"{_checked(name)}.yaml"
+        if not path.is_file():
+            raise UserError(f"no LoRA configuration {name!r} in {self.root}; known are {self.list_configs()}")
+        return _lora_config(_read_yaml(path), str(path))
+
+    def list_configs(self) -> list[str]:
+        """Names of the saved configurations, sorted."""
+        return sorted(path.stem for path in self.root.glob("*.yaml"))
+
+
+class LoRAModelManager:
+    """Saved models by name, one folder each, in the formats of `lora.checkpoint`."""
+
+    def __init__(self, root: str | Path = "./lora_models") -> None:
+        """Keep the models in `root`, which is made when something is saved."""
+        self.root = Path(root)
+
+    def save_model(
+        self,
+        model: nn.Module,
+        name: str,
+        *,
+        server_round: int | None = None,
+        epoch: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Path:
+        """Write adapters and head; with `save_only_trainable: false` every weight as well."""
+        folder = self.root / _checked(name)
+        save_lora_adapters(model, folder, server_round=server_round, epoch=epoch, metrics=metrics)
+        if not getattr(model, "lora_config", LoRAConfig()).save_only_trainable:
+            save_full_checkpoint(model, folder, server_round=server_round, epoch=epoch, metrics=metrics)
+        return folder
+
+    def load_model(self, name: str, model: nn.Module) -> nn.Module:
+        """Load a saved model into `model` and return it: every weight if saved, else adapters and head.
+
+        Raises:
+            UserError: no such name (the message lists the known ones), or it does not fit the model.
+        """
+        folder = self._folder(name)
+        if (folder / FULL_FILE).is_file():
+            load_full_checkpoint(model, folder)
+        else:
+            load_lora_adapters(model, folder)
+        return model
+
+    def get_model_info(self, name: str) -> dict[str, Any]:
+        """What is known about a saved model, from its files: base model, config, metrics, sizes."""
+        folder = self._folder(name)
+        found = read_adapter(folder)
+        state = {**found.state, **found.head}
+        details = {
+            key: found.metadata[key] for key in ("server_round", "epoch", "metrics") if key in found.metadata
+        }
+        return {
+            "name": name,
+            "path": str(folder),
+            "base_model": found.base_model,
+            "lora_config": None if found.lora_config is None else found.lora_config.model_dump(mode="json"),
+            "num_parameters": sum(tensor.numel() for tensor in state.values()),
+            "size_bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+            "has_head": bool(found.head),
+            "is_full": (folder / FULL_FILE).is_file(),
+            **details,
+        }
+
+    def list_models(self) -> list[str]:
+        """Names of the saved models, sorted."""
+        marks = (CONFIG_FILE, HEAD_FILE)
+        return sorted({path.parent.name for mark in marks for path in self.root.glob(f"*/{mark}")})
+
+    def _folder(self, name: str) -> Path:
+        folder = self.root / _checked(name)
+        if not folder.is_dir():
+            raise UserError(f"no saved model {name!r} in {self.root}; known are {self.list_models()}")
+        return folder
+
+
+def _checked(name: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise UserError(f"{name!r} cannot be a file name; use letters, digits, '_', '-' and '.'")
+    return name
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping, not {type(tree).__name__}")
+    return tree
+
+
+def _lora_config(tree: Mapping[str, Any], source: str) -> LoRAConfig:
+    try:
+        return LoRAConfig(**tree)
+    except ValidationError as error:
+        lines = [_explained(source, detail) for detail in error.errors()]
+        raise UserError("; ".join(lines)) from error
+
+
+def _explained(source: str, detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    near = difflib.get_close_matches(key, LoRAConfig.model_fields, n=1)
+    hint = f" (did you mean {near[0]}?)" if near and detail["type"] == "extra_forbidden" else ""
+    return f"{source}: {key}: {detail['msg']}{hint}"
+
+
+def _model_options(section: dict[str, Any], task: dict[str, Any], *, uses_adapters: bool) -> dict[str, Any]:
+    """Arguments of FederatedCLIPModel from the `model` and `task` sections of a configuration."""
+    renamed = {"fine_tuning": "strategy"}
+    options = {renamed.get(key, key): value for key, value in section.items() if value is not None}
+    options |= {"task" if key == "name" else key: value for key, value in task.items()}
+    if isinstance(options.get("dtype"), str):
+        options["dtype"] = getattr(torch, options["dtype"], options["dtype"])
+    if uses_adapters:
+        options["strategy"] = "lora"
+    valid = [name for name in inspect.signature(FederatedCLIPModel.__init__).parameters if name != "self"]
+    for key in options:
+        if key not in valid:
+            near = difflib.get_close_matches(key, valid, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; valid are {', '.join(valid)}"
+            raise UserError(f"model: unknown key {key!r}{hint}")
+    return options

@@ -1,0 +1,194 @@
+"""Put adapters into a model, before round 1.
+
+PEFT injects (`inject_adapter_in_model`): classes and parameter names of the model stay as they are, no model
+is nested in another. For a federated model this is also the one moment at which what trains and what travels
+is named.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from lora.adapters import (
+    DEFAULT_ADAPTER,
+    FACTORS,
+    adapter_layers,
+    adapter_parameters,
+    clip_of,
+    exchanged_names,
+    find_towers,
+    head_trains,
+    init_adapters,
+    unwrap,
+)
+from lora.attention import FusedAttentionLoRA
+from lora.biases import is_bias, train_biases
+from lora.config import LoRAConfig
+from lora.targets import TowerPlan, plan_towers
+from models.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def inject_lora(
+    model: nn.Module, config: LoRAConfig, *, seed: int = 0, generator: torch.Generator | None = None
+) -> None:
+    """Add the default adapter to the towers and the head that `config` names, and freeze everything else.
+
+    A federated model is told what travels from now on. lora_B starts at zero, so the model's outputs do not
+    change. No global random state is touched.
+
+    Args:
+        model: A federated model or a bare CLIP; changed in place.
+        config: What to adapt.
+        seed: Seeds the draw of lora_A; equal seeds give equal factors.
+        generator: Used instead of `seed` if given.
+
+    Raises:
+        UserError: nothing matches the targets, or the model has adapters already.
+    """
+    root = unwrap(model)
+    if adapter_layers(root, DEFAULT_ADAPTER):
+        raise UserError("this model has adapters already; call merge_and_unload on it or build a fresh one")
+    clip, prefix = clip_of(root)
+    plans = plan_towers(clip, find_towers(root), config)
+    root.requires_grad_(False)
+    if plans:
+        inject_peft(clip, peft_config_for(plans, config), DEFAULT_ADAPTER)
+        _set_dropout(clip, plans)
+    if config.adapts_head:
+        _inject_head(root, config.for_tower("head"))
+    init_adapters(root, generator or torch.Generator().manual_seed(seed))
+    train_biases(
+        root, _biases_to_train(root, [prefix + name for plan in plans for name in plan.modules], config)
+    )
+    root.lora_config = config
+    _name_what_trains_and_travels(root)
+    logger.info("injected %d adapted layers", len(adapter_layers(root)))
+
+
+def inject_from_peft(model: nn.Module, peft_config: LoraConfig, bias_names: Sequence[str] = ()) -> None:
+    """Add the default adapter as a PEFT configuration says, with the named biases (names inside the CLIP).
+
+    Raises:
+        UserError: the configuration matches no layer of the model.
+    """
+    root = unwrap(model)
+    clip, prefix = clip_of(root)
+    root.requires_grad_(False)
+    inject_peft(clip, peft_config, DEFAULT_ADAPTER)
+    train_biases(root, [prefix + name for name in bias_names])
+    _name_what_trains_and_travels(root)
+
+
+def apply_lora_to_text_encoder(
+    model: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
+) -> nn.Module:
+    """Adapt the text tower alone; by default q, k, v and out projections at r=16, lora_alpha=32.
+
+    On ViT-B/32 the default trains exactly 786,432 parameters.
+
+    Args:
+        model: A federated model or a bare CLIP; changed in place and returned.
+        config: Other settings; its target_components are replaced by ["text"].
+        seed: Seeds the draw of lora_A.
+    """
+    if config is None:
+        backend = find_towers(unwrap(model)).backend
+        targets = ["attn"] if backend == "open_clip" else ["q_proj", "k_proj", "v_proj", "out_proj"]
+        config = LoRAConfig(r=16, lora_alpha=32, target_modules=targets)
+    inject_lora(model, config.model_copy(update={"target_components": ["text"]}), seed=seed)
+    return model
+
+
+def inject_peft(model: Any, peft_config: LoraConfig, adapter_name: str) -> None:
+    """PEFT's injection without its side effects: no global random draw, no other adapter thawed.
+
+    On the meta device the factors stay there too.
+    """
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    peft_configs = dict(getattr(model, "peft_config", {}))
+    peft_config._register_custom_module({nn.MultiheadAttention: FusedAttentionLoRA})
+    on_meta = any(p.is_meta for p in model.parameters())
+    with torch.random.fork_rng(devices=[]):
+        try:
+            inject_adapter_in_model(peft_config, model, adapter_name, low_cpu_mem_usage=on_meta)
+        except ValueError as error:
+            raise UserError(f"the adapter does not fit {type(model).__name__}: {error}") from error
+    model.peft_config = {**peft_configs, adapter_name: peft_config}
+    for _, layer in adapter_layers(model, adapter_name):
+        layer.train(layer.get_base_layer().training)  # new modules start in training mode: dropout is on
+        for factor in FACTORS:
+            getattr(layer, factor)[adapter_name].float()  # half precision would lose small updates
+    for parameter, requires_grad in before:
+        parameter.requires_grad_(requires_grad)
+
+
+def peft_config_for(plans: Sequence[TowerPlan], config: LoRAConfig) -> LoraConfig:
+    """The PEFT configuration of a set of towers; what is saved as adapter_config.json."""
+    settings: dict[str, Any] = {
+        "target_modules": "|".join(plan.pattern for plan in plans),
+        "r": plans[0].config.r,
+        "lora_alpha": plans[0].config.lora_alpha,
+        "lora_dropout": plans[0].config.lora_dropout,
+        "use_rslora": config.use_rslora,
+    }
+    if len({(plan.config.r, plan.config.lora_alpha) for plan in plans}) > 1:
+        settings["rank_pattern"] = {plan.prefix_pattern: plan.config.r for plan in plans}
+        settings["alpha_pattern"] = {plan.prefix_pattern: plan.config.lora_alpha for plan in plans}
+    return LoraConfig(**settings)
+
+
+def _inject_head(root: nn.Module, config: LoRAConfig) -> None:
+    head = getattr(root, "head", None)
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            "target_components has 'classifier' but this model has no head; take it out, or set "
+            "task.name to classification"
+        )
+    peft_config = LoraConfig(
+        target_modules="head",
+        r=config.r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+    )
+    inject_peft(root, peft_config, DEFAULT_ADAPTER)
+
+
+def _set_dropout(clip: nn.Module, plans: Sequence[TowerPlan]) -> None:
+    """PEFT has one dropout per adapter; a tower may have its own."""
+    for plan in plans:
+        for name in plan.modules:
+            for module in clip.get_submodule(name).modules():
+                if isinstance(module, LoraLayer):
+                    p = plan.config.lora_dropout
+                    dropout = nn.Dropout(p) if p > 0 else nn.Identity()
+                    module.lora_dropout[DEFAULT_ADAPTER] = dropout.train(module.training)
+
+
+def _biases_to_train(root: nn.Module, modules: Sequence[str], config: LoRAConfig) -> list[str]:
+    names = [name for name, _ in root.named_parameters() if is_bias(name)]
+    if config.bias == "none":
+        return []
+    if config.bias == "lora_only":
+        return [n for n in names if any(n.startswith(f"{module}.") for module in modules)]
+    towers, (_, prefix) = find_towers(root), clip_of(root)
+    prefixes = [f"{prefix}{p}" for tower in config.tower_names for p in getattr(towers, tower)]
+    return [n for n in names if any(n.startswith(f"{p}.") for p in prefixes)]
+
+
+def _name_what_trains_and_travels(root: Any) -> None:
+    for parameter in adapter_parameters(root).values():
+        parameter.requires_grad_(True)
+    if head_trains(root):
+        root.head.requires_grad_(True)
+    if hasattr(root, "set_exchanged"):
+        root.set_exchanged(exchanged_names(root))

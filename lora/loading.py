@@ -1,0 +1,176 @@
+"""Put saved adapters and checkpoints into a model, after checking that they belong there.
+
+Before round 1 (start from an adapter), or for inference. `lora.checkpoint` reads and writes the files.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora.adapters import (
+    DEFAULT_ADAPTER,
+    adapter_layers,
+    adapter_parameters,
+    check_same_layout,
+    clip_of,
+    factor_of,
+    scalings,
+    unwrap,
+)
+from lora.biases import trained_biases
+from lora.checkpoint import (
+    AdapterFile,
+    base_model_name,
+    base_sample,
+    expected_scaling,
+    read_adapter,
+    read_full_checkpoint,
+)
+from lora.config import LoRAConfig
+from lora.conversion import read_converted
+from lora.injection import inject_from_peft, inject_lora
+from models.errors import UserError
+from models.state import State
+
+logger = logging.getLogger(__name__)
+
+
+def load_lora_adapters(model: nn.Module, source: str | Path, *, check_base: bool = True) -> AdapterFile:
+    """Load the default adapter, trained biases and the head from a PEFT folder or a `.pt` file.
+
+    A model without adapters gets them injected as the file says; one that has them must match the file.
+
+    Args:
+        model: A wrapper, a federated model or a bare CLIP; changed in place.
+        source: A folder that this package or plain PEFT wrote, or a `.pt` file (see `lora.conversion`).
+        check_base: Refuse an adapter that was trained on another base model.
+
+    Returns:
+        What was read, with its metadata (round, epoch, metrics, base model).
+
+    Raises:
+        UserError: no such file, not an adapter, damaged, or its rank, targets, scaling or base model differ
+            from the model's; the values in the model stay as they were.
+    """
+    root = unwrap(model)
+    found = read_any(root, source)
+    if check_base:
+        check_base_model(root, found)
+    if not adapter_layers(root, DEFAULT_ADAPTER):
+        _inject(root, found)
+    inside, outside = _parameters(root)
+    check_same_layout(inside, found.state, str(source))
+    _check_scaling(root, found)
+    head = _fitting_head(outside, found)
+    _copy(inside, found.state)
+    _copy(outside, head)
+    return found
+
+
+def load_full_checkpoint(model: nn.Module, folder: str | Path) -> dict[str, Any]:
+    """Load every weight from a full checkpoint; adapters are injected first if the checkpoint has them.
+
+    Returns:
+        The checkpoint's metadata.
+
+    Raises:
+        UserError: the file is missing or damaged, or does not fit the model.
+    """
+    root = unwrap(model)
+    state, metadata = read_full_checkpoint(folder)
+    config = metadata.get("lora_config")
+    if isinstance(config, dict) and not adapter_layers(root, DEFAULT_ADAPTER):
+        inject_lora(root, LoRAConfig(**config))
+    check_same_layout(root.state_dict(), state, str(folder))
+    root.load_state_dict(state)
+    return metadata
+
+
+def read_any(model: nn.Module, source: str | Path) -> AdapterFile:
+    """Read a PEFT folder, or convert a `.pt` file to this model's layer names."""
+    path = Path(source)
+    return read_converted(path, model) if path.suffix in {".pt", ".pth"} else read_adapter(path)
+
+
+def check_base_model(model: nn.Module, found: AdapterFile) -> None:
+    """Raise UserError if an adapter was trained on another base model.
+
+    Files of ours carry a sample of the base weights, which decides; for others the names are compared.
+    """
+    theirs, name = found.metadata.get("base_sample"), base_model_name(model)
+    mine = base_sample(model)
+    if isinstance(theirs, list) and mine:
+        same = len(theirs) == len(mine) and all(
+            math.isclose(a, b, rel_tol=2e-2, abs_tol=1e-3) for a, b in zip(theirs, mine, strict=True)
+        )
+    else:
+        same = not found.base_model or not name or found.base_model == name
+    if not same:
+        raise UserError(
+            f"{found.folder}: this adapter was trained on base model {found.base_model!r}, the model here is "
+            f"{name!r} with other weights; load that base model, or pass check_base=False"
+        )
+
+
+def _inject(root: nn.Module, found: AdapterFile) -> None:
+    if found.lora_config is not None:
+        inject_lora(root, found.lora_config)
+    elif found.peft_config is not None:
+        inject_from_peft(root, found.peft_config, [n for n in found.state if factor_of(n) is None])
+    else:
+        raise UserError(
+            f"{found.folder} does not say how its adapter was made; apply LoRA to the model first"
+        )
+
+
+def _parameters(root: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Where the values go: by name inside the CLIP, and by wire name outside it."""
+    _, prefix = clip_of(root)
+    both = {**adapter_parameters(root), **trained_biases(root)}
+    inside = {n.removeprefix(prefix): p for n, p in both.items() if not n.startswith("head.")}
+    outside = {n: p for n, p in both.items() if n.startswith("head.")}
+    head = getattr(root, "head", None)
+    if isinstance(head, nn.Module) and not adapter_layers(head):
+        outside |= {f"head.{name}": parameter for name, parameter in head.named_parameters()}
+    return inside, outside
+
+
+def _check_scaling(root: nn.Module, found: AdapterFile) -> None:
+    clip, _ = clip_of(root)
+    if found.peft_config is None:
+        return
+    for name, value in scalings(clip).items():
+        rank = clip.get_submodule(name).r[DEFAULT_ADAPTER]
+        wanted = expected_scaling(found.peft_config, name, rank)
+        if not math.isclose(value, wanted, rel_tol=1e-6):
+            raise UserError(
+                f"{found.folder}: scaling of {name} is {wanted:g} in the file and {value:g} in the model; "
+                "give both the same lora_alpha, r and use_rslora"
+            )
+
+
+def _fitting_head(outside: Mapping[str, nn.Parameter], found: AdapterFile) -> State:
+    """The file's head if the model has a place for it; the model's head adapter must be in the file."""
+    if found.head and not outside:
+        logger.warning(
+            "%s holds a head, which this model has not; only the adapters are loaded", found.folder
+        )
+        return {}
+    if not found.head and any(factor_of(name) is None for name in outside):
+        logger.info("%s holds no head; the model keeps its own", found.folder)
+        return {}
+    check_same_layout(outside, found.head, f"{found.folder}, head")
+    return found.head
+
+
+@torch.no_grad()
+def _copy(parameters: Mapping[str, nn.Parameter], state: State) -> None:
+    for name, tensor in state.items():
+        parameters[name].copy_(tensor)

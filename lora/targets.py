@@ -1,0 +1,126 @@
+"""From a LoRAConfig to the layers it names: anchored patterns per tower, and an error when nothing matches.
+
+Used once, when adapters are injected. A pattern is anchored on the tower's module prefix, because a bare
+suffix such as "q_proj" would reach both towers of a CLIP.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from lora.config import LoRAConfig
+from models.errors import UserError
+from models.loading import Towers
+
+
+@dataclass(frozen=True)
+class TowerPlan:
+    """The layers of one tower that get adapters.
+
+    Attributes:
+        tower: "vision" or "text".
+        prefix_pattern: Regular expression that matches every module name of the tower.
+        pattern: Regular expression that matches the adapted modules in full, and nothing else.
+        modules: Names of the adapted modules inside the CLIP, in the model's order.
+        config: The LoRAConfig with this tower's overrides applied.
+    """
+
+    tower: str
+    prefix_pattern: str
+    pattern: str
+    modules: tuple[str, ...]
+    config: LoRAConfig
+
+
+def plan_towers(clip: nn.Module, towers: Towers, config: LoRAConfig) -> list[TowerPlan]:
+    """One plan for each tower that the config names.
+
+    Raises:
+        UserError: a tower has no layer of the wanted names; the message lists those it has. A layer whose
+            forward pass is never called (the output projection inside a fused attention) counts as none.
+    """
+    suffixes = config.target_modules or list(towers.default_targets)
+    return [
+        _plan_tower(clip, towers, tower, suffixes, config.for_tower(tower)) for tower in config.tower_names
+    ]
+
+
+def _plan_tower(
+    clip: nn.Module, towers: Towers, tower: str, suffixes: Sequence[str], config: LoRAConfig
+) -> TowerPlan:
+    prefixes = getattr(towers, tower)
+    pattern = target_pattern(prefixes, suffixes, config.layers)
+    candidates = dict(adaptable_modules(clip, prefixes))
+    modules = tuple(name for name in candidates if re.fullmatch(pattern, name))
+    available = sorted({name.rsplit(".", 1)[-1] for name in candidates})
+    missing = [s for s in suffixes if not any(name == s or name.endswith(f".{s}") for name in candidates)]
+    if not modules or missing:
+        wanted = missing or list(suffixes)
+        where = f" in layers {config.layers}" if config.layers is not None and not missing else ""
+        raise UserError(
+            f"no layer named {wanted}{where} in the {tower} tower; "
+            f"it has {available} in {num_blocks(clip, prefixes)} layers: "
+            "set lora.target_modules or lora.layers"
+        )
+    return TowerPlan(tower, _prefix_pattern(prefixes), pattern, modules, config)
+
+
+def adaptable_modules(clip: nn.Module, prefixes: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """The layers under `prefixes` that can carry an adapter: Linear and MultiheadAttention.
+
+    The output projection inside a MultiheadAttention is left out: its forward pass is never called, so an
+    adapter there would train nothing; the adapter of the attention covers it.
+    """
+    inside: tuple[str, ...] = ()
+    for name, module in clip.named_modules():
+        if not any(name == p or name.startswith(f"{p}.") for p in prefixes) or name.startswith(inside):
+            continue
+        if isinstance(module, (nn.MultiheadAttention, LoraLayer)):  # noqa: UP038
+            inside += (f"{name}.",)
+            yield name, module
+        elif isinstance(module, nn.Linear):
+            yield name, module
+
+
+def target_pattern(
+    prefixes: Sequence[str], suffixes: Sequence[str], layers: Sequence[int] | None = None
+) -> str:
+    r"""A regular expression for full module names: prefix, optionally a block index, one of the suffixes.
+
+    The block index is the first numeric part of the name: 3 in `vision_model.encoder.layers.3.mlp.fc1`.
+
+    >>> target_pattern(["text_model"], ["q_proj"], [0, 1])
+    '(?:text_model)\\.(?:[^.\\d][^.]*\\.)*(?:0|1)\\.(?:.*\\.)?(?:q_proj)'
+    """
+    names = "|".join(re.escape(s) for s in suffixes)
+    middle = r"(?:.*\.)?"
+    if layers is not None:
+        middle = rf"(?:[^.\d][^.]*\.)*(?:{'|'.join(str(i) for i in layers)})\.{middle}"
+    pattern = rf"{_any_of(prefixes)}\.{middle}(?:{names})"
+    whole = [p for p in prefixes if layers is None and any(p == s or p.endswith(f".{s}") for s in suffixes)]
+    return f"{pattern}|{_any_of(whole)}" if whole else pattern
+
+
+def block_of(name: str) -> int | None:
+    """Index of the block that a module belongs to; None outside any block."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def num_blocks(clip: nn.Module, prefixes: Sequence[str]) -> int:
+    """How many numbered blocks a tower has."""
+    indices = {block_of(name) for name, _ in adaptable_modules(clip, prefixes)}
+    return len(indices - {None})
+
+
+def _prefix_pattern(prefixes: Sequence[str]) -> str:
+    return rf"{_any_of(prefixes)}(?:\..*)?"
+
+
+def _any_of(names: Sequence[str]) -> str:
+    return f"(?:{'|'.join(re.escape(name) for name in names)})"

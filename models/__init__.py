@@ -1,0 +1,49 @@
+"""Federated CLIP models: towers, head, tasks, training.
+
+The names are resolved at first use, so that `models.errors` does not cost the import of transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.clip import STRATEGIES, FederatedCLIPModel
+    from models.errors import UserError
+    from models.loading import ImageProcessor, LoadedCLIP, Towers, load_clip
+    from models.state import State
+    from models.tasks import TASKS, Task
+    from models.training import Batch, LocalTrainer, TrainingSettings
+
+__all__ = [
+    "STRATEGIES",
+    "TASKS",
+    "Batch",
+    "FederatedCLIPModel",
+    "ImageProcessor",
+    "LoadedCLIP",
+    "LocalTrainer",
+    "State",
+    "Task",
+    "Towers",
+    "TrainingSettings",
+    "UserError",
+    "load_clip",
+]
+
+_HOMES = {
+    "clip": ("STRATEGIES", "FederatedCLIPModel"),
+    "errors": ("UserError",),
+    "loading": ("ImageProcessor", "LoadedCLIP", "Towers", "load_clip"),
+    "state": ("State",),
+    "tasks": ("TASKS", "Task"),
+    "training": ("Batch", "LocalTrainer", "TrainingSettings"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"models.{module}"), name)
+    raise AttributeError(f"module 'models' has no attribute {name!r}")

@@ -1,0 +1,401 @@
+"""FederatedCLIPModel: a CLIP, a head, and the four verbs of a federated model.
+
+Where it stands in a round: the server and every simulated client hold the same object. A client
+calls `set_parameters` with what the downlink carried, `train_step` for its local steps, and
+`get_parameters` for the uplink; the server calls `set_parameters` and `evaluate`. What travels is
+named once (`set_exchanged`): by the fine-tuning strategy at construction, or by LoRA injection.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.errors import UserError
+from models.exchange import find_parameters, read_state, write_state
+from models.finetuning import STRATEGIES, check_choice, check_strategy, trains
+from models.loading import TokenizerMissingError, Tokens, load_clip, seeded_construction
+from models.prompts import average_templates, check_classes, class_prompts, encode_in_chunks
+from models.state import State
+from models.tasks import TASKS
+from models.training import Batch, LocalTrainer, TrainingSettings, num_examples
+
+logger = logging.getLogger(__name__)
+
+MAX_LOG_TEMPERATURE = math.log(100.0)
+"""CLIP keeps exp(logit_scale) at 100 or below (Radford et al. 2021, 2.5)."""
+
+
+class FederatedCLIPModel(nn.Module):
+    """A CLIP to be fine-tuned by clients who exchange only part of it.
+
+    Attributes:
+        clip: The CLIP module.
+        head: Linear (D -> C) on the normalised image features, or None where the task has none.
+            logits = exp(logit_scale) * W f + b, with W started as the class-prompt embeddings and
+            b as 0, so that the untrained model is the zero-shot classifier.
+        towers: Where the towers are inside `clip`.
+        tokenize: Texts -> tokens.
+        preprocess: PIL image -> (3, H, W).
+        class_names: Names of the classes, or None.
+        exchanged_names: Names of what travels, sorted.
+        task: The task's loss and metrics.
+    """
+
+    def __init__(  # noqa: PLR0913 - the public signature; all but two are keyword-only
+        self,
+        model_name: str = "openai/clip-vit-base-patch32",
+        num_classes: int = 10,
+        *,
+        class_names: Sequence[str] | None = None,
+        templates: Sequence[str] = ("a photo of a {}.",),
+        task: str = "classification",
+        strategy: str = "full",
+        train_head: bool = True,
+        pretrained: bool = True,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        """Load the CLIP, start the head from the class names, and freeze what does not train.
+
+        Args:
+            model_name: See `models.loading.load_clip`.
+            num_classes: C; must equal len(class_names) where both are given.
+            class_names: Needed for zero-shot use; without them the head starts random.
+            templates: Prompts with one {} each, averaged per class.
+            task: "classification", "zero_shot" or "retrieval".
+            strategy: A key of STRATEGIES.
+            train_head: Whether the head trains and travels under strategies that allow it.
+            pretrained: Load weights, or draw them from `seed`.
+            device: Where the model runs.
+            dtype: Of the CLIP's weights; the head stays float32.
+            seed: Of whatever starts random.
+
+        Raises:
+            UserError: An argument is unknown or contradicts another.
+        """
+        super().__init__()
+        check_choice("task", task, TASKS)
+        check_choice("strategy", strategy, STRATEGIES)
+        check_classes(num_classes, class_names, templates)
+        loaded = load_clip(model_name, pretrained=pretrained, device=device, dtype=dtype, seed=seed)
+        self.clip = loaded.clip
+        self.towers, self.tokenize, self.preprocess = loaded.towers, loaded.tokenize, loaded.preprocess
+        self.image_size, self.embedding_dim = loaded.image_size, loaded.embedding_dim
+        self.model_name, self.pretrained, self.seed = model_name, pretrained, seed
+        self._encode_image, self._encode_text = loaded.encode_image, loaded.encode_text
+        self.task, self.strategy, self.train_head = TASKS[task], strategy, train_head
+        self.num_classes = num_classes
+        self.class_names = tuple(class_names) if class_names is not None else None
+        self.templates = tuple(templates)
+        self._class_tokens: Tokens | None = None
+        self._class_cache: Tensor | None = None
+        self._trainer: LocalTrainer | None = None
+        self.head: nn.Module | None = self._build_head() if self.task.uses_head else None
+        self._base_modules = list(self.modules())
+        self._apply_strategy()
+        self.eval()
+
+    # What trains and what travels
+
+    def _apply_strategy(self) -> None:
+        check_strategy(self.strategy, self.task, self.logit_scale.dtype, train_head=self.train_head)
+        choice = STRATEGIES[self.strategy]
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(trains(choice, name, self.towers, train_head=self.train_head))
+        self.set_exchanged(name for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+    def set_exchanged(self, names: Iterable[str]) -> None:
+        """Name what travels from now on; `get_state` and `set_state` follow.
+
+        Call it after any change of the set of parameters (LoRA injection, merging). Caches and
+        the optimizer are dropped.
+
+        Args:
+            names: Wire names: parameter names relative to this module, less PEFT's ".default".
+
+        Raises:
+            UserError: A name fits no parameter.
+        """
+        self._exchanged = find_parameters(self, names)
+        self.exchanged_names = tuple(self._exchanged)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Drop caches and the optimizer, and look again at which modules and parameters train.
+
+        For code that changes modules or requires_grad; `set_exchanged` calls it.
+        """
+        self._class_cache = None
+        self._trainer = None
+        self._inspect()
+
+    def _inspect(self) -> None:
+        """See which modules leave eval mode in a training step, and which towers are constant.
+
+        Only modules added after construction, the adapters, ever leave eval mode, and only if
+        they have dropout.
+        """
+        base = {id(module) for module in self._base_modules}
+        added = [module for module in self.modules() if id(module) not in base]
+        has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in added)
+        self._switched = added if has_dropout else []
+        moving = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        moving.update(self.exchanged_names)
+        in_towers = {
+            self.towers.tower_of(name.removeprefix("clip.")) for name in moving if name.startswith("clip.")
+        }
+        self.vision_is_frozen = "vision" not in in_towers
+        self.text_is_frozen = "text" not in in_towers
+        if not self.text_is_frozen:
+            self._class_cache = None
+
+    # State
+
+    def get_state(self) -> State:
+        """Copy what travels: wire name -> detached float32 CPU tensor."""
+        return read_state(self._exchanged)
+
+    def set_state(self, state: State, *, partial: bool = False) -> None:
+        """Overwrite what travels, in place.
+
+        Args:
+            state: Wire name -> tensor of any float dtype and device.
+            partial: Accept a subset of the names.
+
+        Raises:
+            UserError: A name is unknown or missing, or a shape differs; nothing is written then.
+        """
+        write_state(self._exchanged, state, partial=partial)
+
+    def get_parameters(self) -> list[np.ndarray]:
+        """Copy what travels, in the order of `exchanged_names`, as float32 arrays."""
+        return [value.numpy() for value in self.get_state().values()]
+
+    def set_parameters(self, parameters: Sequence[np.ndarray]) -> None:
+        """Overwrite what travels from arrays in the order of `exchanged_names`.
+
+        Raises:
+            UserError: The number of arrays or a shape is wrong.
+        """
+        if len(parameters) != len(self.exchanged_names):
+            raise UserError(
+                f"{len(parameters)} arrays given, the model exchanges {len(self.exchanged_names)}"
+            )
+        arrays = (torch.as_tensor(np.asarray(array)) for array in parameters)
+        self.set_state(dict(zip(self.exchanged_names, arrays, strict=True)))
+
+    # Training and evaluation
+
+    def start_training(
+        self,
+        settings: TrainingSettings,
+        num_steps: int,
+        *,
+        extra_loss: Callable[[], Tensor] | None = None,
+    ) -> None:
+        """Begin one client's local training: zero moments, first step of the schedule.
+
+        Args:
+            settings: How to train.
+            num_steps: Local steps that will follow.
+            extra_loss: A scalar that is added to the loss of every step until the next start (a proximal
+                term, say); it does not enter the loss that `train_step` returns.
+
+        Raises:
+            UserError: Nothing is trainable, or the settings do not suit the device.
+        """
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if self._trainer is None or not self._trainer.fits(trainable, settings):
+            self._trainer = LocalTrainer(trainable, settings)
+        self._inspect()
+        self._trainer.reset(settings, num_steps, extra_loss=extra_loss)
+
+    def train_step(self, data: Tensor | Batch, labels: Tensor | None = None) -> float:
+        """Take one optimizer step.
+
+        Without `start_training` before it, the default settings at a constant rate are used.
+
+        Args:
+            data: Pixel values (B, 3, H, W), or a batch with "pixel_values" or "image_features" and
+                what the task needs of "labels", "input_ids", "attention_mask", "concept".
+            labels: Class indices (B,), where `data` does not carry them.
+
+        Returns:
+            The batch's mean loss before the step.
+        """
+        if self._trainer is None:
+            self.start_training(TrainingSettings(), num_steps=1)
+        assert self._trainer is not None
+        batch = self._batch(data, labels)
+        self._check_trainable_on(batch)
+        self._set_training_mode(training=True)
+        try:
+            loss = self._trainer.step(partial(self.task.loss, self), batch)
+        finally:
+            self._set_training_mode(training=False)
+        if self.logit_scale.requires_grad:
+            with torch.no_grad():
+                self.logit_scale.clamp_(max=MAX_LOG_TEMPERATURE)
+        return loss
+
+    @torch.no_grad()
+    def evaluate(
+        self, data: Tensor | Batch | Iterable[Batch], labels: Tensor | None = None
+    ) -> dict[str, float]:
+        """Loss and metrics of the task.
+
+        Args:
+            data: Pixel values, one batch, or an iterable of batches (see `train_step`).
+            labels: Class indices (B,), where `data` does not carry them.
+
+        Returns:
+            "loss", "num_examples" and the task's metrics ("accuracy", or recalls).
+        """
+        if self.training:
+            self.eval()
+        batches = cast(Iterable[Batch], [data] if isinstance(data, Tensor | Mapping) else data)
+        return self.task.evaluate(self, (self._batch(batch, labels) for batch in batches))
+
+    @torch.no_grad()
+    def zero_shot_accuracy(self, batches: Iterable[Batch]) -> float:
+        """Share of images whose nearest class-prompt embedding is their class's."""
+        metrics = TASKS["zero_shot"].evaluate(self, (self._batch(batch, None) for batch in batches))
+        return metrics["accuracy"]
+
+    def _batch(self, data: Tensor | Batch, labels: Tensor | None) -> Batch:
+        batch = {"pixel_values": data} if isinstance(data, Tensor) else dict(data)
+        if labels is not None:
+            batch["labels"] = labels
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+    def _check_trainable_on(self, batch: Batch) -> None:
+        assert self._trainer is not None
+        if "image_features" in batch and not self.vision_is_frozen:
+            raise UserError(
+                "batch['image_features'] would keep the vision tower from training: pass pixel_values"
+            )
+        size = self._trainer.settings.micro_batch_size
+        if size is not None and size < num_examples(batch) and not self.task.splits_into_micro_batches:
+            raise UserError(
+                f"micro_batch_size={size}: task={self.task.name} compares all pairs of a batch and cannot be "
+                "split; set micro_batch_size to null or the batch size to at most that"
+            )
+
+    def _set_training_mode(self, *, training: bool) -> None:
+        if self.training:
+            self.eval()
+        for module in self._switched:
+            module.training = training
+
+    # Features and logits
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """The CLIP's log-temperature, a scalar."""
+        return cast(nn.Parameter, self.clip.logit_scale)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.logit_scale.device
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """Project images: (B, 3, H, W) -> (B, D) float32, not normalised."""
+        pixel_values = pixel_values.to(self.device, self.logit_scale.dtype)
+        return self._encode_image(self.clip, pixel_values).float()
+
+    def encode_text(self, texts: Sequence[str] | Tokens) -> Tensor:
+        """Project texts or tokens: N of them -> (N, D) float32, not normalised."""
+        tokens = texts if isinstance(texts, dict) else self.tokenize(texts)
+        tokens = {key: value.to(self.device) for key, value in tokens.items()}
+        return self._encode_text(self.clip, tokens).float()
+
+    def image_features(self, batch: Batch) -> Tensor:
+        """Projected image features of a batch (B, D): the given ones, else computed."""
+        if "image_features" in batch:
+            return batch["image_features"]
+        if "pixel_values" not in batch:
+            raise UserError(f"the batch has neither pixel_values nor image_features (keys: {sorted(batch)})")
+        return self.encode_image(batch["pixel_values"])
+
+    def text_features(self, batch: Batch) -> Tensor:
+        """Projected text features of a batch (B, D)."""
+        if "input_ids" not in batch:
+            raise UserError(f"the batch has no input_ids (keys: {sorted(batch)}): tokenize its captions")
+        return self.encode_text({key: batch[key] for key in ("input_ids", "attention_mask") if key in batch})
+
+    def temperature_scale(self) -> Tensor:
+        """exp(logit_scale), a float32 scalar."""
+        return self.logit_scale.float().exp()
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Class logits of the head (B, C)."""
+        if self.head is None:
+            raise UserError(f"task={self.task.name} has no head: use zero_shot_logits")
+        features = F.normalize(self.image_features(batch), dim=-1)
+        return self.head(self.temperature_scale() * features)
+
+    def zero_shot_logits(self, batch: Batch) -> Tensor:
+        """Class logits by similarity to the class prompts (B, C)."""
+        features = F.normalize(self.image_features(batch), dim=-1)
+        return self.temperature_scale() * features @ self.class_embeddings().T
+
+    def class_embeddings(self) -> Tensor:
+        """Normalised embedding of each class, averaged over the templates, (C, D).
+
+        Computed once while the text tower is frozen, with gradients at each call otherwise.
+
+        Raises:
+            UserError: The model has no class names.
+        """
+        if self._class_cache is not None:
+            return self._class_cache
+        if not self.text_is_frozen:
+            return self._embed_classes()
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            self._class_cache = self._embed_classes()
+        return self._class_cache
+
+    def _embed_classes(self) -> Tensor:
+        if self.class_names is None:
+            raise UserError("class_names are needed for class prompts: pass class_names=[...] to the model")
+        if self._class_tokens is None:
+            self._class_tokens = self.tokenize(class_prompts(self.class_names, self.templates))
+        features = encode_in_chunks(self.encode_text, self._class_tokens)
+        return average_templates(features, len(self.class_names))
+
+    def _build_head(self) -> nn.Linear:
+        head = cast(
+            nn.Linear,
+            seeded_construction(
+                lambda: nn.Linear(self.embedding_dim, self.num_classes), seed=self.seed, device=self.device
+            ),
+        ).to(self.device)
+        nn.init.zeros_(head.bias)
+        if self.device.type != "meta":
+            with torch.no_grad():
+                head.weight.copy_(self._initial_head_weight(head.weight))
+        return head
+
+    def _initial_head_weight(self, random: Tensor) -> Tensor:
+        """Class embeddings; without class names a random matrix with logits of order 1."""
+        if self.class_names is not None:
+            try:
+                return self._embed_classes()
+            except TokenizerMissingError:
+                if self.pretrained:
+                    raise
+                logger.warning(
+                    "%s has random weights and no tokenizer: the head starts random", self.model_name
+                )
+        return random / self.temperature_scale()

@@ -1,0 +1,365 @@
+"""A model name becomes two towers, a tokenizer and an image processor.
+
+Where it stands in a round: before the first one. Every simulated client and the server share the
+one `LoadedCLIP` made here; the names accepted are
+
+- "tiny": the CLIP bundled in models/tiny_clip (Hugging Face format, no network);
+- a local folder in the hub's format;
+- a hub name such as "openai/clip-vit-base-patch32" (downloaded, or taken from the local cache);
+- "open_clip:<architecture>" (optional extra, see models/open_clip_backend.py).
+
+With pretrained=False the same architecture gets seeded random weights; the architectures of
+OpenAI's CLIP are tabulated below, so that this needs no network.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from huggingface_hub import HfApi
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers.utils import logging as transformers_logging
+
+from models.errors import UserError
+from models.images import ImageProcessor
+
+logger = logging.getLogger(__name__)
+
+Tokens = dict[str, Tensor]
+"""input_ids (N, T) and attention_mask (N, T), both int64."""
+
+TINY_FOLDER = Path(__file__).parent / "tiny_clip"
+OPEN_CLIP_PREFIX = "open_clip:"
+HUB_TIMEOUT_SECONDS = 5.0
+
+_LARGE = {
+    "projection_dim": 768,
+    "text_config": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+        "projection_dim": 768,
+    },
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "projection_dim": 768,
+    },
+}
+ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
+    "openai/clip-vit-base-patch32": {"vision_config": {"patch_size": 32}},
+    "openai/clip-vit-base-patch16": {"vision_config": {"patch_size": 16}},
+    "openai/clip-vit-large-patch14": _LARGE,
+    "openai/clip-vit-large-patch14-336": {
+        **_LARGE,
+        "vision_config": {**_LARGE["vision_config"], "image_size": 336},  # type: ignore[dict-item]
+    },
+}
+"""What differs from CLIPConfig's defaults, which are ViT-B/32's (Radford et al. 2021, table 20)."""
+
+
+class TokenizerMissingError(UserError):
+    """Text is given to a model whose tokenizer is neither on disk nor reachable."""
+
+
+@dataclass(frozen=True)
+class Towers:
+    """Where the two towers live inside a CLIP module.
+
+    Attributes:
+        backend: "huggingface" or "open_clip".
+        vision: Name prefixes, relative to the CLIP module, of the vision tower and its projection.
+        text: Likewise for the text tower.
+        default_targets: Name suffixes of the layers that LoRA adapts when no target is given.
+    """
+
+    backend: str
+    vision: tuple[str, ...]
+    text: tuple[str, ...]
+    default_targets: tuple[str, ...]
+
+    def tower_of(self, name: str) -> str | None:
+        """Tower of a module or parameter: "vision", "text", or None (the temperature).
+
+        Args:
+            name: Its dotted name relative to the CLIP module.
+        """
+        for tower, prefixes in (("vision", self.vision), ("text", self.text)):
+            if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes):
+                return tower
+        return None
+
+
+@dataclass(frozen=True)
+class LoadedCLIP:
+    """A CLIP with all that is needed to feed it.
+
+    Attributes:
+        clip: The module; its log-temperature is `clip.logit_scale`.
+        tokenize: Texts -> tokens, padded to the longest text only (padding after the end-of-text
+            token cannot change a causal tower's output, and costs time).
+        preprocess: PIL image of any mode and size -> (3, H, W) float32. Deterministic.
+        encode_image: (clip, pixel values (B, 3, H, W)) -> projected features (B, D), not normalised.
+        encode_text: (clip, tokens) -> projected features (N, D), not normalised.
+        towers: Names of the two towers.
+        name: The name it was loaded by.
+        image_size: H = W in pixels.
+        embedding_dim: D.
+    """
+
+    clip: nn.Module
+    tokenize: Callable[[Sequence[str]], Tokens]
+    preprocess: Callable[[Image.Image], Tensor]
+    encode_image: Callable[[Any, Tensor], Tensor]
+    encode_text: Callable[[Any, Tokens], Tensor]
+    towers: Towers
+    name: str
+    image_size: int
+    embedding_dim: int
+
+
+HUGGINGFACE_TOWERS = Towers(
+    backend="huggingface",
+    vision=("vision_model", "visual_projection"),
+    text=("text_model", "text_projection"),
+    default_targets=("q_proj", "v_proj"),
+)
+
+
+def load_clip(
+    model_name: str,
+    *,
+    pretrained: bool = True,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> LoadedCLIP:
+    """Load or construct a CLIP model.
+
+    Args:
+        model_name: "tiny", a local folder, a hub name, or "open_clip:<architecture>".
+        pretrained: Load the weights; otherwise draw them from `seed`.
+        device: Where the module goes. "meta" with pretrained=False allocates nothing.
+        dtype: Of the weights.
+        seed: Of the random weights; the global generator is left as it was.
+
+    Returns:
+        The model, in eval mode, with its tokenizer and image processor.
+
+    Raises:
+        UserError: The model is not where its name says, cannot be reached, or is no CLIP.
+    """
+    if model_name.startswith(OPEN_CLIP_PREFIX):
+        from models.open_clip_backend import load_open_clip
+
+        return load_open_clip(model_name, pretrained=pretrained, device=device, dtype=dtype, seed=seed)
+    source = _source(model_name)
+    clip: Any
+    if pretrained:
+        clip = _pretrained(model_name, source)
+    else:
+        config = _config(model_name, source)
+        clip = seeded_construction(lambda: CLIPModel(config), seed=seed, device=device)
+    clip = clip.to(device=device, dtype=dtype).eval()
+    image_size = int(clip.config.vision_config.image_size)
+    context = int(clip.config.text_config.max_position_embeddings)
+    return LoadedCLIP(
+        clip=clip,
+        tokenize=_HubTokenizer(model_name, source, context),
+        preprocess=ImageProcessor.from_settings(_image_settings(source, image_size, pretrained=pretrained)),
+        encode_image=_encode_image,
+        encode_text=_encode_text,
+        towers=HUGGINGFACE_TOWERS,
+        name=model_name,
+        image_size=image_size,
+        embedding_dim=int(clip.config.projection_dim),
+    )
+
+
+def seeded_construction(
+    construct: Callable[[], nn.Module], *, seed: int, device: str | torch.device
+) -> nn.Module:
+    """Construct a module whose random weights depend on `seed` alone.
+
+    The weights are drawn on the CPU, whatever `device`, so that every device starts from the same
+    ones; on "meta" nothing is drawn.
+    """
+    place = "meta" if torch.device(device).type == "meta" else "cpu"
+    with torch.random.fork_rng(devices=[]), torch.device(place):
+        torch.manual_seed(seed)
+        return construct()
+
+
+def _encode_image(clip: CLIPModel, pixel_values: Tensor) -> Tensor:
+    return clip.get_image_features(pixel_values=pixel_values).pooler_output
+
+
+def _encode_text(clip: CLIPModel, tokens: Tokens) -> Tensor:
+    return clip.get_text_features(**tokens).pooler_output
+
+
+def _source(model_name: str) -> str:
+    """Folder or hub name to hand to transformers."""
+    if model_name == "tiny":
+        if not (TINY_FOLDER / "config.json").is_file():
+            raise UserError(
+                f"model_name=tiny: the bundled checkpoint is missing from {TINY_FOLDER}; reinstall fedlora"
+            )
+        return str(TINY_FOLDER)
+    folder = Path(model_name).expanduser()
+    if folder.is_dir():
+        _check_is_clip(folder)
+        return str(folder)
+    if model_name.startswith(("/", ".", "~")) or model_name.count("/") > 1 or not model_name:
+        raise UserError(
+            f"model_name={model_name!r}: there is no such folder. Give a folder written by save_pretrained, "
+            "a hub name like openai/clip-vit-base-patch32, or model_name=tiny"
+        )
+    return model_name
+
+
+def _check_is_clip(folder: Path) -> None:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"{folder} has no config.json: it is no model folder in the hub's format")
+    try:
+        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    except ValueError as error:
+        raise UserError(f"{config_file} is not valid JSON ({error}): write the folder again") from error
+    if model_type != "clip":
+        raise UserError(
+            f"{config_file} says model_type={model_type!r}: a CLIP model (model_type 'clip') is needed"
+        )
+
+
+@cache
+def _local_only(source: str) -> bool:
+    """Whether transformers should look for `source` on this machine only.
+
+    One short request tells, once per process; transformers itself retries an unreachable hub for
+    most of a minute, for each file.
+    """
+    if Path(source).is_dir():
+        return True
+    try:
+        HfApi().model_info(source, timeout=HUB_TIMEOUT_SECONDS)
+    except (httpx.HTTPError, OSError) as error:
+        logger.info("%s: looking in the local cache only, the hub says: %s", source, error)
+        return True
+    return False
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing a bar for reading a local file."""
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _pretrained(model_name: str, source: str) -> CLIPModel:
+    try:
+        local_only = _local_only(source)
+        with _without_progress_bar() if local_only else nullcontext():
+            loaded: Any = CLIPModel.from_pretrained(
+                source, output_loading_info=True, local_files_only=local_only
+            )
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"model_name={model_name!r}: the weights are damaged or do not fit config.json ({error}); "
+            "fetch them again"
+        ) from error
+    except OSError as error:
+        if Path(source).is_dir():
+            raise UserError(
+                f"model_name={model_name!r}: cannot read the weights in {source}: {error}"
+            ) from error
+        raise UserError(_unreachable(model_name)) from error
+    clip, report = loaded
+    if report["missing_keys"]:
+        raise UserError(
+            f"model_name={model_name!r}: the weights file lacks {len(report['missing_keys'])} parameters, "
+            f"first {min(report['missing_keys'])}; write or fetch the folder again"
+        )
+    return clip
+
+
+def _unreachable(model_name: str) -> str:
+    return (
+        f"model_name={model_name!r}: not in the local cache, and the Hugging Face hub cannot be reached or "
+        "has no such model. Check the name and the network, or use a local folder "
+        "(model_name=path/to/folder), the bundled model (model_name=tiny), or random weights "
+        "(pretrained=false)"
+    )
+
+
+def _config(model_name: str, source: str) -> CLIPConfig:
+    if source in ARCHITECTURES:
+        return CLIPConfig(**ARCHITECTURES[source])
+    try:
+        return CLIPConfig.from_pretrained(source, local_files_only=_local_only(source))
+    except OSError as error:
+        raise UserError(
+            f"model_name={model_name!r}, pretrained=false: its configuration is not on this machine and the "
+            f"Hugging Face hub cannot be reached. Known without network: tiny, {', '.join(ARCHITECTURES)}"
+        ) from error
+
+
+class _HubTokenizer:
+    """Tokenizer read at first use, so that a model without text needs none."""
+
+    def __init__(self, model_name: str, source: str, context_length: int) -> None:
+        self.model_name = model_name
+        self.source = source
+        self.context_length = context_length
+        self.tokenizer: Any = None
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        if self.tokenizer is None:
+            self.tokenizer = self._read()
+        tokens = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.context_length, return_tensors="pt"
+        )
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def _read(self) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(self.source, local_files_only=_local_only(self.source))
+        except (OSError, ValueError) as error:
+            raise TokenizerMissingError(
+                f"model_name={self.model_name!r}: its tokenizer is not on this machine and cannot be fetched "
+                "from the Hugging Face hub. Check the network, give a local folder that has tokenizer.json, "
+                "use model_name=tiny, or leave out class names and texts"
+            ) from error
+
+
+def _image_settings(source: str, image_size: int, *, pretrained: bool) -> CLIPImageProcessorPil:
+    has_file = (Path(source) / "preprocessor_config.json").is_file()
+    if has_file or (pretrained and not Path(source).is_dir()):
+        try:
+            return CLIPImageProcessorPil.from_pretrained(source, local_files_only=_local_only(source))
+        except OSError as error:
+            raise UserError(_unreachable(source)) from error
+    logger.info("%s: no preprocessor_config.json, using CLIP's defaults at %d px", source, image_size)
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+    )

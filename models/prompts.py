@@ -1,0 +1,68 @@
+"""Class prompts: class names and templates become one embedding a class.
+
+Used when the head is started (before round 1) and by the zero-shot task, where each step with a
+trained text tower encodes each class prompt once, however often the class occurs in the batch.
+Source: Radford et al. 2021, section 3.1.4 (prompt ensembling in embedding space).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.errors import UserError
+
+MAX_PROMPTS = 1024
+"""Prompts encoded at a time; a thousand classes times eighty templates would not fit at once."""
+
+
+def class_prompts(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """All prompts, class by class: C * T of them."""
+    return [template.replace("{}", name) for name in class_names for template in templates]
+
+
+def encode_in_chunks(encode: Callable[[dict[str, Tensor]], Tensor], tokens: dict[str, Tensor]) -> Tensor:
+    """Encode N prompts, at most MAX_PROMPTS at a time, into (N, D)."""
+    starts = range(0, tokens["input_ids"].shape[0], MAX_PROMPTS)
+    return torch.cat(
+        [
+            encode({key: value[start : start + MAX_PROMPTS] for key, value in tokens.items()})
+            for start in starts
+        ]
+    )
+
+
+def average_templates(features: Tensor, num_classes: int) -> Tensor:
+    """Average the prompts of each class.
+
+    Args:
+        features: Text features in the order of `class_prompts`, (C * T, D).
+        num_classes: C.
+
+    Returns:
+        Mean of the normalised features of each class, normalised again, (C, D).
+    """
+    normalised = F.normalize(features, dim=-1)
+    return F.normalize(normalised.view(num_classes, -1, features.shape[-1]).mean(dim=1), dim=-1)
+
+
+def check_classes(num_classes: int, class_names: Sequence[str] | None, templates: Sequence[str]) -> None:
+    """Refuse class names and templates that cannot be used together.
+
+    Raises:
+        UserError: The numbers disagree, or a template has no place for a name.
+    """
+    if num_classes < 1:
+        raise UserError(f"num_classes={num_classes}: must be 1 or more")
+    if class_names is not None and len(class_names) != num_classes:
+        raise UserError(
+            f"num_classes={num_classes} but {len(class_names)} class names are given "
+            f"({', '.join(list(class_names)[:5])}, ...): make them equal"
+        )
+    if not templates or any("{}" not in template for template in templates):
+        raise UserError(
+            f"templates={list(templates)}: give at least one, each with {{}} where the class name goes"
+        )

@@ -1,0 +1,187 @@
+"""Tasks: what a client minimises and what an evaluation reports.
+
+Where it stands in a round: `loss` is called by every local step, `evaluate` by the server (and by
+clients in rounds with client evaluation). Three tasks:
+
+- classification: cross-entropy of a linear head on the image features;
+- zero_shot: cross-entropy against the embeddings of the class prompts (Radford et al. 2021, 3.1);
+- retrieval: the symmetric contrastive loss of CLIP (Radford et al. 2021, figure 3), where pairs
+  that show the same concept are positives of each other instead of false negatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.errors import UserError
+from models.metrics import recall_at
+from models.training import Batch, num_examples
+
+if TYPE_CHECKING:
+    from models.clip import FederatedCLIPModel
+
+RECALL_CUTOFFS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A loss with its metrics.
+
+    Attributes:
+        name: Key in TASKS.
+        loss: Mean loss over the examples of a batch, a scalar tensor.
+        evaluate: Metrics over batches as Python floats, with "loss" and "num_examples".
+        headline_metric: The metric that a run is judged by (higher is better).
+        uses_head: Whether the model carries a linear head.
+        uses_text: Whether the loss reaches the text tower.
+        splits_into_micro_batches: Whether the loss of a batch is the mean of its parts' losses.
+    """
+
+    name: str
+    loss: Callable[[FederatedCLIPModel, Batch], Tensor]
+    evaluate: Callable[[FederatedCLIPModel, Iterable[Batch]], dict[str, float]]
+    headline_metric: str
+    uses_head: bool
+    uses_text: bool
+    splits_into_micro_batches: bool
+
+
+def _labels(batch: Batch) -> Tensor:
+    if "labels" not in batch:
+        raise UserError(f"the batch has no labels (keys: {sorted(batch)}): pass labels, or batch['labels']")
+    return batch["labels"]
+
+
+def classification_loss(model: FederatedCLIPModel, batch: Batch) -> Tensor:
+    """Cross-entropy of the head's logits."""
+    return F.cross_entropy(model.logits(batch), _labels(batch))
+
+
+def zero_shot_loss(model: FederatedCLIPModel, batch: Batch) -> Tensor:
+    """Cross-entropy of the image's similarity to each class's prompts."""
+    return F.cross_entropy(model.zero_shot_logits(batch), _labels(batch))
+
+
+def _evaluate_logits(logits_of: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> dict[str, float]:
+    loss_sum: Tensor | float = 0.0
+    correct: Tensor | int = 0
+    total = 0
+    for batch in batches:
+        labels = _labels(batch)
+        logits = logits_of(batch).float()  # (B, C)
+        loss_sum = loss_sum + F.cross_entropy(logits, labels, reduction="sum").double()
+        correct = correct + (logits.argmax(dim=1) == labels).sum()
+        total += num_examples(batch)
+    if total == 0:
+        raise UserError("there is nothing to evaluate: no batch was given")
+    return {"loss": float(loss_sum) / total, "accuracy": float(correct) / total, "num_examples": float(total)}
+
+
+def evaluate_classification(model: FederatedCLIPModel, batches: Iterable[Batch]) -> dict[str, float]:
+    """Loss and accuracy of the head."""
+    return _evaluate_logits(model.logits, batches)
+
+
+def evaluate_zero_shot(model: FederatedCLIPModel, batches: Iterable[Batch]) -> dict[str, float]:
+    """Loss and accuracy against the class prompts."""
+    return _evaluate_logits(model.zero_shot_logits, batches)
+
+
+def contrastive_loss(logits: Tensor, concept: Tensor | None = None) -> Tensor:
+    """Symmetric InfoNCE with one or several positives a row.
+
+    Args:
+        logits: Scaled similarities (B, B), images by texts; pair i sits at (i, i).
+        concept: What each pair shows, (B,); pairs of one concept share their target mass equally.
+            None makes every pair its own concept.
+
+    Returns:
+        Mean of the image-to-text and the text-to-image cross-entropy, a scalar.
+    """
+    if concept is None:
+        targets = torch.arange(logits.shape[0], device=logits.device)
+        return 0.5 * (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets))
+    same = (concept.unsqueeze(0) == concept.unsqueeze(1)).to(logits.dtype)  # (B, B), symmetric
+    weights = same / same.sum(dim=1, keepdim=True)
+    return 0.5 * (F.cross_entropy(logits, weights) + F.cross_entropy(logits.T, weights))
+
+
+def retrieval_loss(model: FederatedCLIPModel, batch: Batch) -> Tensor:
+    """Contrastive loss of the image-text pairs of a batch."""
+    images = F.normalize(model.image_features(batch), dim=-1)  # (B, D)
+    texts = F.normalize(model.text_features(batch), dim=-1)  # (B, D)
+    return contrastive_loss(model.temperature_scale() * images @ texts.T, batch.get("concept"))
+
+
+def evaluate_retrieval(model: FederatedCLIPModel, batches: Iterable[Batch]) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in both directions, and the contrastive loss within the batches."""
+    images, texts, concepts = [], [], []
+    loss_sum: Tensor | float = 0.0
+    total = 0
+    for batch in batches:
+        image, text = (
+            F.normalize(model.image_features(batch), dim=-1),
+            F.normalize(model.text_features(batch), dim=-1),
+        )
+        concept = batch.get("concept")
+        size = num_examples(batch)
+        loss_sum = (
+            loss_sum + contrastive_loss(model.temperature_scale() * image @ text.T, concept).double() * size
+        )
+        images.append(image.float())
+        texts.append(text.float())
+        concepts.append(concept if concept is not None else -1 - torch.arange(total, total + size))
+        total += size
+    if total == 0:
+        raise UserError("there is nothing to evaluate: no batch was given")
+    metrics = {"loss": float(loss_sum) / total, "num_examples": float(total)}
+    image_rows, text_rows = torch.cat(images), torch.cat(texts)
+    concept_ids = torch.cat([concept.cpu() for concept in concepts])
+    for direction, queries, gallery in (
+        ("image_to_text", image_rows, text_rows),
+        ("text_to_image", text_rows, image_rows),
+    ):
+        for k, recall in recall_at(queries, gallery, concept_ids, concept_ids, RECALL_CUTOFFS).items():
+            metrics[f"{direction}_recall_at_{k}"] = recall
+    return metrics
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="classification",
+            loss=classification_loss,
+            evaluate=evaluate_classification,
+            headline_metric="accuracy",
+            uses_head=True,
+            uses_text=False,
+            splits_into_micro_batches=True,
+        ),
+        Task(
+            name="zero_shot",
+            loss=zero_shot_loss,
+            evaluate=evaluate_zero_shot,
+            headline_metric="accuracy",
+            uses_head=False,
+            uses_text=True,
+            splits_into_micro_batches=True,
+        ),
+        Task(
+            name="retrieval",
+            loss=retrieval_loss,
+            evaluate=evaluate_retrieval,
+            headline_metric="image_to_text_recall_at_5",
+            uses_head=False,
+            uses_text=True,
+            splits_into_micro_batches=False,
+        ),
+    )
+}
+"""Task name -> task."""

@@ -1,0 +1,179 @@
+"""One bad reply is refused and named; the rest of the round goes on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from aggregator_simulation import MIXED_RANKS, Federation, a_name, b_name, federation, send, train
+
+from federated.aggregators import (
+    Update,
+    check_ranks,
+    check_updates,
+    fed_sb,
+    fedavg,
+    fedex,
+    ffa,
+    flexlora,
+    flora,
+    run_round,
+)
+from models.errors import UserError
+
+A, B = a_name("tower.first"), b_name("tower.first")
+
+
+def round_of(fed: Federation) -> list[Update]:
+    for client in fed.clients:
+        send(fed, client)
+    return [train(fed, client, 2) for client in fed.clients]
+
+
+def changed(update: Update, **values: torch.Tensor) -> Update:
+    return replace(update, state={**update.state, **values})
+
+
+def poisoned(value: float):
+    def spoil(update: Update) -> Update:
+        tensor = update.state[B].clone()
+        tensor[2, 1] = value
+        return changed(update, **{B: tensor})
+
+    return spoil
+
+
+def without(update: Update) -> Update:
+    return replace(update, state={name: t for name, t in update.state.items() if name != B})
+
+
+FAULTS = {
+    "nan": (poisoned(float("nan")), f"{B} is not finite"),
+    "infinite": (poisoned(float("inf")), f"{B} is not finite"),
+    "no examples": (lambda u: replace(u, num_examples=0), "has 0 training examples"),
+    "negative examples": (lambda u: replace(u, num_examples=-3), "has -3 training examples"),
+    "missing": (without, f"lacks {B}"),
+    "unknown": (lambda u: changed(u, surprise=torch.zeros(1)), "has unknown surprise"),
+    "transposed": (lambda u: changed(u, **{B: u.state[B].T}), f"{B} has shape (4, 7) instead of (7, 4)"),
+    "narrow": (lambda u: changed(u, **{A: u.state[A][:2]}), f"{A} has shape (2, 12) instead of (4, 12)"),
+    "dtype": (
+        lambda u: changed(u, **{A: u.state[A].half()}),
+        f"{A} is torch.float16 instead of torch.float64",
+    ),
+    "rank": (lambda u: replace(u, rank=2), "has rank 2, the server 4; fedavg needs one rank"),
+    "scaling": (
+        lambda u: replace(u, scaling={**u.scaling, "tower.first": 3.0}),
+        "has scaling 3.0 on tower.first",
+    ),
+    "no scaling": (lambda u: replace(u, scaling={}), "lacks the scaling of tower.first"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_update_is_refused_by_name_and_the_rest_goes_on(fault, caplog):
+    spoil, reason = FAULTS[fault]
+    fed = federation(fedavg())
+    updates = round_of(fed)
+    spoilt = [spoil(u) if u.client_id == 2 else u for u in updates]
+    with caplog.at_level(logging.WARNING):
+        server, accepted, refused = run_round(fed.aggregator, fed.server, spoilt)
+    assert [u.client_id for u in accepted] == [0, 1, 3, 4]
+    assert [client_id for client_id, _ in refused] == [2]
+    assert reason in refused[0][1]
+    assert "client 2 refused" in caplog.text
+    alone = fed.aggregator.apply(fed.server, [u for u in updates if u.client_id != 2])
+    assert all(torch.equal(server.state[name], alone.state[name]) for name in server.state)
+    assert server.server_round == 1
+
+
+def test_a_round_without_usable_updates_changes_nothing_but_the_round(caplog):
+    fed = federation(fedex())
+    bad = [poisoned(float("nan"))(update) for update in round_of(fed)]
+    with caplog.at_level(logging.WARNING):
+        server, accepted, refused = run_round(fed.aggregator, fed.server, bad)
+    assert accepted == []
+    assert [client_id for client_id, _ in refused] == [0, 1, 2, 3, 4]
+    assert "no usable update" in caplog.text
+    assert server.server_round == fed.server.server_round + 1
+    assert replace(server, server_round=0) is not fed.server
+    assert server.state is fed.server.state
+    assert server.base_delta is fed.server.base_delta
+
+
+def test_clients_recover_from_a_round_that_was_lost():
+    """Their own training of the lost round must be overwritten, although the server's values did not change."""
+    fed = federation(ffa())
+    updates = round_of(fed)
+    fed.server, _, _ = run_round(fed.aggregator, fed.server, [replace(u, num_examples=0) for u in updates])
+    send(fed, fed.clients[0])
+    assert torch.equal(fed.clients[0].held[B], fed.server.state[B])
+    assert not torch.equal(updates[0].state[B], fed.server.state[B])
+
+
+def test_the_same_reply_twice_counts_once():
+    fed = federation(fedavg())
+    updates = round_of(fed)
+    accepted, refused = check_updates(fed.server, [*updates, updates[3]], fed.aggregator)
+    assert [u.client_id for u in accepted] == [0, 1, 2, 3, 4]
+    assert refused == [(3, "sent its update again; it counts once")]
+
+
+def test_two_different_replies_of_one_client_are_both_refused_in_any_order():
+    fed = federation(fedavg())
+    updates = round_of(fed)
+    other = changed(updates[3], **{B: updates[3].state[B] + 1})
+    for order in ([*updates, other], [other, *updates]):
+        accepted, refused = check_updates(fed.server, order, fed.aggregator)
+        assert [u.client_id for u in accepted] == [0, 1, 2, 4]
+        assert refused == [(3, "sent 2 different updates in one round")]
+
+
+def test_what_an_aggregator_does_not_send_up_is_unknown():
+    fed = federation(ffa())
+    (first, *_) = round_of(fed)
+    whole = changed(first, **{A: fed.server.state[A]})
+    assert check_updates(fed.server, [first], fed.aggregator)[1] == []
+    assert f"unknown {A}" in check_updates(fed.server, [whole], fed.aggregator)[1][0][1]
+    fed = federation(fed_sb())
+    assert check_updates(fed.server, round_of(fed), fed.aggregator)[1] == []
+
+
+def test_without_an_aggregator_everything_must_have_travelled():
+    fed = federation(fedavg())
+    updates = round_of(fed)
+    assert [u.client_id for u in check_updates(fed.server, updates)[0]] == [0, 1, 2, 3, 4]
+    assert "lacks" in check_updates(fed.server, [without(updates[0])])[1][0][1]
+
+
+@pytest.mark.parametrize("rule", [flora, flexlora])
+def test_mixed_ranks_pass_where_they_are_allowed_and_must_match_the_shapes(rule):
+    fed = federation(rule(), ranks=MIXED_RANKS)
+    updates = round_of(fed)
+    accepted, refused = check_updates(fed.server, updates, fed.aggregator)
+    assert (len(accepted), refused) == (5, [])
+    wrong = [replace(updates[1], rank=3), replace(updates[2], rank=9), replace(updates[4], rank=0)]
+    reasons = dict(check_updates(fed.server, wrong, fed.aggregator)[1])
+    assert "has shape (1, 12) instead of (3, 12)" in reasons[1]
+    assert "has rank 9, outside 1 to 4" in reasons[2]
+    assert "has rank 0, outside 1 to 4" in reasons[4]
+
+
+def test_client_ranks_are_refused_before_the_first_round_by_client_and_rank():
+    rule = fedavg()
+    server = federation(rule).server
+    check_ranks(rule, server, {0: 4, 1: 4})
+    with pytest.raises(
+        UserError, match="fedavg needs one rank .* server has 4, but client 1 has 2, client 5 has 8"
+    ):
+        check_ranks(rule, server, {0: 4, 5: 8, 1: 2})
+    check_ranks(flora(), server, {0: 4, 1: 1})
+    with pytest.raises(UserError, match="client 5 has 8, outside 1 to 4"):
+        check_ranks(flora(), server, {0: 4, 5: 8, 1: 2})
+
+
+def test_applying_nothing_is_an_error_that_says_what_to_do():
+    fed = federation(fedavg())
+    with pytest.raises(ValueError, match="skip_round"):
+        fed.aggregator.apply(fed.server, [])

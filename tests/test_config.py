@@ -1,0 +1,86 @@
+"""Configuration: loading, overriding, and errors that help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from federated.config import config_folder, dump_config, load_config, parse_config, shipped_names
+from models.errors import UserError
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_every_shipped_configuration_loads_and_survives_a_round_trip(name: str) -> None:
+    config = load_config(name)
+    assert config.output.name == name
+    assert parse_config(yaml.safe_load(dump_config(config)), source="dump") == config
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_the_first_line_of_every_shipped_configuration_is_the_command_that_runs_it(name: str) -> None:
+    first_line = (config_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    assert first_line in {f"# fedlora run {name}", f"# fedlora train {name}"}
+
+
+def test_the_documented_configurations_ship() -> None:
+    required = {"quickstart", "clip_lora", "head_only", "full_finetune", "domain_shift"}
+    assert required <= set(shipped_names())
+
+
+def test_the_documented_clip_lora_sections_are_there() -> None:
+    tree = yaml.safe_load((config_folder() / "clip_lora.yaml").read_text(encoding="utf-8"))
+    assert tree["model"]["type"] == "clip_lora"
+    assert {"model_name", "num_classes"} <= set(tree["model"])
+    assert {"enabled", "r", "lora_alpha", "target_components", "save_only_trainable"} <= set(tree["lora"])
+
+
+def test_an_override_changes_one_value_and_nothing_else() -> None:
+    before = load_config("quickstart").model_dump()
+    after = load_config("quickstart", ["client.learning_rate=1e-4", "lora.r=4"]).model_dump()
+    assert after["client"].pop("learning_rate") == 1e-4
+    assert after["lora"].pop("r") == 4
+    before["client"].pop("learning_rate")
+    before["lora"].pop("r")
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("client.learning_rte=1", ["client.learning_rte", "did you mean client.learning_rate"]),
+        ("lora.rank_r=4", ["lora.rank_r"]),
+        ("rounds=3", ["unknown key rounds", "federation.rounds"]),
+        ("federation.rounds=many", ["federation.rounds", "many"]),
+        ("federation.rounds=0", ["federation.rounds", "greater than or equal to 1"]),
+        ("federation.cohort_size=11", ["cohort_size is 11", "num_clients is 10"]),
+        ("model.fine_tuning=full", ["model.fine_tuning"]),
+        ("seed", ["key=value"]),
+        ("seed.x=1", ["seed"]),
+    ],
+)
+def test_a_wrong_override_names_the_key_and_the_remedy(override: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        load_config("quickstart", [override, "model.type=clip_lora"])
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_missing_file_lists_the_shipped_names() -> None:
+    with pytest.raises(UserError, match="quickstart"):
+        load_config("no_such_configuration")
+
+
+def test_broken_yaml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("model: [unclosed", encoding="utf-8")
+    with pytest.raises(UserError, match=r"broken\.yaml is not valid YAML"):
+        load_config(path)
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text("- 1\n- 2\n", encoding="utf-8")
+    with pytest.raises(UserError, match="mapping"):
+        load_config(path)
