@@ -49,7 +49,7 @@ def train(message: Message, context: Context) -> Message:
     private = experiment.aggregator.private(held)
     if private:
         keep(context, HELD, held | {name: result.state[name] for name in private})
-    metrics = {
+    metrics: dict[str, int | float | list[int] | list[float]] = {
         CLIENT_ID: assignment.client_id,
         NUM_EXAMPLES: result.num_examples,
         TRAIN_LOSS: result.train_loss,

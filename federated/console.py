@@ -7,19 +7,26 @@ terminal (a file, CI), the bars are left out and the lines stay. Only this file 
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from federated.ledger import Ledger
 from federated.round_table import TextTable, failure_table, round_table, saving_table
+from federated.savings import FULL_MODEL
 from federated.wording import format_bytes, format_metric, format_percent, format_seconds, metric_label
 
+MAX_COLUMNS = 1000  # of a table that is not cut
+MAX_FAILURES_SHOWN = 5  # of one round, in its line; the table at the end has them all
 _BYTE_KEYS = ("uplink_wire_bytes", "downlink_wire_bytes")
 
 
@@ -122,9 +129,11 @@ class RunDisplay:
             parts.append((format_seconds(metrics["seconds"]), ""))
         for text, style in parts:
             line.append("  ").append(text, style=style or "not bold")
-        for failure in failed:
+        for failure in failed[:MAX_FAILURES_SHOWN]:
             reason = str(failure.get("reason", "no reason given")).strip().splitlines() or [""]
             line.append(f"\n  client {failure['client_id']}: {reason[0]}", style="not bold red")
+        if len(failed) > MAX_FAILURES_SHOWN:
+            line.append(f"\n  and {len(failed) - MAX_FAILURES_SHOWN} more", style="not bold red")
         return line
 
 
@@ -143,14 +152,14 @@ def print_results(
         ledger: the transfers; without them bytes come from ``metrics``.
     """
     metric = str(summary.get("headline_metric", "accuracy"))
-    console.print(rich_table(round_table(metrics, metric, ledger), title="Rounds"))
+    print_table(console, round_table(metrics, metric, ledger), "Rounds")
     failures = failure_table(metrics, ledger)
     if failures.rows:
-        console.print(rich_table(failures, title="Failed clients"))
+        print_table(console, failures, "Failed clients")
     communication = summary.get("communication") or {}
     rows = communication.get("comparison") or []
     if rows:
-        console.print(rich_table(saving_table(rows), title="What travels (saved: against full model FedAvg)"))
+        print_table(console, saving_table(rows), f"What travels (saved: against {FULL_MODEL})")
     console.print(_closing_line(metric, summary, rows), highlight=False, soft_wrap=True)
 
 
@@ -161,19 +170,39 @@ def _closing_line(metric: str, summary: Mapping[str, Any], rows: Sequence[Mappin
     if sent is not None:
         line.append(f", {format_bytes(sent)} sent")
     if rows:
-        line.append(f", {format_percent(rows[0]['saving'], 2)} less than full model FedAvg")
+        line.append(f", {format_percent(rows[0]['saving'], 2)} saved against {FULL_MODEL}")
         line.append(f" ({format_percent(rows[0]['saving_with_base'], 2)} with the base model counted)")
     return line
 
 
-def rich_table(content: TextTable, title: str | None = None) -> Table:
-    """Return a table of text for the terminal; nothing in it is read as markup."""
-    table = Table(title=Text(title) if title else None, title_justify="left", header_style="bold")
+def print_table(console: Console, content: TextTable, title: str) -> None:
+    """Print a table of text; where it needs more columns than the console has, it is not cut but runs over.
+
+    Nothing in the table is read as markup.
+    """
+    table = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for number, column in enumerate(content.columns):
         words = number in content.words
-        table.add_column(
-            Text(column), justify="left" if words else "right", overflow="fold", no_wrap=not words
-        )
+        widest = max((len(row[number]) for row in content.rows), default=0)
+        header = column if words else "\n".join(textwrap.wrap(column, max(widest, _longest_word(column))))
+        justify: Literal["left", "right"] = "left" if words else "right"
+        table.add_column(Text(header), justify=justify, vertical="top", overflow="fold", no_wrap=not words)
     for row in content.rows:
         table.add_row(*(Text(cell) for cell in row))
-    return table
+    needed = Measurement.get(console, console.options.update(width=MAX_COLUMNS), table).minimum
+    if needed > console.width:
+        table.width = needed
+    console.print(table, crop=False, overflow="ignore", no_wrap=True)
+    console.print()
+
+
+def _longest_word(text: str) -> int:
+    return max((len(word) for word in re.split(r"[\s-]", text)), default=0) + 1

@@ -54,7 +54,7 @@ def describe_run(config: ExperimentConfig) -> RunDescription:
         UserError: The model's architecture or the data's number of classes cannot be had offline.
     """
     model = build_model(*_without_weights(config))
-    counts = dict(count_parameters(model))
+    counts: dict[str, Any] = {**count_parameters(model)}
     exchanged = find_parameters(unwrap(model), model.exchanged_names)
     state: State = {name: torch.zeros(parameter.shape) for name, parameter in exchanged.items()}
     aggregator = aggregator_from_name(config.aggregation.name, config.aggregation.options)

@@ -65,21 +65,53 @@ def difference(first: LowRank, second: LowRank) -> LowRank:
     return stack([first, scaled(second, -1.0)])
 
 
-def svd(matrix: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+def svd(matrix: LowRank, num_components: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Take the thin singular value decomposition through the QR core.
 
     With Q_l R_l = left and Q_r R_r = right^T, left @ right = Q_l (R_l R_r^T) Q_r^T, and the SVD of the small
-    matrix in the middle gives that of the whole.
+    matrix in the middle gives that of the whole. Q_l and Q_r stay Householder reflections and are applied to
+    the components asked for.
+
+    Args:
+        matrix: At least one column.
+        num_components: How many leading components to return; None: all.
 
     Returns:
         U (d_out, p), the singular values (p,) in descending order and V^T (p, d_in), with
-        p = min(q, d_out, d_in); U and V have orthonormal columns even where a singular value is 0.
+        p = min(q, d_out, d_in) or fewer; U and V have orthonormal columns even where a singular value is 0.
     """
-    left_basis, left_core = torch.linalg.qr(matrix.left.double())  # (d_out, p_l), (p_l, q)
-    right_basis, right_core = torch.linalg.qr(matrix.right.double().T)  # (d_in, p_r), (p_r, q)
-    u, singular_values, vt = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    left, right = _factorise(matrix.left), _factorise(matrix.right.T)
+    u, singular_values, vt = torch.linalg.svd(left.core @ right.core.T, full_matrices=False)
+    kept = slice(num_components)
     dtype = matrix.left.dtype
-    return (left_basis @ u).to(dtype), singular_values.to(dtype), (vt @ right_basis.T).to(dtype)
+    return (
+        _apply_basis(left, u[:, kept]).to(dtype),
+        singular_values[kept].to(dtype),
+        _apply_basis(right, vt[kept].T).T.to(dtype),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Factorisation:
+    """A QR factorisation: Householder reflections for Q (d, p), and ``core`` = R (p, q)."""
+
+    reflections: Tensor
+    coefficients: Tensor
+    core: Tensor
+
+
+def _factorise(tall: Tensor) -> _Factorisation:
+    """Factorise a (d, q) matrix in float64; p = min(d, q)."""
+    packed, coefficients = torch.geqrf(tall.double())
+    num_reflections = coefficients.shape[0]
+    return _Factorisation(packed[:, :num_reflections], coefficients, packed[:num_reflections].triu())
+
+
+def _apply_basis(factorisation: _Factorisation, inner: Tensor) -> Tensor:
+    """Return Q @ inner, (d, columns), of an inner (p, columns)."""
+    padded = inner.new_zeros(factorisation.reflections.shape[0], inner.shape[1])
+    padded[: inner.shape[0]] = inner
+    return torch.ormqr(factorisation.reflections, factorisation.coefficients, padded)
 
 
 def truncate(matrix: LowRank, rank: int) -> LowRank:
@@ -91,8 +123,8 @@ def truncate(matrix: LowRank, rank: int) -> LowRank:
         return matrix
     if rank == 0:
         return LowRank(matrix.left[:, :0], matrix.right[:0])
-    u, singular_values, vt = svd(matrix)
-    return LowRank(u[:, :rank] * singular_values[:rank], vt[:rank].clone())
+    u, singular_values, vt = svd(matrix, rank)
+    return LowRank(u * singular_values, vt)
 
 
 def frobenius_norm(matrix: LowRank) -> float:
@@ -103,9 +135,7 @@ def frobenius_norm(matrix: LowRank) -> float:
     """
     if matrix.num_columns == 0:
         return 0.0
-    left_core = torch.linalg.qr(matrix.left.double(), mode="r").R
-    right_core = torch.linalg.qr(matrix.right.double().T, mode="r").R
-    return float(torch.linalg.matrix_norm(left_core @ right_core.T))
+    return float(torch.linalg.matrix_norm(_factorise(matrix.left).core @ _factorise(matrix.right.T).core.T))
 
 
 def product_norm(matrix: LowRank) -> float:

@@ -171,7 +171,7 @@ def bytes_by_round(ledger: Ledger) -> Figure:
 
 
 def bytes_by_method(comparison: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw what each row of ``summary.json``'s comparison sends in all, with the one-off base model on top."""
+    """Draw what each row of ``summary.json``'s comparison sends in all, and the one-off base model."""
     if not comparison:
         raise MissingData("summary.json has no comparison")
     names = [row["name"] if row["measured"] else f"{row['name']}\n(computed)" for row in comparison]
@@ -299,7 +299,7 @@ def _class_cells(axis: Axes, counts: np.ndarray, class_names: Sequence[str]) -> 
     labels = [_shorten(class_names[i]) if i < len(class_names) else str(i) for i in shown]
     axis.set_yticks(shown, labels, parse_math=False, family=style.font_families(), size=8)
     if num_clients <= MAX_NUMBERED and num_classes <= MAX_NUMBERED:
-        bright = shares.max() / 2
+        bright = 0.65 * shares.max()
         for row, column in np.argwhere(counts > 0):
             color = ON_BLUE if shares[row, column] > bright else style.INK
             axis.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, size=7)

@@ -164,14 +164,13 @@ def _parameter_card(run: RunRecord) -> Card | None:
 
 
 def base_note(run: RunRecord) -> str:
-    """Say what "with base" adds, and whether the configuration declares it unnecessary."""
+    """Say what "with base" adds, or why it adds nothing."""
+    if (run.config.get("communication") or {}).get("base_preinstalled"):
+        return "The configuration declares that clients hold the base model already: it is not counted."
     base = run.summary.get("communication", {}).get("one_off_base_bytes")
     if not base:
-        return "No base model has to be sent before round 1 of this run."
-    note = (
+        return "Clients of this run need no base model before round 1."
+    return (
         f"“With base” adds the frozen base model, once for each client that took part: {format_bytes(base)} "
         f"in all. {FULL_MODEL[0].upper()}{FULL_MODEL[1:]} ships it in its normal downlink."
     )
-    if (run.config.get("communication") or {}).get("base_preinstalled"):
-        note += " This run's configuration declares that clients hold it already."
-    return note

@@ -61,7 +61,7 @@ def round_table(metrics: Sequence[Mapping[str, Any]], metric: str, ledger: Ledge
             (
                 str(line["server_round"]),
                 *(format_metric(key, line.get(key)) for key in shown),
-                str(len(line["cohort"])) if line.get("cohort") is not None else MISSING,
+                str(len(line["cohort"])) if line.get("cohort") else MISSING,
                 str(len(line.get("failed") or [])),
                 format_megabytes(uplink),
                 format_megabytes(downlink),
@@ -117,7 +117,7 @@ def saving_table(comparison: Sequence[Mapping[str, Any]]) -> TextTable:
     )
     columns = (
         "what travels",
-        "a client, a round",
+        "client-round",
         "total",
         "saved",
         "total with base",

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
 from federated.config import ExperimentConfig, dump_config
 from models.errors import UserError
-from models.state import State
+from models.state import State, save_state
 
 _MARKER = "config.yaml"
 _PACKAGES = ("fedlora", "torch", "transformers", "peft", "flwr", "flwr-datasets", "datasets", "numpy")
@@ -67,10 +66,7 @@ class RunFolder:
         """Replace the checkpoint by the global state after ``server_round``."""
         folder = self.path / "checkpoint"
         folder.mkdir(exist_ok=True)
-        temporary = folder / "state.safetensors.part"
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        save_file(tensors, temporary, metadata={"server_round": str(server_round), "format": "pt"})
-        temporary.replace(folder / "state.safetensors")
+        save_state(state, folder / "state.safetensors", {"server_round": str(server_round)})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``."""

@@ -251,7 +251,7 @@ class LoRAStrategy(FedAvg):
         for reply in replies:
             client_id = self._client_of(reply)
             if reply.has_error():
-                self.record.failed.append(Failure(client_id, reply.error.reason))
+                self.record.failed.append(Failure(client_id, str(reply.error.reason)))
             else:
                 answered.append(reply)
                 self._versions[client_id] = self._sent_version

@@ -113,6 +113,15 @@ def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> list[tu
     return sorted((n, m) for n, m in layers if adapter_name is None or adapter_name in m.lora_A)
 
 
+def base_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Adapted layer -> the frozen weight that its product is added to, (d_out, d_in)."""
+    found = {}
+    for name, layer in adapter_layers(model, DEFAULT_ADAPTER):
+        base = layer.get_base_layer()
+        found[name] = base.in_proj_weight if isinstance(base, nn.MultiheadAttention) else base.weight
+    return found
+
+
 def adapter_parameters(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> dict[str, nn.Parameter]:
     """Wire name -> parameter of every factor of one adapter, sorted by name."""
     found = {}

@@ -17,7 +17,7 @@ from torch import nn
 from lora import adapters
 from lora.config import LoRAConfig
 from lora.gradient_checkpointing import disable_gradient_checkpointing, enable_gradient_checkpointing
-from lora.injection import inject_lora
+from lora.injection import BeforeLoRA, inject_lora
 from models.errors import UserError
 from models.state import State
 
@@ -47,7 +47,8 @@ class LoRAWrapper(nn.Module):
         self.federated_model = federated_model
         self.lora_config = lora_config or LoRAConfig()
         self.seed = seed
-        self._before: tuple[tuple[str, ...], list[tuple[nn.Parameter, bool]]] | None = None
+        self._before: BeforeLoRA | None = None
+        self._probe: tuple[Any, ...] = ()  # one adapted layer: whether it is merged is asked at every step
 
     def __getattr__(self, name: str) -> Any:
         """Fall back to the federated model: `wrapper.clip`, `wrapper.encode_text`, ..."""
@@ -65,10 +66,10 @@ class LoRAWrapper(nn.Module):
             UserError: applied twice, or nothing matches the targets.
         """
         if self.lora_config.enabled:
-            model = self.federated_model
-            before = (model.exchanged_names, [(p, p.requires_grad) for p in model.parameters()])
-            inject_lora(model, self.lora_config, seed=self.seed)
+            before = BeforeLoRA.of(self.federated_model)
+            inject_lora(self.federated_model, self.lora_config, seed=self.seed)
             self._before = before
+            self._probe = tuple(layer for _, layer in adapters.adapter_layers(self.federated_model)[:1])
         return self
 
     @property
@@ -98,11 +99,9 @@ class LoRAWrapper(nn.Module):
         What trains and what travels is again what it was before LoRA was applied.
         """
         model: Any = adapters.merge_and_unload(self.federated_model)
+        self._probe = ()
         if self._before is not None:
-            names, flags = self._before
-            for parameter, requires_grad in flags:
-                parameter.requires_grad_(requires_grad)
-            model.set_exchanged(names)
+            self._before.restore(model)
             self._before = None
         return model
 
@@ -128,8 +127,7 @@ class LoRAWrapper(nn.Module):
         Raises:
             UserError: the adapters are merged or disabled, so that the step could not train them.
         """
-        layers = adapters.adapter_layers(self.federated_model)
-        if layers and (layers[0][1].merged or layers[0][1].disable_adapters):
+        if any(layer.merged or layer.disable_adapters for layer in self._probe):
             raise UserError(
                 "the adapters are merged or disabled, so a step would not train them; "
                 "call unmerge_lora or enable_lora_layers first"

@@ -20,7 +20,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from lora.adapters import (
@@ -36,14 +35,15 @@ from lora.adapters import (
     adapter_layers,
     adapter_parameters,
     clip_of,
+    factor_of,
     lora_config_of,
     scalings,
     unwrap,
 )
-from lora.biases import trained_biases
+from lora.biases import is_bias, trained_biases
 from lora.config import LoRAConfig
 from models.errors import UserError
-from models.state import State
+from models.state import State, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +111,10 @@ def save_lora_adapters(
         fresh = Path(temporary)
         if inside:
             _exported_config(root, adapter_name).save_pretrained(str(fresh))
-            save_file({PEFT_PREFIX + name: t for name, t in inside.items()}, fresh / ADAPTER_FILE, metadata)
+            save_state({PEFT_PREFIX + name: t for name, t in inside.items()}, fresh / ADAPTER_FILE, metadata)
         if outside:
-            save_file(outside, fresh / HEAD_FILE, metadata)
-        _move_into_place(fresh, folder)
+            save_state(outside, fresh / HEAD_FILE, metadata)
+        _move_into_place(fresh, folder, (CONFIG_FILE, ADAPTER_FILE, HEAD_FILE))
     logger.info("saved adapter %s to %s", adapter_name, folder)
     return folder
 
@@ -141,7 +141,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     peft_config = _read_peft_config(folder)
     tensors, metadata = _read_tensors(folder / ADAPTER_FILE)
     state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-    foreign = [n for n in state if not re.search(r"\.lora_[AB]\.weight$|bias$", n)]
+    foreign = [n for n in state if factor_of(n) is None and not is_bias(n)]
     if foreign:
         raise UserError(
             f"{folder}: {len(foreign)} arrays are not plain LoRA, first {foreign[0]}; merge it in PEFT first"
@@ -164,8 +164,8 @@ def save_full_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in root.state_dict().items()}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        save_file(state, Path(temporary) / FULL_FILE, metadata)
-        _move_into_place(Path(temporary), folder)
+        save_state(state, Path(temporary) / FULL_FILE, metadata)
+        _move_into_place(Path(temporary), folder, (FULL_FILE,))
     return folder
 
 
@@ -185,7 +185,7 @@ def base_sample(model: nn.Module) -> list[float]:
     """A few values of weights that LoRA never touches (embeddings, convolutions), to recognise a base."""
     clip, _ = clip_of(model)
     sample: list[float] = []
-    for name, module in sorted(clip.named_modules()):
+    for _, module in sorted(clip.named_modules()):
         weight = module._parameters.get("weight")
         if (
             isinstance(module, nn.Embedding | nn.Conv2d)
@@ -193,9 +193,8 @@ def base_sample(model: nn.Module) -> list[float]:
             and not weight.is_meta
         ):
             flat = weight.detach().flatten()
-            picks = flat[torch.linspace(0, flat.numel() - 1, 8).long().to(flat.device)]
+            picks = torch.stack([flat[i * (flat.numel() - 1) // 7] for i in range(8)])
             sample += [round(value, 6) for value in picks.float().tolist()]
-            logger.debug("sampled %s", name)
     return sample
 
 
@@ -246,12 +245,11 @@ def _exported_config(root: nn.Module, adapter_name: str) -> LoraConfig:
     config.inference_mode = True
     ours = lora_config_of(root)
     config.bias = "none" if ours is None else ours.bias
-    overrides = {}
-    for name, scaling in scalings(clip, adapter_name).items():
-        rank = clip.get_submodule(name).r[adapter_name]
-        if not math.isclose(scaling, expected_scaling(config, name, rank)):
-            overrides[f"^{re.escape(name)}"] = scaling * (math.sqrt(rank) if config.use_rslora else rank)
-    config.alpha_pattern = {**overrides, **(config.alpha_pattern or {})}
+    ranks = {name: clip.get_submodule(name).r[adapter_name] for name, _ in adapter_layers(clip, adapter_name)}
+    actual = scalings(clip, adapter_name)
+    if any(not math.isclose(actual[n], expected_scaling(config, n, r)) for n, r in ranks.items()):
+        divisors = {n: math.sqrt(r) if config.use_rslora else r for n, r in ranks.items()}
+        config.alpha_pattern = {f"^{re.escape(n)}": actual[n] * d for n, d in divisors.items()}
     return config
 
 
@@ -263,13 +261,15 @@ def expected_scaling(config: LoraConfig, module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def _move_into_place(fresh: Path, folder: Path) -> None:
-    for path in sorted(fresh.iterdir()):
-        if path.name == "README.md":  # PEFT may add a model card; none of ours
-            continue
-        with path.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(path, folder / path.name)
+def _move_into_place(fresh: Path, folder: Path, names: Sequence[str]) -> None:
+    """Rename finished files into `folder`; those of `names` that this save does not have go away."""
+    for name in names:
+        if (fresh / name).is_file():
+            with (fresh / name).open("rb+") as handle:
+                os.fsync(handle.fileno())
+            os.replace(fresh / name, folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _read_tensors(path: Path) -> tuple[State, dict[str, Any]]:

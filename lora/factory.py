@@ -65,7 +65,7 @@ def quick_clip_lora(
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         target_modules=None if target_modules is None else list(target_modules),
-        target_components=list(target_components),  # type: ignore[arg-type]
+        target_components=list(target_components),
     )
     options = {"strategy": "lora", "seed": seed, **model_options}
     model = FederatedCLIPModel(model_name, num_classes, **options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from lora.adapters import (
     DEFAULT_ADAPTER,
     FACTORS,
     adapter_layers,
-    adapter_parameters,
     clip_of,
     exchanged_names,
     find_towers,
@@ -35,6 +35,34 @@ from lora.targets import TowerPlan, plan_towers
 from models.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BeforeLoRA:
+    """What trained and travelled before adapters were injected.
+
+    Attributes:
+        exchanged_names: Wire names of what travelled; None for a bare CLIP.
+        trainability: Every parameter with its requires_grad.
+    """
+
+    exchanged_names: tuple[str, ...] | None
+    trainability: tuple[tuple[nn.Parameter, bool], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> BeforeLoRA:
+        """Remember a model's present state."""
+        root = unwrap(model)
+        names = getattr(root, "exchanged_names", None)
+        return cls(names, tuple((p, p.requires_grad) for p in root.parameters()))
+
+    def restore(self, model: nn.Module) -> None:
+        """Put it back, once the adapters are gone."""
+        root = unwrap(model)
+        for parameter, requires_grad in self.trainability:
+            parameter.requires_grad_(requires_grad)
+        if self.exchanged_names is not None:
+            root.set_exchanged(self.exchanged_names)
 
 
 def inject_lora(
@@ -59,6 +87,11 @@ def inject_lora(
         raise UserError("this model has adapters already; call merge_and_unload on it or build a fresh one")
     clip, prefix = clip_of(root)
     plans = plan_towers(clip, find_towers(root), config)
+    if config.adapts_head and not isinstance(getattr(root, "head", None), nn.Linear):
+        raise UserError(
+            "target_components has 'classifier' but this model has no head; take it out, or set "
+            "task.name to classification"
+        )
     root.requires_grad_(False)
     if plans:
         inject_peft(clip, peft_config_for(plans, config), DEFAULT_ADAPTER)
@@ -71,6 +104,7 @@ def inject_lora(
     )
     root.lora_config = config
     _name_what_trains_and_travels(root)
+    _warn_of_idle_text_adapters(root, config)
     logger.info("injected %d adapted layers", len(adapter_layers(root)))
 
 
@@ -114,7 +148,7 @@ def inject_peft(model: Any, peft_config: LoraConfig, adapter_name: str) -> None:
     On the meta device the factors stay there too.
     """
     before = [(p, p.requires_grad) for p in model.parameters()]
-    peft_configs = dict(getattr(model, "peft_config", {}))
+    peft_configs = model.__dict__.pop("peft_config", {})  # PEFT would warn about a second adapter
     peft_config._register_custom_module({nn.MultiheadAttention: FusedAttentionLoRA})
     on_meta = any(p.is_meta for p in model.parameters())
     with torch.random.fork_rng(devices=[]):
@@ -122,6 +156,8 @@ def inject_peft(model: Any, peft_config: LoraConfig, adapter_name: str) -> None:
             inject_adapter_in_model(peft_config, model, adapter_name, low_cpu_mem_usage=on_meta)
         except ValueError as error:
             raise UserError(f"the adapter does not fit {type(model).__name__}: {error}") from error
+        finally:
+            model.peft_config = peft_configs
     model.peft_config = {**peft_configs, adapter_name: peft_config}
     for _, layer in adapter_layers(model, adapter_name):
         layer.train(layer.get_base_layer().training)  # new modules start in training mode: dropout is on
@@ -147,12 +183,6 @@ def peft_config_for(plans: Sequence[TowerPlan], config: LoRAConfig) -> LoraConfi
 
 
 def _inject_head(root: nn.Module, config: LoRAConfig) -> None:
-    head = getattr(root, "head", None)
-    if not isinstance(head, nn.Linear):
-        raise UserError(
-            "target_components has 'classifier' but this model has no head; take it out, or set "
-            "task.name to classification"
-        )
     peft_config = LoraConfig(
         target_modules="head",
         r=config.r,
@@ -174,6 +204,15 @@ def _set_dropout(clip: nn.Module, plans: Sequence[TowerPlan]) -> None:
                     module.lora_dropout[DEFAULT_ADAPTER] = dropout.train(module.training)
 
 
+def _warn_of_idle_text_adapters(root: Any, config: LoRAConfig) -> None:
+    if "text" in config.tower_names and not getattr(getattr(root, "task", None), "uses_text", True):
+        logger.warning(
+            "task %s does not use the text tower: its adapters will travel and never change; "
+            "set lora.target_components to [vision]",
+            root.task.name,
+        )
+
+
 def _biases_to_train(root: nn.Module, modules: Sequence[str], config: LoRAConfig) -> list[str]:
     names = [name for name, _ in root.named_parameters() if is_bias(name)]
     if config.bias == "none":
@@ -186,8 +225,8 @@ def _biases_to_train(root: nn.Module, modules: Sequence[str], config: LoRAConfig
 
 
 def _name_what_trains_and_travels(root: Any) -> None:
-    for parameter in adapter_parameters(root).values():
-        parameter.requires_grad_(True)
+    for _, layer in adapter_layers(root):
+        layer.set_adapter([DEFAULT_ADAPTER])  # which also lets its factors train
     if head_trains(root):
         root.head.requires_grad_(True)
     if hasattr(root, "set_exchanged"):

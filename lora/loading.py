@@ -21,6 +21,7 @@ from lora.adapters import (
     check_same_layout,
     clip_of,
     factor_of,
+    merge_and_unload,
     scalings,
     unwrap,
 )
@@ -35,7 +36,7 @@ from lora.checkpoint import (
 )
 from lora.config import LoRAConfig
 from lora.conversion import read_converted
-from lora.injection import inject_from_peft, inject_lora
+from lora.injection import BeforeLoRA, inject_from_peft, inject_lora
 from models.errors import UserError
 from models.state import State
 
@@ -57,20 +58,23 @@ def load_lora_adapters(model: nn.Module, source: str | Path, *, check_base: bool
 
     Raises:
         UserError: no such file, not an adapter, damaged, or its rank, targets, scaling or base model differ
-            from the model's; the values in the model stay as they were.
+            from the model's. The model is then as it was before.
     """
     root = unwrap(model)
     found = read_any(root, source)
     if check_base:
         check_base_model(root, found)
-    if not adapter_layers(root, DEFAULT_ADAPTER):
+    if adapter_layers(root, DEFAULT_ADAPTER):
+        _fill(root, found)
+        return found
+    before = BeforeLoRA.of(root)
+    try:
         _inject(root, found)
-    inside, outside = _parameters(root)
-    check_same_layout(inside, found.state, str(source))
-    _check_scaling(root, found)
-    head = _fitting_head(outside, found)
-    _copy(inside, found.state)
-    _copy(outside, head)
+        _fill(root, found)
+    except UserError:
+        merge_and_unload(root)  # nothing was loaded: lora_B is zero, the base stays exactly as it was
+        before.restore(root)
+        raise
     return found
 
 
@@ -128,6 +132,16 @@ def _inject(root: nn.Module, found: AdapterFile) -> None:
         raise UserError(
             f"{found.folder} does not say how its adapter was made; apply LoRA to the model first"
         )
+
+
+def _fill(root: nn.Module, found: AdapterFile) -> None:
+    """Check everything, then copy everything."""
+    inside, outside = _parameters(root)
+    check_same_layout(inside, found.state, str(found.folder))
+    _check_scaling(root, found)
+    head = _fitting_head(outside, found)
+    _copy(inside, found.state)
+    _copy(outside, head)
 
 
 def _parameters(root: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

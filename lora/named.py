@@ -80,7 +80,8 @@ def list_adapters(model: nn.Module) -> list[str]:
 def active_adapter(model: nn.Module) -> str | None:
     """Name of the adapter in force; None if the model acts as the base model."""
     layers = adapter_layers(model)
-    return str(layers[0][1].active_adapters[0]) if layers and is_enabled(model) else None
+    active = layers[0][1].active_adapters if layers and is_enabled(model) else []
+    return str(active[0]) if active else None
 
 
 def set_active_adapter(model: nn.Module, name: str | None) -> None:
@@ -117,7 +118,8 @@ def remove_adapter(model: nn.Module, name: str) -> None:
         raise UserError(f"cannot remove {name!r}; loaded beside the default are {list_adapters(root)}")
     active = active_adapter(root)
     with trainability_kept(root):
-        for _, layer in adapter_layers(root, name):
+        for _, layer in adapter_layers(root):
+            layer.set_adapter([])
             layer.delete_adapter(name)
     set_active_adapter(root, None if active == name else active)
 

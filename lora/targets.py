@@ -25,7 +25,7 @@ class TowerPlan:
 
     Attributes:
         tower: "vision" or "text".
-        prefix_pattern: Regular expression that matches every module name of the tower.
+        prefix_pattern: Regular expression that matches the module names of the tower and no others.
         pattern: Regular expression that matches the adapted modules in full, and nothing else.
         modules: Names of the adapted modules inside the CLIP, in the model's order.
         config: The LoRAConfig with this tower's overrides applied.
@@ -119,7 +119,7 @@ def num_blocks(clip: nn.Module, prefixes: Sequence[str]) -> int:
 
 
 def _prefix_pattern(prefixes: Sequence[str]) -> str:
-    return rf"{_any_of(prefixes)}(?:\..*)?"
+    return rf"^{_any_of(prefixes)}(?:\..*)?"  # without ^, PEFT lets "transformer" match "visual.transformer"
 
 
 def _any_of(names: Sequence[str]) -> str:

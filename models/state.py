@@ -1,8 +1,42 @@
-"""State: the named arrays that travel between server and clients."""
+"""State: the named arrays that travel between server and clients, and the files that hold them."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
+from safetensors.torch import save
 
 State = dict[str, torch.Tensor]
 """Wire name -> tensor, in sorted order of the names."""
+
+_LENGTH_BYTES = 8
+_ALIGNMENT = 8
+
+
+def save_state(state: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all; equal arguments give equal bytes.
+
+    The library itself writes metadata in the order of a hash map, another one at each call.
+
+    Args:
+        state: Name -> tensor.
+        path: The file; replaced.
+        metadata: Texts by key, stored in sorted order.
+    """
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, dict(metadata or {}))
+    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    end = _LENGTH_BYTES + length
+    header = json.loads(content[_LENGTH_BYTES:end])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little"))
+        file.write(text)
+        file.write(memoryview(content)[end:])
+    temporary.replace(path)

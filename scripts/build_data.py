@@ -222,6 +222,18 @@ def fluent_reader(npm: Path) -> TileReader:
     return read
 
 
+def square_around_ink(picture: Image.Image) -> Image.Image:
+    """Cut the transparent margin away, keeping the picture square and centred, as the other vendors draw it."""
+    box = picture.getchannel("A").getbbox()
+    if box is None:
+        raise ValueError("the picture is fully transparent")
+    ink = picture.crop(box)
+    side = max(ink.size)
+    square = Image.new("RGBA", (side, side), (0, 0, 0, 0))
+    square.paste(ink, ((side - ink.width) // 2, (side - ink.height) // 2))
+    return square
+
+
 def openmoji_reader(wheel: Path) -> TileReader:
     """Glyphs of OpenMoji's colour font, drawn by Pillow; needs Pillow with Raqm for joined sequences."""
     with zipfile.ZipFile(wheel) as archive:
@@ -236,11 +248,9 @@ def openmoji_reader(wheel: Path) -> TileReader:
             right - left > 1.5 * size or right <= left
         ):  # several glyphs side by side: the font has no ligature
             return None
-        side = int(np.ceil(max(right - left, bottom - top)))
-        tile = Image.new("RGBA", (side, side), (0, 0, 0, 0))
-        corner = ((side - right - left) / 2, (side - bottom - top) / 2)
-        ImageDraw.Draw(tile).text(corner, text, font=font, embedded_color=True)
-        return tile
+        canvas = Image.new("RGBA", (2 * size, 2 * size), (0, 0, 0, 0))
+        ImageDraw.Draw(canvas).text((size // 2 - left, size // 2 - top), text, font=font, embedded_color=True)
+        return square_around_ink(canvas)
 
     return read
 

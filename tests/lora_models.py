@@ -1,4 +1,4 @@
-"""Two small CLIPs for the tests of `lora`: a Hugging Face one and one with fused attention, as open_clip has."""
+"""Small CLIPs for the tests of `lora`: a Hugging Face one, and one with fused attention as in open_clip."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def smaller(columns: int) -> int:
     return sum(min(columns * (d_out + d_in), d_out * d_in) for d_out, d_in in SHAPES.values())
 
 
-# name, options -> (up, down to a client that was there in the round before, down to a new client) after round 1
+# name, options; up; after round 1: down to a client that was there, down to a new client
 EXPECTED = [
     ("fedavg", {}, P + HEAD, P + HEAD, P + HEAD),
     ("ffa", {}, P_B + HEAD, P_B + HEAD, P + HEAD),

@@ -257,6 +257,17 @@ def test_what_travels_up_trains_and_what_trains_travels_up_or_is_private(name):
 
 
 @every
+def test_clients_remember_exactly_where_a_downlink_leaves_something_out(name):
+    fed = start(name)
+    leaves_out = bool(fed.aggregator.private(fed.clients[0].held))
+    for version in (0, 1):
+        play_round(fed, [0, 1])
+        downlink = fed.aggregator.downlink(fed.server, ClientProfile(version=version))
+        leaves_out |= downlink.state.keys() != fed.server.state.keys() or bool(downlink.base_updates)
+    assert fed.aggregator.clients_remember == leaves_out
+
+
+@every
 def test_a_saved_server_continues_bit_for_bit(name):
     fed = start(name, dtype=torch.float32)
     play_round(fed, [0, 1, 2])

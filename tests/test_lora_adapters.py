@@ -92,9 +92,9 @@ def test_unknown_targets_are_refused_with_the_names_that_exist() -> None:
         inject_lora(small_clip(), LoRAConfig(target_modules=["q_proj", "query"]))
     with pytest.raises(UserError, match=rf"layers \[{NUM_BLOCKS}\].*{NUM_BLOCKS} layers"):
         inject_lora(small_clip(), LoRAConfig(layers=[NUM_BLOCKS]))
+    model = small_clip()
+    inject_lora(model, LoRAConfig())
     with pytest.raises(UserError, match="already"):
-        model = small_clip()
-        inject_lora(model, LoRAConfig())
         inject_lora(model, LoRAConfig())
     with pytest.raises(UserError, match="head"):
         inject_lora(small_clip(), LoRAConfig(target_components=["classifier"]))

@@ -138,14 +138,14 @@ def test_head_only_sends_the_head_alone(tmp_path: Path) -> None:
 def test_a_failing_client_is_named_and_the_round_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = federated.client.local_update
+    original = federated.client.train_locally
 
-    def breaks_for_client_1(experiment: Any, client_id: int, *arguments: Any) -> Any:
-        if client_id == 1:
+    def breaks_for_client_1(experiment: Any, assignment: Any, held: Any) -> Any:
+        if assignment.client_id == 1:
             raise MemoryError("no memory left on this client")
-        return original(experiment, client_id, *arguments)
+        return original(experiment, assignment, held)
 
-    monkeypatch.setattr(federated.client, "local_update", breaks_for_client_1)
+    monkeypatch.setattr(federated.client, "train_locally", breaks_for_client_1)
     run = run_experiment(small_config(tmp_path))
     first_round = lines_without_times(run)[1]
     assert [failure["client_id"] for failure in first_round["failed"]] == [1]
@@ -163,7 +163,7 @@ def test_a_round_in_which_all_clients_fail_is_skipped(
     def breaks(*arguments: Any) -> Any:
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(federated.client, "local_update", breaks)
+    monkeypatch.setattr(federated.client, "train_locally", breaks)
     lines = lines_without_times(run_experiment(small_config(tmp_path)))
     assert lines[1]["skipped"] is True
     assert lines[1]["accuracy"] == lines[0]["accuracy"]

@@ -121,6 +121,7 @@ def fedsvd(*, period: int = 1) -> Aggregator:
         private=nothing,
         apply=apply,
         exact=True,
+        clients_remember=period > 1,
     )
 
 
@@ -130,10 +131,10 @@ def refactorised(product: LowRank, old_a: Tensor, scaling: float = 1.0) -> tuple
     A = V_r^T (r, d_in) has orthonormal rows, B = U_r S_r / s (d_out, r). Where the matrix has fewer than r
     components (r > d_out, say), the rows of A that are left over keep their old values and B is zero there.
     """
-    u, singular_values, vt = svd(product)
     rank = old_a.shape[0]
-    found = min(rank, len(singular_values))
-    a = torch.cat([vt[:found], old_a[found:]])
+    u, singular_values, vt = svd(product, rank)
+    found = len(singular_values)
+    a = torch.cat([vt, old_a[found:]])
     b = u.new_zeros((u.shape[0], rank))
-    b[:, :found] = u[:, :found] * (singular_values[:found] / scaling)
+    b[:, :found] = u * (singular_values / scaling)
     return a, b

@@ -23,7 +23,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
@@ -90,7 +90,7 @@ class InProcessGrid(Grid):
         """Return a client's context, creating it at its first use."""
         node_id = node_id_of(client_id)
         if node_id not in self._contexts:
-            node_config = {"partition-id": client_id, "num-partitions": self._num_clients}
+            node_config: UserConfig = {"partition-id": client_id, "num-partitions": self._num_clients}
             self._contexts[node_id] = Context(
                 _RUN_ID, node_id, node_config, RecordDict(), dict(self._run_config)
             )
