@@ -15,7 +15,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
+from federated import cli_data, cli_inference
 from models.errors import UserError
 
 app = typer.Typer(
@@ -80,12 +82,12 @@ def info(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     Example: fedlora info clip_lora model.pretrained=false
     """
     from federated.config import load_config
-    from federated.console import rich_table
+    from federated.console import print_table
     from federated.inspection import describe_run, description_tables
 
     console = Console()
     for title, table in description_tables(describe_run(load_config(config, overrides or []))):
-        console.print(rich_table(table, title=title))
+        print_table(console, table, title)
 
 
 @app.command()
@@ -99,6 +101,10 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The f
     typer.echo(write_report(run_folder))
 
 
+cli_inference.register(app)
+app.add_typer(cli_data.app, name="data")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command; ends with exit code 2 on bad input."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -107,7 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments))
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        message = Text.assemble(("error:", "bold red"), f" {error}")
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

@@ -1,0 +1,89 @@
+"""What keeps the architecture easy to see: import direction, forbidden names, the wheel's content."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ("models", "lora", "federated")
+"""Each may import itself and what stands before it."""
+
+SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+
+
+def imported_packages(path: Path) -> set[str]:
+    packages = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            packages.add(node.module.partition(".")[0])
+    return packages
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_never_go_backwards(path: Path) -> None:
+    layer = path.relative_to(ROOT).parts[0]
+    later = set(LAYERS[LAYERS.index(layer) + 1 :])
+    assert not imported_packages(path) & (later | {"tests", "benchmarks", "scripts"})
+
+
+def test_no_module_is_a_drawer_for_everything() -> None:
+    forbidden = {"utils.py", "helpers.py", "common.py", "misc.py"}
+    assert not [path for path in SOURCES if path.name in forbidden or path.name.startswith("legacy_")]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "allowed"),
+    [
+        (r"pickle\.(load|dump)", set()),
+        (r"yaml\.load\(", set()),
+        (r"except Exception|except:", {"federated/engines/inprocess.py"}),
+        (r"np\.random\.(seed|rand|randn|randint|shuffle|choice)\(|(^|[^.\w])random\.seed\(", set()),
+        (r"""["']lora_?[AB]?["'] in """, {"lora/adapters.py"}),
+    ],
+)
+def test_what_must_not_exist_does_not(pattern: str, allowed: set[str]) -> None:
+    found = {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if any(re.search(pattern, line) for line in path.read_text(encoding="utf-8").splitlines())
+    }
+    assert found <= allowed
+
+
+def test_torch_load_is_always_restricted_to_weights() -> None:
+    for path in SOURCES:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert "torch.load(" not in line or "weights_only=True" in line, path
+
+
+def test_readme_names_every_module_of_the_packages() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = []
+    for path in SOURCES:
+        relative = path.relative_to(ROOT)
+        shown = str(relative.parent) + "/" if relative.parts[1:-1] else str(relative)
+        if path.name != "__init__.py" and shown not in readme:
+            missing.append(shown)
+    assert not missing
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_exactly_the_three_packages_and_their_data(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
+    subprocess.run([*command, str(ROOT)], check=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    top_level = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
+    assert top_level == set(LAYERS)
+    for needed in ("federated/configs/quickstart.yaml", "models/tiny_clip/model.safetensors"):
+        assert needed in names
+    for folder in ("federated/embedded_data/", "federated/templates/"):
+        assert any(name.startswith(folder) for name in names)

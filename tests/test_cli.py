@@ -1,0 +1,134 @@
+"""The command line: what it prints, and that bad input ends with exit code 2 and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from federated.cli import main
+from tests.test_run import SMALL
+
+
+def run_command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return int(stop.value.code or 0)
+
+
+def image_folder(root: Path) -> Path:
+    for split in ("train", "val", "test"):
+        for number, name in enumerate(("cat", "dog")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (32, 32), (40 * number + i, 100, 30 * i)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+
+def test_run_prints_a_row_a_round_and_a_saving(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("run", "quickstart", *SMALL) == 0
+    shown = capsys.readouterr().out
+    for words in ("round 1/2", "round 2/2", "full model FedAvg", "accuracy", "runs/quickstart/report.html"):
+        assert words in shown
+
+
+def test_show_config_prints_what_the_run_will_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("show-config", "quickstart", "lora.r=4") == 0
+    assert "r: 4" in capsys.readouterr().out
+
+
+def test_info_states_the_documented_figures_of_vit_b32(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("info", "clip_lora") == 0
+    shown = capsys.readouterr().out
+    assert "491,520" in shown
+    assert "151,277,313" in shown
+    assert "1.97 MB" in shown
+    assert "605.1 MB" in shown
+
+
+def test_report_can_be_written_again() -> None:
+    assert run_command("run", "quickstart", *SMALL) == 0
+    Path("runs/quickstart/report.html").unlink()
+    assert run_command("report", "runs/quickstart") == 0
+    assert Path("runs/quickstart/report.html").is_file()
+
+
+def test_a_run_folder_is_not_overwritten_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("run", "quickstart", *SMALL) == 0
+    before = Path("runs/quickstart/metrics.jsonl").read_bytes()
+    assert run_command("run", "quickstart", *SMALL) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert Path("runs/quickstart/metrics.jsonl").read_bytes() == before
+    assert run_command("run", "quickstart", *SMALL, "--overwrite") == 0
+
+
+def test_a_folder_that_is_no_run_is_never_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/quickstart").mkdir(parents=True)
+    Path("runs/quickstart/thesis.txt").write_text("years of work", encoding="utf-8")
+    assert run_command("run", "quickstart", *SMALL, "--overwrite") == 2
+    assert "not a run folder" in capsys.readouterr().err
+    assert Path("runs/quickstart/thesis.txt").read_text(encoding="utf-8") == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["quickstart", "client.learning_rte=1"], ["client.learning_rte", "client.learning_rate"]),
+        (["quickstart", "federation.rounds=three"], ["federation.rounds"]),
+        (["nowhere.yaml"], ["nowhere.yaml", "quickstart"]),
+        (["quickstart", "federation.cohort_size=11"], ["cohort_size"]),
+        (["quickstart", "partition.num_clients=5000"], ["5000", "4000"]),
+        (["quickstart", "partition.options.min_samples=400"], ["min_samples"]),
+        (["quickstart", "partition.options.alfa=1"], ["alfa", "alpha"]),
+        (["quickstart", "partition.name=dirchlet"], ["dirchlet", "dirichlet"]),
+        (["quickstart", "data.source=fashion_mnst"], ["fashion_mnst", "fashion_mnist"]),
+        (["quickstart", "model.model_name=openai/clip-vit-base-patch32"], ["openai/clip-vit-base-patch32"]),
+        (["quickstart", "model.num_classes=12"], ["12", "10 classes"]),
+        (["quickstart", "lora.target_modules=[query]"], ["query", "q_proj"]),
+        (["quickstart", "aggregation.name=fedavgg"], ["fedavgg", "fedavg"]),
+        (["quickstart", "communication.uplink=int7"], ["int7", "int8"]),
+        (["quickstart", "data.source=imagefolder", "data.path=missing"], ["missing"]),
+    ],
+)
+def test_bad_input_ends_with_code_2_a_remedy_and_no_run_folder(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("run", *arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error:")
+    assert "Traceback" not in message
+    for word in words:
+        assert word in message
+    assert os.listdir(".") == []
+
+
+def test_a_corrupt_image_is_named_and_skipped_only_when_the_configuration_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = image_folder(tmp_path / "pets")
+    (folder / "train" / "cat" / "3.png").write_bytes(b"this is no image")
+    small = ["partition.num_clients=2", "federation.rounds=1", "client.local_steps=1", "client.batch_size=4"]
+    small += ["model.num_classes=2", "partition.name=iid", "partition.options={}", "output.name=pets"]
+    arguments = ["run", "quickstart", "data.source=imagefolder", f"data.path={folder}", *small]
+    assert run_command(*arguments) == 2
+    assert "3.png" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    assert run_command(*arguments, "data.options.skip_corrupt=true") == 0
+
+
+def test_an_empty_class_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = image_folder(tmp_path / "pets")
+    for image in (folder / "train" / "dog").iterdir():
+        image.unlink()
+    assert run_command("run", "quickstart", "data.source=imagefolder", f"data.path={folder}") == 2
+    assert "dog" in capsys.readouterr().err

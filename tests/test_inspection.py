@@ -1,0 +1,26 @@
+"""``fedlora info``: the documented figures, without weights or network."""
+
+from __future__ import annotations
+
+from federated.config import load_config
+from federated.inspection import describe_run
+
+
+def test_vit_b32_with_q_and_v_in_both_towers_at_rank_8_sends_the_documented_bytes() -> None:
+    description = describe_run(load_config("clip_lora"))
+    assert description.counts["adapter"] == description.uplink_values == 491_520  # methods.md 4.5
+    assert description.uplink_bytes == description.downlink_bytes == 4 * 491_520 == 1_966_080
+    assert description.full_model_bytes == 605_109_252  # methods.md 4.2, state dict measured
+
+
+def test_the_codec_decides_the_expected_bytes() -> None:
+    description = describe_run(load_config("clip_lora", ["communication.uplink=fp16"]))
+    assert description.uplink_bytes == 2 * 491_520
+    assert description.downlink_bytes == 4 * 491_520
+
+
+def test_expected_bytes_are_those_of_a_run() -> None:
+    description = describe_run(load_config("quickstart"))
+    adapters = 4 * 4 * 8 * (128 + 128)  # blocks x projections x rank x (d_in + d_out)
+    head = 10 * 128 + 10
+    assert description.uplink_values == adapters + head
