@@ -7,8 +7,8 @@ same object, so that one frozen base model serves all simulated clients.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,27 @@ import torch
 import yaml
 from torch import nn
 
-from federated.aggregators import Aggregator, ServerState, aggregator_from_name, cut_to_rank
+from federated.aggregators import Aggregator, ServerState, cut_to_rank
+from federated.augment import Augmentation
+from federated.augmented_batches import augment_batch, training_augmentation
 from federated.base_weights import BaseWeights
+from federated.codecs import codec_from_name
+from federated.compatibility import build_aggregator, check_client_ranks
 from federated.config import ExperimentConfig, load_config, parse_config
 from federated.data import FederatedData, ImageTensors, image_tensors, load_data
+from federated.feature_cache import FeatureCaches, build_feature_caches
 from federated.partition import Partition, partition, save_partition
 from federated.payload import Layout, layout_of, num_values
 from federated.savings import ModelSizes
 from federated.seeding import generator
-from federated.splits import IntArray, hold_out
+from federated.splits import IntArray, column_values, hold_out
 from lora.adapters import factor_pairs, scalings, unwrap
 from lora.checkpoint import save_full_checkpoint, save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
+from lora.second_adapter import add_second_adapter
 from lora.verify import count_parameters
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
-from models.exchange import find_parameters
 from models.state import State
 from models.training import Batch, TrainingSettings
 
@@ -73,6 +78,10 @@ class Experiment:
         base: The base weights, for aggregators that merge into them.
         scaling: Module -> s, the factor in front of B @ A at the model's rank.
         training_settings: How clients train.
+        augmentation: What is done to the images and captions that clients train on.
+        caches: What of the frozen towers is computed once.
+        prepared: (round, client id) -> gives the result of local training that ``federated.batched_clients``
+            does in groups; empty where clients train one by one.
     """
 
     config: ExperimentConfig
@@ -88,6 +97,9 @@ class Experiment:
     base: BaseWeights
     scaling: Mapping[str, float]
     training_settings: TrainingSettings
+    augmentation: Augmentation
+    caches: FeatureCaches
+    prepared: dict[tuple[int, int], Callable[[], Any]] = field(default_factory=dict)
 
     @property
     def num_clients(self) -> int:
@@ -127,6 +139,18 @@ class Experiment:
         """The aggregator's state before round 1."""
         return self.aggregator.init(self.initial_state, self.scaling)
 
+    @functools.cached_property
+    def downlink_layout(self) -> Layout:
+        """Names and shapes of a downlink that carries everything; other downlinks bring their own."""
+        return layout_of(self.initial_server_state.state)
+
+    @functools.cached_property
+    def exchanged_layout(self) -> Layout:
+        """Names and shapes of what clients send in some round: private parts are not among them."""
+        state = self.wire_state()
+        names = {name for r in (1, 2) for name in self.aggregator.uplink(state, r)}
+        return layout_of({name: state[name] for name in sorted(names)})
+
     def wire_state(self, rank: int | None = None) -> State:
         """Return the wire state of a client of this rank that has received nothing yet."""
         private = {name: self.initial_state[name] for name in self.aggregator.private(self.initial_state)}
@@ -135,7 +159,7 @@ class Experiment:
 
     def exchanged_parameters(self) -> dict[str, nn.Parameter]:
         """Return the live parameters of what travels, by wire name."""
-        return find_parameters(unwrap(self.model), self.model.exchanged_names)
+        return self.model.exchanged_parameters
 
     def reset(self) -> None:
         """Put model and base back to where they were before round 1."""
@@ -146,30 +170,50 @@ class Experiment:
         """Return a client's weight: its number of training rows."""
         return len(self.shards[client_id].train)
 
-    def local_batches(self, client_id: int, num_steps: int, rng: np.random.Generator) -> Iterator[Batch]:
-        """Yield the batches of a client's local steps."""
+    def local_batches(
+        self, client_id: int, num_steps: int, rng: np.random.Generator, *, server_round: int
+    ) -> Iterator[Batch]:
+        """Yield the batches of a client's local steps in a round, augmented where the configuration says."""
         rows = self.shards[client_id].train
-        for batch in self.train_images.local_batches(rows, self.config.client.batch_size, num_steps, rng):
-            yield self.model_batch(batch)
+        augment_rng = generator(self.config.seed, "augment", server_round, client_id)
+        images, batch_size = self.train_images, self.config.client.batch_size
+        kept = self.caches.serves_images(images, training=True)
+        for batch in images.local_batches(rows, batch_size, num_steps, rng, pixels=not kept):
+            yield self.model_batch(
+                augment_batch(batch, self.augmentation, augment_rng), images if kept else None
+            )
 
     def evaluate_client(self, client_id: int) -> dict[str, float]:
         """Evaluate the model, as it is, on a client's own test rows."""
-        return self._evaluate(self.train_images, self.shards[client_id].test)
+        return self.evaluate_rows(self.train_images, self.shards[client_id].test)
 
     def evaluate_server(self) -> dict[str, float]:
-        """Evaluate the model, as it is, on the server's test rows."""
-        return self._evaluate(self.test_images, None)
+        """Evaluate the model, as it is, on the server's test rows, or on one seeded part of them."""
+        wanted, rows = self.config.evaluation.max_samples, None
+        if wanted is not None and wanted < len(self.test_images):
+            rng = generator(self.config.seed, "evaluation", 0)
+            rows = np.sort(rng.choice(len(self.test_images), size=wanted, replace=False))
+        return self.evaluate_rows(self.test_images, rows)
 
-    def model_batch(self, batch: Mapping[str, Any]) -> Batch:
-        """Keep what the model's task reads; captions become tokens."""
+    def model_batch(self, batch: Mapping[str, Any], kept: ImageTensors | None = None) -> Batch:
+        """Keep what the model's task reads; captions become tokens.
+
+        Args:
+            batch: As ``ImageTensors.batch`` makes it.
+            kept: The split that the rows of a batch without pixels are from.
+        """
         tensors = {key: batch[key] for key in ("pixel_values", "labels", "concept") if key in batch}
+        if kept is not None:
+            tensors |= self.caches.of_images(kept, batch["index"])
         if self.config.task.name == "retrieval":
-            tensors |= self.model.tokenize(batch["captions"])
+            tensors |= self.caches.of_texts(batch["captions"])
         return tensors
 
-    def _evaluate(self, images: ImageTensors, rows: IntArray | None) -> dict[str, float]:
-        batches = images.batches(rows, self.config.evaluation.batch_size, rng=None)
-        return self.model.evaluate(self.model_batch(batch) for batch in batches)
+    def evaluate_rows(self, images: ImageTensors, rows: IntArray | None = None) -> dict[str, float]:
+        """Evaluate the model, as it is, on some rows; None: all of them."""
+        kept = self.caches.serves_images(images, training=False)
+        batches = images.batches(rows, self.config.evaluation.batch_size, rng=None, pixels=not kept)
+        return self.model.evaluate(self.model_batch(batch, images if kept else None) for batch in batches)
 
     def parameter_counts(self) -> dict[str, int]:
         """Return how many parameters there are, train, and travel."""
@@ -177,7 +221,7 @@ class Experiment:
         return {
             "total": counts["total"],
             "trainable": counts["trainable"],
-            "exchanged": num_values(self.layout),
+            "exchanged": num_values(self.exchanged_layout),
         }
 
     def model_sizes(self) -> ModelSizes:
@@ -207,15 +251,24 @@ class Experiment:
 
 
 def experiment_of(run_config: Mapping[str, Any]) -> Experiment:
-    """Return the experiment that a Flower run config describes; the same object each time in one process."""
-    return _cached_experiment(str(run_config[CONFIG_KEY]), str(run_config.get(OVERRIDES_KEY, "")))
+    """Return the experiment that a Flower run config describes; the same object each time in one process.
+
+    Torch's threads follow the configuration here, because Flower's engines call the apps in processes of
+    their own, and the number of threads decides the last bits of a result.
+    """
+    experiment = _cached_experiment(str(run_config[CONFIG_KEY]), str(run_config.get(OVERRIDES_KEY, "")))
+    if torch.get_num_threads() != experiment.config.engine.threads:
+        torch.set_num_threads(experiment.config.engine.threads)
+    return experiment
 
 
 @functools.lru_cache(maxsize=1)
 def _cached_experiment(config: str, overrides: str) -> Experiment:
     if "\n" in config:
-        return build_experiment(parse_config(yaml.safe_load(config), source="the run config"))
-    return build_experiment(load_config(config, overrides.split()))
+        parsed = parse_config(yaml.safe_load(config), source="the run config")
+    else:
+        parsed = load_config(config, overrides.split())
+    return build_experiment(parsed)
 
 
 def build_experiment(config: ExperimentConfig) -> Experiment:
@@ -224,6 +277,9 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
     Raises:
         UserError: Something the configuration names is missing or does not fit the rest.
     """
+    for codec in (config.communication.uplink, config.communication.downlink):
+        codec_from_name(codec)  # a wrong name should not come up after minutes of loading
+    aggregator = build_aggregator(config)
     data = load_run_data(config)
     split = partition(
         data.train,
@@ -240,7 +296,10 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
         for name in ("train", "test")
     }
     initial_state, scaling = model.get_state(), scalings(model)
-    return Experiment(
+    augmentation = training_augmentation(
+        config.client.augmentation, model.preprocess, captions=config.task.name == "retrieval"
+    )
+    experiment = Experiment(
         config=config,
         model=model,
         data=data,
@@ -250,13 +309,17 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
         test_images=images["test"],
         initial_state=initial_state,
         layout=layout_of(initial_state),
-        aggregator=aggregator_from_name(
-            config.aggregation.name, config.aggregation.options, seed=config.seed
-        ),
+        aggregator=aggregator,
         base=BaseWeights(model),
         scaling=scaling,
         training_settings=training_settings(config),
+        augmentation=augmentation,
+        caches=build_feature_caches(
+            unwrap(model), images, config.cache, augmentation, batch_size=config.client.batch_size
+        ),
     )
+    check_client_ranks(config, aggregator, experiment.initial_server_state)
+    return experiment
 
 
 def load_run_data(config: ExperimentConfig) -> FederatedData:
@@ -270,7 +333,9 @@ def load_run_data(config: ExperimentConfig) -> FederatedData:
         section.source,
         path=section.path,
         seed=config.seed,
+        validation_fraction=section.validation_fraction,
         max_train_samples=section.max_train_samples,
+        max_validation_samples=section.max_validation_samples,
         max_test_samples=section.max_test_samples,
         **section.options,
     )
@@ -303,9 +368,16 @@ def build_model(
         dtype=getattr(torch, section.dtype),
         seed=config.seed,
     )
+    model.keeps_class_embeddings = config.cache.class_embeddings
+    model.trims_prompts = config.cache.trim_prompts
     if not config.uses_adapters:
         return model
-    return CLIPLoRAWrapper(model, config.lora, seed=config.seed).apply_lora_to_federated_model()
+    wrapper = CLIPLoRAWrapper(model, config.lora, seed=config.seed).apply_lora_to_federated_model()
+    if config.aggregation.name == "dual":
+        add_second_adapter(
+            wrapper, config.aggregation.options.get("private_adapter", "private"), seed=config.seed + 1
+        )
+    return wrapper
 
 
 def training_settings(config: ExperimentConfig) -> TrainingSettings:
@@ -324,12 +396,13 @@ def training_settings(config: ExperimentConfig) -> TrainingSettings:
 
 
 def split_shards(config: ExperimentConfig, data: FederatedData, split: Partition) -> tuple[Shard, ...]:
-    """Set each client's own test rows apart from those it trains on."""
+    """Set each client's own test rows apart from those it trains on; one concept stays on one side."""
     fraction = config.partition.local_test_fraction
     labels = data.labels() if data.label_column else None
+    groups = column_values(data.train, data.concept_column) if data.concept_column else None
     shards = []
     for client_id, rows in enumerate(split.indices):
         rng = generator(config.seed, "split", 2, client_id)
-        train, test = hold_out(rows, fraction, rng, labels)
+        train, test = hold_out(rows, fraction, rng, labels, groups=groups)
         shards.append(Shard(train, test))
     return tuple(shards)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from federated.cli import main
-from tests.test_run import SMALL
+from tests.small_run import SMALL
 
 
 def run_command(*arguments: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +13,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import federated.simulation
-from federated.config import ExperimentConfig, load_config
+from federated.config import load_config
 from federated.engines.inprocess import InProcessGrid
 from federated.experiment import experiment_of
 from federated.ledger import Ledger
 from federated.simulation import run_experiment
 from models.loading import TINY_FOLDER
-
-SMALL = (
-    "federation.rounds=2",
-    "partition.num_clients=3",
-    "client.local_steps=2",
-    "client.batch_size=8",
-    "data.max_train_samples=300",
-    "data.max_test_samples=100",
-)
-
-
-def small_config(folder: Path, name: str = "quickstart", overrides: Sequence[str] = ()) -> ExperimentConfig:
-    return load_config(name, [*SMALL, f"output.root={folder}", *overrides])
-
-
-def lines_without_times(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    for line in lines:
-        line.pop("seconds")
-    return lines
-
+from tests.small_run import lines_without_times, small_config
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:

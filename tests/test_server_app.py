@@ -1,0 +1,50 @@
+"""The Flower apps as Flower's own engines call them: same results as a run on the in-process engine."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from flwr.app import Context, RecordDict
+from flwr.common import Message
+from flwr.common.constant import SUPERLINK_NODE_ID
+
+from federated.client import app as client_app
+from federated.config import dump_config
+from federated.engines.inprocess import InProcessGrid
+from federated.server import app as server_app
+from federated.simulation import run_experiment
+from tests.small_run import lines_without_times, small_config
+
+ROOT = Path(__file__).parents[1]
+
+
+class ShuffledIdentities(InProcessGrid):
+    """A grid whose node ids say nothing about the client and come in another order, as Flower's do."""
+
+    def get_node_ids(self) -> list[int]:
+        return list(reversed(list(super().get_node_ids())))
+
+    def send_and_receive(self, messages: list[Message], *, timeout: float | None = None) -> list[Message]:
+        return list(reversed(list(super().send_and_receive(messages, timeout=timeout))))
+
+
+def test_the_components_that_flower_loads_are_these_apps() -> None:
+    components = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
+    assert components["components"] == {
+        "serverapp": "federated.server:app",
+        "clientapp": "federated.client:app",
+    }
+
+
+def test_the_server_app_on_a_grid_with_arbitrary_node_order_gives_the_run_of_the_inprocess_engine(
+    tmp_path: Path,
+) -> None:
+    config = small_config(tmp_path / "direct", overrides=["partition.num_clients=3", "federation.cohort_size=2"])
+    direct = run_experiment(config)
+    run_config = {"config": dump_config(config), "run-dir": str(tmp_path / "app")}
+    grid = ShuffledIdentities(client_app, 3, run_config=run_config)
+    server_app(grid=grid, context=Context(1, SUPERLINK_NODE_ID, {}, RecordDict(), run_config))
+    assert lines_without_times(tmp_path / "app") == lines_without_times(direct)
+    for name in ("adapter/adapter_model.safetensors", "communication.csv"):
+        assert (tmp_path / "app" / name).read_bytes() == (direct / name).read_bytes()
