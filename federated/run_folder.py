@@ -102,7 +102,7 @@ def describe_environment(config: ExperimentConfig) -> dict[str, Any]:
     return versions | {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "gpu": gpu,
         "threads": config.engine.threads,
@@ -125,7 +125,8 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         raise UserError(f"{path} is not a run folder (it has no {_MARKER}): it is not overwritten")
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the processor's name."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():

@@ -188,9 +188,10 @@ def check_same_layout(
 
 
 @contextlib.contextmanager
-def trainability_kept(model: nn.Module) -> Iterator[None]:
+def trainability_kept(layers: Iterable[tuple[str, Any]]) -> Iterator[None]:
     """Undo PEFT's changes of requires_grad, which would thaw a frozen factor (FFA-LoRA)."""
-    before = [(p, p.requires_grad) for p in unwrap(model).parameters()]
+    factors = [p for _, layer in layers for f in FACTORS for p in getattr(layer, f).parameters()]
+    before = [(p, p.requires_grad) for p in factors]
     yield
     for parameter, requires_grad in before:
         parameter.requires_grad_(requires_grad)
@@ -198,8 +199,9 @@ def trainability_kept(model: nn.Module) -> Iterator[None]:
 
 def enable_lora(model: nn.Module) -> None:
     """Switch the adapters on. Which parameters train does not change."""
-    with trainability_kept(model):
-        for _, layer in adapter_layers(model):
+    layers = adapter_layers(model)
+    with trainability_kept(layers):
+        for _, layer in layers:
             layer.enable_adapters(True)
     use_trained_biases(unwrap(model))
 
@@ -209,9 +211,11 @@ def disable_lora(model: nn.Module) -> None:
 
     A trained head is not an adapter and stays as it is.
     """
-    unmerge_lora(model)
-    with trainability_kept(model):
-        for _, layer in adapter_layers(model):
+    layers = adapter_layers(model)
+    with trainability_kept(layers):
+        for _, layer in layers:
+            if layer.merged:
+                layer.unmerge()
             layer.enable_adapters(False)
     use_base_biases(unwrap(model))
 

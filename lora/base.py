@@ -7,7 +7,7 @@ and delegates; it copies nothing. What changes is what travels: adapters and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -135,7 +135,9 @@ class LoRAWrapper(nn.Module):
         return self.federated_model.train_step(data, labels)
 
     def evaluate(
-        self, data: torch.Tensor | Mapping[str, Any], labels: torch.Tensor | None = None
+        self,
+        data: torch.Tensor | Mapping[str, Any] | Iterable[Mapping[str, Any]],
+        labels: torch.Tensor | None = None,
     ) -> dict[str, float]:
-        """Loss, accuracy and number of examples of one batch."""
+        """Loss, metrics of the task and number of examples, of one batch or of an iterable of batches."""
         return self.federated_model.evaluate(data, labels)

@@ -217,11 +217,12 @@ def _biases_to_train(root: nn.Module, modules: Sequence[str], config: LoRAConfig
     names = [name for name, _ in root.named_parameters() if is_bias(name)]
     if config.bias == "none":
         return []
-    if config.bias == "lora_only":
-        return [n for n in names if any(n.startswith(f"{module}.") for module in modules)]
-    towers, (_, prefix) = find_towers(root), clip_of(root)
-    prefixes = [f"{prefix}{p}" for tower in config.tower_names for p in getattr(towers, tower)]
-    return [n for n in names if any(n.startswith(f"{p}.") for p in prefixes)]
+    owners = list(modules)
+    if config.bias == "all":
+        towers, (_, prefix) = find_towers(root), clip_of(root)
+        owners = [f"{prefix}{p}" for tower in config.tower_names for p in getattr(towers, tower)]
+    owners += ["head"] if config.adapts_head else []
+    return [n for n in names if any(n.startswith(f"{owner}.") for owner in owners)]
 
 
 def _name_what_trains_and_travels(root: Any) -> None:

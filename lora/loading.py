@@ -25,6 +25,7 @@ from lora.adapters import (
     scalings,
     unwrap,
 )
+from lora.base_delta import apply_base_delta
 from lora.biases import trained_biases
 from lora.checkpoint import (
     AdapterFile,
@@ -66,11 +67,13 @@ def load_lora_adapters(model: nn.Module, source: str | Path, *, check_base: bool
         check_base_model(root, found)
     if adapter_layers(root, DEFAULT_ADAPTER):
         _fill(root, found)
+        apply_base_delta(root, found.folder)
         return found
     before = BeforeLoRA.of(root)
     try:
         _inject(root, found)
         _fill(root, found)
+        apply_base_delta(root, found.folder)
     except UserError:
         merge_and_unload(root)  # nothing was loaded: lora_B is zero, the base stays exactly as it was
         before.restore(root)

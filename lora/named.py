@@ -22,7 +22,6 @@ from lora.adapters import (
     disable_lora,
     enable_lora,
     is_enabled,
-    is_merged,
     lora_disabled,
     trainability_kept,
     unwrap,
@@ -91,17 +90,18 @@ def set_active_adapter(model: nn.Module, name: str | None) -> None:
         UserError: no such adapter, or adapters are merged into the base weights just now.
     """
     root = unwrap(model)
-    if is_merged(root):
+    layers = adapter_layers(root)
+    if any(layer.merged for _, layer in layers):
         raise UserError(
             "an adapter is merged into the base weights; call unmerge_lora(model) before switching"
         )
     if name is None:
         disable_lora(root)
-    elif name not in list_adapters(root):
+    elif not any(name in layer.lora_A for _, layer in layers):
         raise UserError(f"no adapter {name!r}; loaded are {list_adapters(root)}")
     else:
-        with trainability_kept(root):
-            for _, layer in adapter_layers(root):
+        with trainability_kept(layers):
+            for _, layer in layers:
                 layer.set_adapter([name])
         enable_lora(root)
     _refresh(root)
@@ -117,8 +117,9 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     if name == "default" or name not in list_adapters(root):
         raise UserError(f"cannot remove {name!r}; loaded beside the default are {list_adapters(root)}")
     active = active_adapter(root)
-    with trainability_kept(root):
-        for _, layer in adapter_layers(root):
+    layers = adapter_layers(root)
+    with trainability_kept(layers):
+        for _, layer in layers:
             layer.set_adapter([])
             layer.delete_adapter(name)
     set_active_adapter(root, None if active == name else active)

@@ -60,13 +60,15 @@ def _plan_tower(
     modules = tuple(name for name in candidates if re.fullmatch(pattern, name))
     available = sorted({name.rsplit(".", 1)[-1] for name in candidates})
     missing = [s for s in suffixes if not any(name == s or name.endswith(f".{s}") for name in candidates)]
-    if not modules or missing:
-        wanted = missing or list(suffixes)
-        where = f" in layers {config.layers}" if config.layers is not None and not missing else ""
+    if missing:
         raise UserError(
-            f"no layer named {wanted}{where} in the {tower} tower; "
-            f"it has {available} in {num_blocks(clip, prefixes)} layers: "
-            "set lora.target_modules or lora.layers"
+            f"no layer named {missing} in the {tower} tower; it has {available}: set lora.target_modules"
+        )
+    without = sorted(set(config.layers or []) - {block_of(name) for name in modules})
+    if without or not modules:
+        raise UserError(
+            f"no {list(suffixes)} in layers {without} of the {tower} tower, which has "
+            f"{num_blocks(clip, prefixes)} layers: set lora.layers, or lora.{tower}.layers for one tower"
         )
     return TowerPlan(tower, _prefix_pattern(prefixes), pattern, modules, config)
 

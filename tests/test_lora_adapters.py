@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from lora_models import BACKENDS, NUM_BLOCKS, disturb, features, outputs, small_clip, small_config
 from transformers import CLIPModel
 
 from lora import adapters
@@ -20,6 +19,7 @@ from lora.gradient_checkpointing import (
 from lora.injection import apply_lora_to_text_encoder, inject_lora
 from lora.verify import check_lora_injection, verify_gradients
 from models.errors import UserError
+from tests.lora_models import BACKENDS, NUM_BLOCKS, disturb, features, outputs, small_clip, small_config
 
 
 def test_wire_names_pair_up_and_carry_no_adapter_name() -> None:
@@ -90,8 +90,9 @@ def test_unknown_targets_are_refused_with_the_names_that_exist() -> None:
         inject_lora(small_clip(), LoRAConfig(target_modules=["query"]))
     with pytest.raises(UserError, match="query"):
         inject_lora(small_clip(), LoRAConfig(target_modules=["q_proj", "query"]))
-    with pytest.raises(UserError, match=rf"layers \[{NUM_BLOCKS}\].*{NUM_BLOCKS} layers"):
-        inject_lora(small_clip(), LoRAConfig(layers=[NUM_BLOCKS]))
+    for layers in ([NUM_BLOCKS], [0, NUM_BLOCKS]):  # one wrong index among right ones is an error too
+        with pytest.raises(UserError, match=rf"layers \[{NUM_BLOCKS}\].*{NUM_BLOCKS} layers"):
+            inject_lora(small_clip(), LoRAConfig(layers=layers))
     model = small_clip()
     inject_lora(model, LoRAConfig())
     with pytest.raises(UserError, match="already"):

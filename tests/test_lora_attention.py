@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_models import disturb, features, outputs, small_clip
 from torch import nn
 
 from lora.adapters import adapter_layers, adapter_parameters, get_lora_state_dict
@@ -14,6 +13,7 @@ from lora.injection import inject_lora
 from lora.verify import verify_gradients
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
+from tests.lora_models import disturb, features, outputs, small_clip
 
 
 def fused(**settings: object) -> nn.Module:
@@ -96,12 +96,12 @@ def test_dropout_drops_input_features_and_is_unbiased() -> None:
     x = torch.zeros(1, 2, 16)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for _ in range(2000):
+        for _ in range(500):
             layer(x, x, x)
     deltas = torch.stack(seen) - base  # (draws, 3 d, d)
     dropped = (deltas.abs().sum(dim=1) < 1e-6).float()  # (draws, d): whole columns
-    assert dropped.mean().item() == pytest.approx(0.5, abs=0.02)
-    torch.testing.assert_close(deltas.mean(dim=0), layer.get_delta_weight("default"), rtol=0, atol=0.03)
+    assert dropped.mean().item() == pytest.approx(0.5, abs=0.03)
+    torch.testing.assert_close(deltas.mean(dim=0), layer.get_delta_weight("default"), rtol=0, atol=0.06)
 
 
 def test_attention_weights_masks_and_cross_attention_pass_through() -> None:

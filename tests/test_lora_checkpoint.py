@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_models import BACKENDS, disturb, features, outputs, small_clip
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -28,6 +27,7 @@ from lora.injection import inject_lora
 from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
+from tests.lora_models import BACKENDS, disturb, features, outputs, small_clip
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own call
 TOLERANCE = 1e-5

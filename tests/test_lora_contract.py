@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_models import BACKENDS, disturb, features, outputs, small_clip
 from torch import nn
 
 from lora.adapters import (
@@ -28,6 +27,7 @@ from lora.config import LoRAConfig
 from lora.injection import inject_lora
 from lora.loading import load_lora_adapters
 from lora.verify import check_lora_injection, verify_gradients
+from tests.lora_models import BACKENDS, disturb, features, outputs, small_clip
 
 TOLERANCE = 1e-5
 
@@ -67,12 +67,13 @@ def case(backend: str, component: str, bias: str, rank: int) -> Case:
     return case
 
 
-pytestmark = [
-    pytest.mark.parametrize("backend", BACKENDS),
-    pytest.mark.parametrize("component", ["encoder", "vision", "text"]),
-    pytest.mark.parametrize("rank", [1, 5]),
-    pytest.mark.parametrize("bias", ["none", "lora_only", "all"]),
+CASES = [
+    pytest.param(backend, component, bias, rank, id=f"{backend}-{component}-{bias}-r{rank}")
+    for backend in BACKENDS
+    for component in ("encoder", "vision", "text")
+    for bias, rank in (("none", 1), ("none", 5), ("lora_only", 5), ("all", 5))
 ]
+pytestmark = pytest.mark.parametrize(("backend", "component", "bias", "rank"), CASES)
 
 
 def test_fresh_adapters_change_nothing(case: Case) -> None:

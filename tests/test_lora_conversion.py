@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_models import BACKENDS, outputs, small_clip
 from torch import nn
 
 from lora.adapters import adapter_layers
 from lora.loading import load_lora_adapters
 from lora.named import load_named_adapter, set_active_adapter
 from models.errors import UserError
+from tests.lora_models import BACKENDS, outputs, small_clip
 
 RANK, ALPHA = 2, 6
 WIDTHS = {"": 20, "visual.": 16}

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lora_models import disturb
 
 from lora.checkpoint import FULL_FILE
 from lora.clip_wrapper import CLIPLoRAWrapper
@@ -16,6 +15,7 @@ from lora.config import LoRAConfig
 from lora.factory import LoRAConfigManager, LoRAModelManager, create_model, quick_clip_lora
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
+from tests.lora_models import disturb
 
 CLASS_NAMES = ("cat", "dog", "red car")
 

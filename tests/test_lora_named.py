@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_models import BACKENDS, disturb, outputs, small_clip
 from torch import nn
 
 from lora.adapters import adapter_parameters, get_lora_state_dict, merge_lora, unmerge_lora
@@ -25,6 +24,7 @@ from lora.named import (
 )
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
+from tests.lora_models import BACKENDS, disturb, outputs, small_clip
 
 CONFIGS = {  # different layers, towers and ranks
     "wide": LoRAConfig(r=4),

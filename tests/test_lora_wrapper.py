@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from lora.adapters import adapter_parameters, factor_pairs, merge_lora, scalings
+from lora.checkpoint import save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
+from lora.loading import load_lora_adapters
 from lora.verify import check_lora_injection, count_parameters, verify_gradients
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
@@ -77,6 +80,31 @@ def test_the_head_can_carry_an_adapter_instead(federated: FederatedCLIPModel, pi
     assert check_lora_injection(wrapper)
     merged = wrapper.merge_and_unload()
     torch.testing.assert_close(merged.logits(pixel_batch), trained, rtol=0, atol=1e-5)
+
+
+def test_an_adapted_heads_bias_trains_with_the_other_biases(
+    federated: FederatedCLIPModel, small_clip_folder: Path, pixel_batch: Batch, tmp_path: Path
+) -> None:
+    base = federated.logits(pixel_batch).detach()
+    wrapper = wrap(federated, "vision", "classifier", bias="lora_only")
+    assert "head.base_layer.bias" in wrapper.exchanged_names
+    for _ in range(2):
+        wrapper.train_step(pixel_batch)
+    trained = wrapper.logits(pixel_batch).detach()
+    save_lora_adapters(wrapper, tmp_path)
+    other = FederatedCLIPModel(str(small_clip_folder), 3, class_names=CLASS_NAMES)
+    load_lora_adapters(other, tmp_path)
+    assert torch.equal(other.logits(pixel_batch), trained)
+    wrapper.disable_lora_layers()
+    assert torch.equal(wrapper.logits(pixel_batch), base)
+
+
+def test_wrappers_can_be_copied(federated: FederatedCLIPModel, pixel_batch: Batch) -> None:
+    wrapper = wrap(federated)
+    twin = copy.deepcopy(wrapper)
+    twin.train_step(pixel_batch)
+    assert not torch.equal(twin.logits(pixel_batch), wrapper.logits(pixel_batch))
+    assert torch.equal(wrapper.logits(pixel_batch), federated.logits(pixel_batch))
 
 
 def test_a_step_trains_adapters_and_head_and_nothing_else(

@@ -1,0 +1,43 @@
+"""Which machine a benchmark ran on, and where its table goes: every result names both."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from federated.run_folder import cpu_name, write_json, write_text
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+
+
+def describe_machine() -> str:
+    """Return one line: processor, cores, threads, Python and torch."""
+    return (
+        f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch thread(s), "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of equal keys as a Markdown table."""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def write_results(name: str, command: str, rows: Sequence[Mapping[str, Any]], *, notes: str = "") -> str:
+    """Write ``docs/results/<name>.json`` and ``.md``; return the Markdown."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    text = f"`{command}` on {describe_machine()}.\n\n{markdown_table(rows)}\n"
+    text += f"\n{notes}\n" if notes else ""
+    write_text(RESULTS / f"{name}.md", text)
+    content = {"command": command, "machine": describe_machine(), "rows": json.loads(json.dumps(list(rows)))}
+    write_json(RESULTS / f"{name}.json", content)
+    return text

@@ -1,0 +1,122 @@
+"""Reading what clients answer: a reply becomes an update, or a reason why it cannot be one.
+
+Where it stands in a round: on the server, between the grid and ``aggregators.run_round``, which judges the
+values. Here a reply only has to be readable; whatever a client sends in its place, the round goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from flwr.app import RecordDict
+
+from federated.aggregators import ClientProfile, Update
+from federated.client_terms import control_names, split_control
+from federated.codecs import Codec
+from federated.messages import CLIENT_ID, NUM_EXAMPLES, RANK, TRAIN_LOSS, read_state
+from federated.payload import METRICS, layout_of
+from models.state import State
+
+_UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError, OSError)
+"""What decoding nonsense can raise, PayloadError (a ValueError) included."""
+
+
+class UnreadableReplyError(ValueError):
+    """A reply that cannot be read; the message is the reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What a client started its local training from, as the server knows it in full precision.
+
+    Attributes:
+        profile: Its rank and scaling.
+        state: The values of the names that travel up.
+        scaling: Module -> s_k.
+        control: SCAFFOLD's c, by parameter; empty without it.
+    """
+
+    profile: ClientProfile
+    state: State
+    scaling: Mapping[str, float]
+    control: State
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A client's reply to a training message, decoded.
+
+    Attributes:
+        update: What goes into the aggregator.
+        train_loss: Mean loss of its local steps.
+        next_rank: The rank that it goes on with; None where all have the server's.
+        variate_change: What it adds to its control variate; empty without SCAFFOLD.
+    """
+
+    update: Update
+    train_loss: float
+    next_rank: int | None
+    variate_change: State
+
+
+def read_answer(client_id: int, content: RecordDict, codec: Codec, start: Start) -> Answer:
+    """Turn a delta into the client's new values.
+
+    Raises:
+        UnreadableReplyError: The payload does not fit what was asked for, or the metrics do not.
+    """
+    expected = layout_of(start.state | control_names(start.control))
+    try:
+        delta, variate_change = split_control(read_state(content, codec, expected))
+        metrics = _metrics(content)
+        num_examples, train_loss = int(metrics[NUM_EXAMPLES]), float(metrics[TRAIN_LOSS])
+        next_rank = _checked_rank(start.profile, int(metrics[RANK]))
+    except _UNREADABLE as error:
+        raise UnreadableReplyError(_reason(error)) from error
+    if not math.isfinite(train_loss):
+        raise UnreadableReplyError(f"the mean loss of its local steps is {train_loss}")
+    update = Update(
+        client_id=client_id,
+        num_examples=num_examples,
+        state={name: start.state[name] + change for name, change in delta.items()},
+        scaling=start.scaling,
+        rank=start.profile.rank,
+    )
+    return Answer(update, train_loss, next_rank, variate_change)
+
+
+def read_evaluation(content: RecordDict) -> dict[str, float]:
+    """Return a client's metrics on its own test rows under their names in ``metrics.jsonl``.
+
+    Raises:
+        UnreadableReplyError: There are none, or they are no numbers.
+    """
+    try:
+        metrics = _metrics(content)
+        entry: dict[str, float] = {"eval_examples": int(metrics.pop(NUM_EXAMPLES))}
+        metrics.pop(CLIENT_ID, None)
+        entry |= {"eval_loss" if key == "loss" else key: float(value) for key, value in metrics.items()}
+    except _UNREADABLE as error:
+        raise UnreadableReplyError(_reason(error)) from error
+    return entry
+
+
+def _metrics(content: RecordDict) -> dict[str, Any]:
+    return cast(dict[str, Any], dict(content.metric_records[METRICS]))
+
+
+def _checked_rank(profile: ClientProfile, asked: int) -> int | None:
+    if profile.rank is None or asked == 0:
+        return None
+    if not 1 <= asked <= profile.rank:
+        raise ValueError(f"it asks for rank {asked} after {profile.rank}")
+    return asked
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"the reply has no {error}"
+    return str(error) or type(error).__name__
