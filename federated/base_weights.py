@@ -1,9 +1,11 @@
 """The frozen base weights of this process, for aggregators that merge what was learnt into them.
 
 Where it stands in a round: before a client trains or anybody evaluates, what the downlink brought for the
-base is folded in. All clients simulated in one process share one base: it stands at one version, and a client
-whose downlink repeats what the base already contains changes nothing. Weights are float32 and every change is
-an addition to a known version, never a merge that would have to be undone.
+base is folded in. All clients simulated in one process share one base with the server: it stands at one
+version, which the server sets before it sends, and a client whose downlink repeats what the base already
+contains changes nothing. The server's weight is always the pre-trained one plus the sum of everything merged,
+so that it depends neither on the order of clients nor on where a run was resumed. Weights are float32 and
+nothing is ever merged that would have to be undone.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from federated.aggregators import NEVER, BaseUpdate, fold
-from lora.adapters import adapter_layers
+from federated.aggregators import NEVER, BaseDelta, BaseUpdate, fold
+from lora.adapters import base_weights
 from models.errors import UserError
 
 
@@ -26,13 +28,28 @@ class BaseWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._weights = {name: layer.get_base_layer().weight for name, layer in adapter_layers(model)}
+        self._weights = base_weights(model)
         self._pretrained: dict[str, Tensor] = {}
         self.version = NEVER
 
     @torch.no_grad()
+    def bring_to(self, deltas: Mapping[str, BaseDelta], version: int) -> None:
+        """Make every base weight the pre-trained one plus all that the server has merged.
+
+        Args:
+            deltas: Module -> everything merged up to ``version``.
+            version: Rounds done by the server.
+        """
+        if self.version == version:
+            return
+        for module, delta in deltas.items():
+            pretrained = self._pretrained_weight(module)
+            self._weights[module].copy_(pretrained + delta.total().to(pretrained))
+        self.version = version
+
+    @torch.no_grad()
     def fold(self, updates: Mapping[str, BaseUpdate], *, held_version: int, version: int) -> None:
-        """Bring the base to ``version``.
+        """Take in what a downlink brought.
 
         Args:
             updates: Module -> what changed since ``held_version``.
@@ -48,11 +65,11 @@ class BaseWeights:
         if partial and self.version < held_version:
             raise UserError(
                 f"this process's base weights are at round {self.version}, the client's at {held_version}: "
-                "aggregators that merge into the base need engine.name=inprocess"
+                "aggregators that merge into the base need engine.name=inprocess, or one process a client"
             )
         for module, update in updates.items():
+            pretrained = self._pretrained_weight(module)
             weight = self._weights[module]
-            pretrained = self._pretrained.setdefault(module, weight.detach().clone())
             weight.copy_(fold(weight, pretrained, update, self.version))
         self.version = version
 
@@ -63,3 +80,12 @@ class BaseWeights:
             self._weights[module].copy_(pretrained)
         self._pretrained.clear()
         self.version = NEVER
+
+    def current(self) -> dict[str, Tensor]:
+        """Return a copy of the base weights as they are, (d_out, d_in) each, by module."""
+        return {module: weight.detach().cpu().clone() for module, weight in self._weights.items()}
+
+    def _pretrained_weight(self, module: str) -> Tensor:
+        if module not in self._pretrained:
+            self._pretrained[module] = self._weights[module].detach().clone()
+        return self._pretrained[module]

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from federated import cli_data, cli_inference
+from federated import cli_data, cli_inference, cli_training
 from models.errors import UserError
 
 app = typer.Typer(
@@ -103,6 +103,10 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The f
 
 cli_inference.register(app)
 app.add_typer(cli_data.app, name="data")
+
+
+app.command()(cli_training.train)
+app.command()(cli_training.evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

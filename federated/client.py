@@ -8,6 +8,7 @@ shared model for the next: what a method wants a client to remember goes into it
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from federated.aggregators import NEVER, receive, unpack_downlink
+from federated.client_terms import ControlVariates, control_names, split_control, zero_variates
 from federated.codecs import codec_from_name
 from federated.experiment import Experiment, experiment_of
 from federated.local_training import Assignment, load_into_model, train_locally
@@ -31,8 +33,9 @@ from federated.payload import CONFIG, METRICS
 from federated.seeding import generator
 from models.state import State
 
-HELD, VERSION, CODEC_MEMORY = "held", "version", "codec-memory"
-"""Keys in ``Context.state``: the wire state a client holds, its version, and what its codec still owes."""
+HELD, VERSION, CODEC_MEMORY, VARIATE = "held", "version", "codec-memory", "variate"
+"""Keys in ``Context.state``: the wire state a client holds, its version, what its codec still owes, and its
+control variate."""
 
 app = ClientApp()
 
@@ -42,10 +45,17 @@ def train(message: Message, context: Context) -> Message:
     """Answer a training message with this client's update."""
     experiment = experiment_of(context.run_config)
     assignment = _assignment(message, context)
-    held = take_in(experiment, message, context, assignment.rank)
+    held, server_variate = take_in(experiment, message, context, assignment.rank)
+    variates = None
+    if experiment.config.client.scaffold:
+        own = recall(context, VARIATE) or zero_variates(server_variate)
+        variates = ControlVariates(server_variate, own)
+        assignment = replace(assignment, variates=variates)
     result = train_locally(experiment, assignment, held)
     uplink = experiment.aggregator.uplink(held, assignment.server_round)
     delta = {name: result.state[name] - held[name] for name in uplink}
+    if variates is not None and result.own_variate is not None:
+        delta |= control_names({n: new - variates.own[n] for n, new in result.own_variate.items()})
     private = experiment.aggregator.private(held)
     if private:
         keep(context, HELD, held | {name: result.state[name] for name in private})
@@ -55,7 +65,10 @@ def train(message: Message, context: Context) -> Message:
         TRAIN_LOSS: result.train_loss,
         RANK: result.next_rank or 0,
     }
-    content = encode(experiment, delta, context, assignment)
+    content, sent = encode(experiment, delta, context, assignment)
+    if variates is not None:  # what the server decodes, so that c stays the mean of all c_k
+        _, change = split_control(sent)
+        keep(context, VARIATE, {name: variates.own[name] + value for name, value in change.items()})
     content[METRICS] = MetricRecord(metrics)
     return Message(content, reply_to=message)
 
@@ -65,7 +78,7 @@ def evaluate(message: Message, context: Context) -> Message:
     """Answer an evaluation message with the metrics on this client's own test samples."""
     experiment = experiment_of(context.run_config)
     assignment = _assignment(message, context)
-    held = take_in(experiment, message, context, assignment.rank)
+    held, _ = take_in(experiment, message, context, assignment.rank)
     load_into_model(experiment, held, assignment.rank)
     metrics = experiment.evaluate_client(assignment.client_id)
     reply = {CLIENT_ID: assignment.client_id, NUM_EXAMPLES: int(metrics.pop("num_examples"))}
@@ -79,38 +92,45 @@ def identify(message: Message, context: Context) -> Message:
     return Message(RecordDict({METRICS: reply}), reply_to=message)
 
 
-def take_in(experiment: Experiment, message: Message, context: Context, rank: int | None) -> State:
-    """Return the wire state that this client holds once it has received a downlink.
+def take_in(
+    experiment: Experiment, message: Message, context: Context, rank: int | None
+) -> tuple[State, State]:
+    """Return the wire state that this client holds once it has received a downlink, and SCAFFOLD's c.
 
     What the downlink left out is what the client held before; what it brings for the base model is folded in.
+    Private values are taken once: a server that never saw this client's answer may send them again.
     """
     config = cast(Mapping[str, int], message.content.config_records[CONFIG])
     codec = codec_from_name(experiment.config.communication.downlink)
-    downlink = unpack_downlink(read_state(message.content, codec, experiment.layout), config)
-    before = recall(context, HELD) or experiment.wire_state(rank)
-    held = receive(downlink, before)
+    received = read_state(message.content, codec, experiment.downlink_layout, any_layout=True)
+    values, server_variate = split_control(received)
+    downlink = unpack_downlink(values, config)
+    before = recall(context, HELD)
+    held = receive(downlink, before or experiment.wire_state(rank))
+    held |= {name: before[name] for name in experiment.aggregator.private(before)}
     experiment.base.fold(downlink.base_updates, held_version=_version(context), version=downlink.version)
     if experiment.aggregator.clients_remember:
         keep(context, HELD, held)
         context.state[VERSION] = ConfigRecord({VERSION: downlink.version})
-    return held
+    return held, server_variate
 
 
-def encode(experiment: Experiment, delta: State, context: Context, assignment: Assignment) -> RecordDict:
-    """Encode an update; with error feedback, what the codec loses now is added to the next update."""
+def encode(
+    experiment: Experiment, delta: State, context: Context, assignment: Assignment
+) -> tuple[RecordDict, State]:
+    """Encode an update; with error feedback, what the codec loses now is added to the next update.
+
+    Returns:
+        The records, and the update as the server will decode it.
+    """
     codec = codec_from_name(experiment.config.communication.uplink)
     rng = generator(experiment.config.seed, "codec", assignment.server_round, assignment.client_id)
     memory = recall(context, CODEC_MEMORY) if codec.error_feedback else {}
-    content, decoded = write_state(
-        {name: value + memory.get(name, 0.0) for name, value in delta.items()},
-        codec,
-        rng,
-        {SERVER_ROUND: assignment.server_round},
-    )
+    owed = {name: value + memory.get(name, 0.0) for name, value in delta.items()}
+    content, sent = write_state(owed, codec, rng, {SERVER_ROUND: assignment.server_round})
     if codec.error_feedback:
-        lost = {name: value + memory.get(name, 0.0) - decoded[name] for name, value in delta.items()}
-        keep(context, CODEC_MEMORY, memory | lost)
-    return content
+        keep(context, CODEC_MEMORY, memory | {name: value - sent[name] for name, value in owed.items()})
+    return content, sent
 
 
 def keep(context: Context, key: str, state: State) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from federated.augment import augmentation_from
 from lora.config import LoRAConfig
 from models.errors import UserError
 
@@ -62,7 +63,10 @@ class DataSection(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the source, such as ``language`` or ``skip_corrupt``."""
     max_train_samples: int | None = Field(None, ge=1)
+    max_validation_samples: int | None = Field(None, ge=1)
     max_test_samples: int | None = Field(None, ge=1)
+    validation_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of train set apart as the validation split where the source has none."""
     cache_bytes: int = Field(1_000_000_000, ge=0)
     """Budget for decoded images kept in memory; beyond it they are decoded on demand."""
 
@@ -102,10 +106,21 @@ class ClientSection(Section):
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: float | None = Field(None, gt=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    proximal_mu: float = Field(0.0, ge=0)
+    """FedProx: (mu / 2) times the squared distance to the values received joins the loss; 0: none."""
+    scaffold: bool = False
+    """SCAFFOLD: correct gradients by control variates, which double the payload both ways."""
     augmentation: dict[str, Any] = Field(default_factory=dict)
+    """Options of ``federated.augment.Augmentation``, such as ``flip_probability``; none: all stays as is."""
     ranks: list[int] | None = Field(None, min_length=1)
     """Adapter rank of each client, for aggregators that mix ranks; a shorter list is repeated (groups). The
     largest is ``lora.r``."""
+
+    @field_validator("augmentation")
+    @classmethod
+    def _augmentation_is_known(cls, value: dict[str, Any]) -> dict[str, Any]:
+        augmentation_from(value)
+        return value
 
 
 class AggregationSection(Section):
@@ -113,6 +128,9 @@ class AggregationSection(Section):
 
     name: str = "fedavg"
     options: dict[str, Any] = Field(default_factory=dict)
+    server_optimizer: dict[str, Any] | None = None
+    """A ``name`` of ``federated.server_optimizers.SERVER_OPTIMIZERS`` (fedavgm, fedadam, fedyogi, fedadagrad)
+    and its options; the averages as they are when not given."""
 
 
 class CommunicationSection(Section):
@@ -124,6 +142,31 @@ class CommunicationSection(Section):
     downlink_mbps: float = Field(50.0, gt=0)
     base_preinstalled: bool = False
     """True when clients already hold the base model; the one-off base is stated separately either way."""
+
+
+class EarlyStoppingSection(Section):
+    """When training ends before its last epoch: the validation split decides."""
+
+    patience: int | None = Field(None, ge=1)
+    """Evaluations without an improvement after which training stops; never before the end when not given."""
+    metric: str | None = None
+    """Metric of the validation split; the task's headline metric when not given. A loss is better lower."""
+    minimum_change: float = Field(0.0, ge=0)
+    """An improvement must be larger than this to count."""
+
+
+class TrainSection(Section):
+    """``fedlora train``: one client that holds all the data, with the settings of ``client``."""
+
+    epochs: int = Field(10, ge=1)
+    """Passes over the training data."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps in all; takes the place of ``epochs`` when given."""
+    evaluate_every: int = Field(1, ge=1)
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    keep_best: bool = True
+    """Keep the weights of the epoch that is best on the validation split; otherwise those of the last."""
+    early_stopping: EarlyStoppingSection = EarlyStoppingSection()
 
 
 class EvaluationSection(Section):
@@ -138,6 +181,29 @@ class EvaluationSection(Section):
     max_clients: int = Field(100, ge=1)
     """At most this many clients evaluate at a time; a seeded sample where there are more."""
     batch_size: int = Field(250, ge=1)
+    max_samples: int | None = Field(None, ge=1)
+    """The server evaluates on this many of its test rows, drawn once by the seed; on all when not given."""
+
+
+class CacheSection(Section):
+    """Frozen work that is done once (``federated.feature_cache``); a switch acts where its cache is valid."""
+
+    image_features: bool = True
+    """Features of the images, where the vision tower is frozen."""
+    text_features: bool = True
+    """Features of the captions, where the text tower is frozen."""
+    class_embeddings: bool = True
+    """Embeddings of the class prompts, where the text tower is frozen."""
+    activations: bool = True
+    """What enters a tower's first adapted block, where ``lora.layers`` leaves out the blocks before it."""
+    deduplicate_captions: bool = True
+    """Encode a caption that occurs several times in a batch once."""
+    trim_prompts: bool = True
+    """Tokens up to the longest text of a batch; false: the tower's whole context."""
+    max_bytes: int = Field(1_000_000_000, ge=0)
+    """Most memory for features and activations; rows beyond it are computed when they are asked for."""
+    folder: str | None = None
+    """Folder of a memory-mapped temporary file that takes the place of memory."""
 
 
 class EngineSection(Section):
@@ -146,6 +212,16 @@ class EngineSection(Section):
     name: Literal["inprocess"] = "inprocess"
     threads: int = Field(1, ge=1)
     """Torch threads; one is best for the bundled model, two or more pay off on ViT-B/32."""
+    batched_clients: Literal["auto", "off"] | Annotated[int, Field(ge=2)] = "off"
+    """Clients whose local steps share a forward and a backward pass: a number, ``auto`` (measured at start)
+    or ``off``. Results agree to rounding; it pays off where a client's batch is small."""
+
+    @field_validator("batched_clients", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
+        return "off" if value is False else value
+    workers: int = Field(1, ge=1)
+    """Processes that share a round's clients (Linux); more than one needs ``threads: 1``."""
 
 
 class OutputSection(Section):
@@ -167,9 +243,11 @@ class ExperimentConfig(Section):
     partition: PartitionSection = PartitionSection()
     federation: FederationSection = FederationSection()
     client: ClientSection = ClientSection()
+    train: TrainSection = TrainSection()
     aggregation: AggregationSection = AggregationSection()
     communication: CommunicationSection = CommunicationSection()
     evaluation: EvaluationSection = EvaluationSection()
+    cache: CacheSection = CacheSection()
     engine: EngineSection = EngineSection()
     output: OutputSection = OutputSection()
 
@@ -228,12 +306,15 @@ def find_config(name_or_path: str | Path) -> Path:
     )
 
 
-def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+def load_config(
+    name_or_path: str | Path, overrides: Sequence[str] = (), *, name_suffix: str = ""
+) -> ExperimentConfig:
     """Read a configuration and apply ``key=value`` overrides.
 
     Args:
         name_or_path: A YAML file or the name of a shipped configuration.
         overrides: Such as ``client.learning_rate=1e-3``; values are YAML.
+        name_suffix: Ends the default of ``output.name``, so that two commands do not write one folder.
 
     Raises:
         UserError: A missing file, YAML that does not parse, an unknown key or a value that does not fit.
@@ -247,7 +328,7 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Expe
         raise UserError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree, source=str(path), default_name=path.stem)
+    return parse_config(tree, source=str(path), default_name=path.stem + name_suffix)
 
 
 def parse_config(tree: dict[str, Any], *, source: str, default_name: str | None = None) -> ExperimentConfig:
@@ -291,7 +372,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
         if detail["type"] == "extra_forbidden":
             yield f"unknown key {dotted}{_nearest(location)}"
         elif dotted:
-            yield f"{dotted}: {detail['msg']} (got {detail['input']!r})"
+            yield f"{dotted}: {detail['msg'].removeprefix('Value error, ')} (got {detail['input']!r})"
         else:
             yield detail["msg"].removeprefix("Value error, ")
 

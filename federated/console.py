@@ -116,8 +116,8 @@ class RunDisplay:
         width = len(str(self._num_rounds or ""))
         line = Text(f"round {metrics['server_round']:>{width}}{of}", style="bold")
         parts = []
-        for key in (self._metric, "loss", "train_loss"):
-            if metrics.get(key) is not None and (key != "loss" or self._metric != "loss"):
+        for key in (self._metric, "train_loss"):
+            if metrics.get(key) is not None:
                 parts.append((f"{metric_label(key)} {format_metric(key, metrics[key])}", ""))
         cohort, failed = metrics.get("cohort"), metrics.get("failed") or []
         if cohort:

@@ -179,9 +179,8 @@ class Experiment:
         images, batch_size = self.train_images, self.config.client.batch_size
         kept = self.caches.serves_images(images, training=True)
         for batch in images.local_batches(rows, batch_size, num_steps, rng, pixels=not kept):
-            yield self.model_batch(
-                augment_batch(batch, self.augmentation, augment_rng), images if kept else None
-            )
+            augmented = augment_batch(batch, self.augmentation, augment_rng)
+            yield self.model_batch(augmented, images if kept else None)
 
     def evaluate_client(self, client_id: int) -> dict[str, float]:
         """Evaluate the model, as it is, on a client's own test rows."""

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from federated.aggregators import ClientProfile, aggregator_from_name
+from federated.aggregators import ClientProfile
+from federated.client_terms import control_names
 from federated.codecs import codec_from_name
+from federated.compatibility import build_aggregator, check_client_ranks
 from federated.config import ExperimentConfig
 from federated.experiment import BYTES_PER_FP32, build_model, load_run_data
 from federated.payload import layout_of, num_values
@@ -57,10 +59,15 @@ def describe_run(config: ExperimentConfig) -> RunDescription:
     counts: dict[str, Any] = {**count_parameters(model)}
     exchanged = find_parameters(unwrap(model), model.exchanged_names)
     state: State = {name: torch.zeros(parameter.shape) for name, parameter in exchanged.items()}
-    aggregator = aggregator_from_name(config.aggregation.name, config.aggregation.options)
+    aggregator = build_aggregator(config)
     server = aggregator.init(state, scalings(model))
-    down = layout_of(aggregator.downlink(server, ClientProfile()).state)
-    up = layout_of({name: state[name] for name in aggregator.uplink(state, 1)})
+    check_client_ranks(config, aggregator, server)
+    received = aggregator.downlink(server, ClientProfile()).state
+    sent = {name: server.state[name] for name in aggregator.uplink(server.state, 1)}
+    if config.client.scaffold:
+        variates = control_names(sent)
+        received, sent = received | variates, sent | variates
+    down, up = layout_of(received), layout_of(sent)
     return RunDescription(
         config=config,
         counts=counts,

@@ -12,29 +12,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from federated.aggregators import InBasis, cut_to_rank
+from federated.client_terms import ControlVariates, DriftCorrection, proximal_term, sum_of_terms
 from federated.experiment import Experiment
 from federated.seeding import generator, scoped_torch_rng
-from lora.adapters import factor_pairs, owner_of, set_scaling
+from lora.adapters import factor_pairs, owner_of, set_scaling, unwrap
 from models.state import State
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Assignment:
-    """Who trains, when, and at which rank.
+    """Who trains, when, and how that differs from other clients.
 
     Attributes:
         client_id: The client.
         server_round: The round.
         rank: Its adapter rank; None: the model's own.
+        variates: SCAFFOLD's control variates; None where ``client.scaffold`` is off.
     """
 
     client_id: int
     server_round: int
     rank: int | None = None
+    variates: ControlVariates | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,24 +49,34 @@ class LocalResult:
         train_loss: Mean loss over the local steps.
         num_examples: Rows of its shard that it trains on.
         next_rank: The rank it goes on with.
+        own_variate: The client's next control variate; None without SCAFFOLD.
     """
 
     state: State
     train_loss: float
     num_examples: int
     next_rank: int | None
+    own_variate: State | None = None
 
 
 def train_locally(experiment: Experiment, assignment: Assignment, held: State) -> LocalResult:
-    """Take a client's local steps from the wire state it holds."""
+    """Take a client's local steps from the wire state it holds, unless they were taken in a group already."""
+    ready = experiment.prepared.pop((assignment.server_round, assignment.client_id), None)
+    if ready is not None and (result := ready()) is not None:
+        return result
     model, rules = experiment.model, experiment.aggregator.client
     num_steps = experiment.config.client.local_steps
     rng = generator(experiment.config.seed, "client", assignment.server_round, assignment.client_id)
     load_into_model(experiment, held, assignment.rank)
     trains = experiment.aggregator.trains(held, assignment.server_round)
+    shared = _shared_parameters(experiment, held)
+    drift = _drift_correction(experiment, assignment.variates)
     with _only_these_train(experiment, trains), _in_bases(experiment, rules.bases(held)):
-        model.start_training(experiment.training_settings, num_steps, extra_loss=_extra_loss(experiment))
-        batches = experiment.local_batches(assignment.client_id, num_steps, rng)
+        terms = _extra_loss(experiment, assignment.rank, shared, drift)
+        model.start_training(experiment.training_settings, num_steps, extra_loss=terms)
+        batches = experiment.local_batches(
+            assignment.client_id, num_steps, rng, server_round=assignment.server_round
+        )
         with scoped_torch_rng(rng):
             losses = [model.train_step(batch) for batch in batches]
     before = rules.to_model(held)
@@ -76,6 +89,7 @@ def train_locally(experiment: Experiment, assignment: Assignment, held: State) -
         train_loss=float(np.mean(losses)),
         num_examples=experiment.num_examples(assignment.client_id),
         next_rank=None if rank is None else rules.next_rank(before, trained, rank),
+        own_variate=None if drift is None else drift.mean_gradient(),
     )
 
 
@@ -136,10 +150,32 @@ def _in_bases(experiment: Experiment, bases: Mapping[str, Tensor]) -> Iterator[N
             experiment.model.set_exchanged(experiment.model.exchanged_names)
 
 
-def _extra_loss(experiment: Experiment) -> Callable[[], Tensor] | None:
-    """Return what the aggregator adds to a client's loss."""
-    penalty = experiment.aggregator.client.penalty
-    if penalty is None:
+# ---- what is added to the loss
+
+
+def _shared_parameters(experiment: Experiment, held: State) -> list[nn.Parameter]:
+    """Return the live parameters that are not private to the client."""
+    private = set(experiment.aggregator.private(held))
+    return [p for name, p in experiment.exchanged_parameters().items() if name not in private]
+
+
+def _drift_correction(experiment: Experiment, variates: ControlVariates | None) -> DriftCorrection | None:
+    if variates is None:
         return None
-    factors = experiment.exchanged_parameters()
-    return lambda: penalty(factors)
+    parameters = experiment.exchanged_parameters()
+    return DriftCorrection({name: parameters[name] for name in variates.server}, variates)
+
+
+def _extra_loss(
+    experiment: Experiment, rank: int | None, shared: Sequence[nn.Parameter], drift: DriftCorrection | None
+) -> Callable[[], Tensor] | None:
+    """Return what aggregator and configuration add to a client's loss; call it when training is set up."""
+    terms: list[Callable[[], Tensor]] = [] if drift is None else [drift]
+    if mu := experiment.config.client.proximal_mu:
+        trained = {id(p) for p in unwrap(experiment.model).parameters() if p.requires_grad}
+        terms.append(proximal_term([p for p in shared if id(p) in trained], mu))
+    penalty = experiment.aggregator.client.penalty
+    if penalty is not None:
+        factors: dict[str, Tensor] = dict(experiment.exchanged_parameters())
+        terms.append(lambda: penalty(factors if rank is None else cut_to_rank(factors, rank)))
+    return sum_of_terms(terms)

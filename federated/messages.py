@@ -62,19 +62,21 @@ def write_state(
     return content, codec.decode(buffer, layout)
 
 
-def read_state(content: RecordDict, codec: Codec, layout: Layout) -> State:
+def read_state(content: RecordDict, codec: Codec, layout: Layout, *, any_layout: bool = False) -> State:
     """Decode the state of a message.
 
     Args:
         content: What ``write_state`` returned, on the other side.
         codec: The codec that was agreed on.
-        layout: The layout of messages that carry none; one that travelled takes precedence.
+        layout: The layout that the receiver expects.
+        any_layout: Accept the layout that travelled in place of it. A client trusts the server so far; the
+            server never trusts a client.
 
     Raises:
         PayloadError: The payload is damaged, of another codec or of another layout.
     """
     travelled = CONFIG in content and LAYOUT in content.config_records[CONFIG]
-    payload = unpack(content, None if travelled else layout)
+    payload = unpack(content, None if any_layout and travelled else layout)
     if payload.codec != codec.name:
         raise PayloadError(
             f"the payload is encoded with {payload.codec}, the configuration says {codec.name}: "

@@ -15,6 +15,7 @@ serialises for a message.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -169,6 +170,7 @@ def layout_from_bytes(data: bytes) -> Layout:
     return layout
 
 
+@functools.lru_cache(maxsize=64)
 def layout_digest(layout: Layout) -> str:
     """Return 16 hex digits that two layouts share only if they are equal."""
     return hashlib.blake2b(_layout_json(layout), digest_size=8).hexdigest()

@@ -6,9 +6,11 @@ colour-blind readers can tell apart; lines differ in marker too, bars in hatchin
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,7 @@ def font_families() -> list[str]:
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write a picture for a README: 200 dots an inch on white, the same bytes for the same figure."""
+    _lay_out(figure)
     figure.savefig(path, format="png", dpi=PNG_DPI, facecolor=PAPER, metadata={"Software": None})
 
 
@@ -125,10 +128,9 @@ def inline_svg(figure: Figure, name: str, title: str) -> str:
         name: a word that makes the element's ids unique in the page.
         title: what a screen reader says.
     """
+    _lay_out(figure)
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
-        # The page's font draws the letters, so it does not matter that matplotlib's lacks some.
-        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), _without_glyph_warnings():
         figure.savefig(buffer, format="svg", transparent=True, dpi=PNG_DPI, metadata={"Date": None})
     svg = buffer.getvalue()
     view_box = re.search(r'viewBox="([^"]*)"', svg)
@@ -143,3 +145,19 @@ def inline_svg(figure: Figure, name: str, title: str) -> str:
     for color, themed in _THEMED.items():
         body = body.replace(color, themed)
     return f'<svg viewBox="{view_box.group(1)}" role="img" aria-label="{escape(title)}">{body}'
+
+
+def _lay_out(figure: Figure) -> None:
+    """Place everything once; matplotlib would do it again, and draw twice, for each file that is saved."""
+    if figure.get_layout_engine() is not None:
+        with _without_glyph_warnings():
+            figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+
+
+@contextlib.contextmanager
+def _without_glyph_warnings() -> Iterator[None]:
+    """Silence missing letters: a page's font has them, and a PNG warns when it is written."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+        yield

@@ -181,7 +181,12 @@ def bytes_by_method(comparison: Sequence[Mapping[str, Any]]) -> Figure:
     figure, (axis,) = style.new_figure(height=max(2.4, 0.55 * len(names) + 1.1))
     axis.barh(places, totals, color=style.BLUE, label="sent in the rounds")
     if bases.any():
-        look = {"color": style.SKY, "hatch": "///", "edgecolor": style.PAPER, "linewidth": 0.6}
+        look: dict[str, Any] = {
+            "color": style.SKY,
+            "hatch": "///",
+            "edgecolor": style.PAPER,
+            "linewidth": 0.6,
+        }
         axis.barh(places, bases, left=totals, label="base model, once a client", **look)
         style.draw_legend(axis, above=True, columns=2)
     for place, total, base in zip(places, totals, bases, strict=True):
@@ -284,6 +289,7 @@ def _size_bars(axis: Axes, sizes: np.ndarray) -> None:
     else:
         axis.fill_between(range(len(sizes)), sizes, step="mid", color=style.SKY, linewidth=0)
     axis.set_ylabel("examples")
+    axis.set_ylim(bottom=0)
     axis.yaxis.set_major_locator(MaxNLocator(3))
     axis.grid(visible=False, axis="x")
 

@@ -39,9 +39,8 @@ def subtitle(run: RunRecord) -> str:
         return form.format(value) if value is not None else ""
 
     adapters = (config.get("lora") or {}).get("enabled", True) and of("model", "type").endswith("_lora")
-    split = of("partition", "name") + (
-        of("partition", "alpha", " α={}") if of("partition", "name") == "dirichlet" else ""
-    )
+    alpha = ((config.get("partition") or {}).get("options") or {}).get("alpha")
+    split = of("partition", "name") + (f" α={alpha}" if alpha is not None else "")
     parts = (
         of("model", "model_name"),
         of("lora", "r", "LoRA r={}") if adapters else of("model", "fine_tuning"),

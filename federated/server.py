@@ -16,19 +16,24 @@ from typing import Any, Protocol, cast
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
 
-from federated.aggregators import NEVER, ServerState, check_ranks
+from federated.aggregators import BaseDelta, ServerState
+from federated.checkpoint import ServerCheckpoint, save_server_checkpoint
 from federated.engines.metered import MeteredGrid
 from federated.experiment import Experiment, experiment_of
 from federated.ledger import Ledger
 from federated.local_training import load_into_model
+from federated.lowrank import stack
 from federated.messages import CLIENT_ID, SERVER_ROUND
 from federated.payload import CONFIG, METRICS
 from federated.report import write_report
 from federated.run_folder import RunFolder
 from federated.savings import Bandwidth, communication_summary
 from federated.seeding import generator
-from federated.strategy import LoRAStrategy, Ranks, RoundRecord
+from federated.round_record import RoundRecord
+from federated.strategy import LoRAStrategy, Ranks
+from lora.base_delta import save_base_delta
 from models.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -85,22 +90,7 @@ def serve(
     config, ledger = experiment.config, Ledger()
     client_of = {node_id: client_id for client_id, node_id in clients.items()}
     experiment.reset()
-    server_state = experiment.initial_server_state
-    if experiment.mixed_ranks:
-        ranks = {i: experiment.rank_of(i) or config.lora.r for i in range(experiment.num_clients)}
-        check_ranks(experiment.aggregator, server_state, ranks)
-    strategy = LoRAStrategy(
-        aggregator=experiment.aggregator,
-        server_state=server_state,
-        clients=clients,
-        seed=config.seed,
-        cohort_size=config.cohort_size,
-        uplink=config.communication.uplink,
-        downlink=config.communication.downlink,
-        ranks=Ranks(experiment.rank_of, experiment.scaling_at) if experiment.mixed_ranks else Ranks(),
-        evaluates=lambda server_round: evaluating_clients(experiment, server_round),
-        **({} if display is None else {"on_broadcast": display.round_started}),
-    )
+    strategy = build_strategy(experiment, clients, display)
     served = Served(experiment, strategy, folder, ledger, display)
     if display is not None:
         display.run_started(config.federation.rounds, headline_metric=experiment.headline_metric)
@@ -112,6 +102,40 @@ def serve(
         evaluate_fn=lambda server_round, _: close_round(served, server_round),
     )
     return finish(served)
+
+
+def build_strategy(
+    experiment: Experiment, clients: Mapping[int, int], display: Display | None = None
+) -> LoRAStrategy:
+    """Return the strategy of an experiment, before round 1.
+
+    Args:
+        experiment: Model, data and settings.
+        clients: Node id of each client id.
+        display: Told when messages go out.
+    """
+    config = experiment.config
+
+    def before_broadcast(server_round: int, num_clients: int, phase: str) -> None:
+        # clients simulated in this process then find the base as it is sent to them, whatever their order
+        bring_base_up_to_date(experiment, strategy.server_state)
+        if display is not None:
+            display.round_started(server_round, num_clients, phase)
+
+    strategy = LoRAStrategy(
+        aggregator=experiment.aggregator,
+        server_state=experiment.initial_server_state,
+        clients=clients,
+        seed=config.seed,
+        cohort_size=config.cohort_size,
+        uplink=config.communication.uplink,
+        downlink=config.communication.downlink,
+        ranks=Ranks(experiment.rank_of, experiment.scaling_at) if experiment.mixed_ranks else Ranks(),
+        scaffold=config.client.scaffold,
+        evaluates=lambda server_round: evaluating_clients(experiment, server_round),
+        on_broadcast=before_broadcast,
+    )
+    return strategy
 
 
 def evaluating_clients(experiment: Experiment, server_round: int) -> list[int]:
@@ -131,10 +155,7 @@ def close_round(served: Served, server_round: int) -> MetricRecord | None:
     """Evaluate the global state where due, and write the round down; round 0 is before training."""
     experiment, record = served.experiment, served.strategy.record
     line = round_line(record, served.ledger)
-    settings = experiment.config.evaluation
-    if server_round % settings.every == 0 or server_round == experiment.config.federation.rounds:
-        load_global_state(experiment, served.strategy.server_state)
-        line |= {key: value for key, value in experiment.evaluate_server().items() if key != "num_examples"}
+    line |= global_metrics(experiment, served.strategy.server_state, record)
     now = time.perf_counter()
     line["seconds"] = round(now - served.round_started, 3)
     served.round_started = now
@@ -142,18 +163,62 @@ def close_round(served: Served, server_round: int) -> MetricRecord | None:
     served.folder.append_metrics(line)
     served.ledger.write_csv(served.folder.path / "communication.csv")
     served.folder.save_checkpoint(served.strategy.server_state.state, server_round=server_round)
+    strategy = served.strategy
+    checkpoint = ServerCheckpoint(strategy.server_state, strategy.versions, strategy.current_ranks)
+    save_server_checkpoint(served.folder.path / "checkpoint", checkpoint)
     if served.display is not None:
         served.display.round_done(line)
     return None
 
 
+def global_metrics(
+    experiment: Experiment, server_state: ServerState, record: RoundRecord
+) -> dict[str, float]:
+    """Evaluate the global model where due.
+
+    A method without a global model is scored by its clients, each on its own test rows with its own private
+    part, weighted by rows; before training all of them hold the pre-trained model, which is evaluated.
+    """
+    settings, server_round = experiment.config.evaluation, record.server_round
+    if server_round and not experiment.aggregator.has_global_model:
+        return clients_mean(record, experiment.headline_metric)
+    if server_round % settings.every and server_round != experiment.config.federation.rounds:
+        return {}
+    load_global_state(experiment, server_state)
+    return {key: value for key, value in experiment.evaluate_server().items() if key != "num_examples"}
+
+
+def clients_mean(record: RoundRecord, metric: str) -> dict[str, float]:
+    """Return the mean of the clients' own metric and loss over the rows that they tested on."""
+    entries = [entry for entry in record.clients.values() if metric in entry]
+    num_rows = sum(entry["eval_examples"] for entry in entries)
+    if not num_rows:
+        return {}
+    names = {metric: metric, "loss": "eval_loss"}
+    return {
+        name: sum(entry[key] * entry["eval_examples"] for entry in entries) / num_rows
+        for name, key in names.items()
+    }
+
+
 def load_global_state(experiment: Experiment, server_state: ServerState) -> None:
     """Put the global adapter, head and base into the model."""
-    updates = {
-        module: update for module, delta in server_state.base_delta.items() if (update := delta.since(NEVER))
-    }
-    experiment.base.fold(updates, held_version=NEVER, version=server_state.server_round)
+    bring_base_up_to_date(experiment, server_state)
     load_into_model(experiment, experiment.wire_state() | server_state.state)
+
+
+def bring_base_up_to_date(experiment: Experiment, server_state: ServerState) -> None:
+    """Make the base weights of this process those of the global model."""
+    experiment.base.bring_to(server_state.base_delta, server_state.server_round)
+
+
+def smallest_form(delta: BaseDelta) -> tuple[Tensor, ...]:
+    """Return what was merged into one base weight as (left, right), or (dense,) where that is fewer numbers."""
+    num_values = sum(term.num_values for _, term in delta.terms)
+    if delta.dense is None and num_values <= delta.total().numel():
+        whole = stack([term for _, term in delta.terms])
+        return whole.left, whole.right
+    return (delta.total(),)
 
 
 def round_line(record: RoundRecord, ledger: Ledger) -> dict[str, Any]:
@@ -188,8 +253,13 @@ def finish(served: Served) -> dict[str, Any]:
         "parameters": experiment.parameter_counts(),
         "communication": communication_summary(served.ledger, experiment.model_sizes(), bandwidth),
     }
-    load_global_state(experiment, served.strategy.server_state)
+    server_state = served.strategy.server_state
+    load_global_state(experiment, server_state)
     experiment.save_adapter(folder.path / "adapter", server_round=summary["rounds"], final=summary["final"])
+    products = {module: smallest_form(delta) for module, delta in server_state.base_delta.items()}
+    save_base_delta(
+        experiment.model, folder.path / "adapter", products, server_round=server_state.server_round
+    )
     folder.write_summary(summary)
     folder.close()
     write_report(folder.path)
@@ -237,7 +307,5 @@ def ask_client_ids(grid: Grid, num_clients: int, *, timeout: float) -> dict[int,
         clients[client_id] = reply.metadata.src_node_id
     missing = [client_id for client_id in range(num_clients) if client_id not in clients]
     if missing:
-        raise UserError(
-            f"no node answered for client {missing[0]}: give one the partition-id {missing[0]}"
-        )
+        raise UserError(f"no node answered for client {missing[0]}: give one the partition-id {missing[0]}")
     return clients

@@ -1,4 +1,4 @@
-"""A whole run on the in-process engine: one process, one frozen base model, any number of clients."""
+"""A whole run on the in-process engine: one frozen base model, any number of clients, no network."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from federated.batched_clients import batched_clients
 from federated.client import app as client_app
 from federated.config import ExperimentConfig, dump_config
 from federated.console import RunDisplay
@@ -43,7 +44,16 @@ def run_experiment(
         folder = RunFolder(path, config, overwrite=overwrite)
         experiment.save_partition(folder.path / "partition.json")
         on_reply = None if display is None else display.client_done
-        grid = InProcessGrid(client_app, experiment.num_clients, run_config=run_config, on_reply=on_reply)
+        grid = InProcessGrid(
+            client_app,
+            experiment.num_clients,
+            run_config=run_config,
+            on_reply=on_reply,
+            prepare=batched_clients(experiment),
+            num_workers=config.engine.workers,
+        )
+        if config.engine.workers > 1:
+            experiment.caches.captions.read_known()  # once here, not in each worker of each round
         clients = {client_id: node_id_of(client_id) for client_id in range(experiment.num_clients)}
         with display if display is not None else contextlib.nullcontext():
             serve(grid, experiment, clients, folder, display)

@@ -2,16 +2,16 @@
 
 Flower's ``Strategy.start`` is the round loop; it calls, in this order, ``configure_train`` (sample the
 cohort, encode the downlink), the grid, ``aggregate_train`` (decode in client order, refuse what cannot be
-used, apply the aggregator), ``configure_evaluate``, the grid, ``aggregate_evaluate``. The strategy keeps the global state
-as named fp32 tensors; what Flower passes along between these calls is a copy packed for it.
+used, apply the aggregator), ``configure_evaluate``, the grid, ``aggregate_evaluate``. The strategy keeps the
+global state as named fp32 tensors; what Flower passes along between these calls is a copy packed for it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -24,46 +24,21 @@ from federated.aggregators import (
     ClientProfile,
     ServerState,
     Update,
+    aggregation_error,
     cut_to_rank,
     pack_downlink,
     receive,
     run_round,
 )
+from federated.answers import Answer, Start, UnreadableReplyError, read_answer, read_evaluation
+from federated.client_terms import control_names, next_control, split_control, zero_variates
 from federated.codecs import Codec, codec_from_name
-from federated.messages import (
-    CLIENT_ID,
-    NUM_EXAMPLES,
-    RANK,
-    SERVER_ROUND,
-    TRAIN_LOSS,
-    read_state,
-    write_state,
-)
-from federated.payload import ARRAYS, METRICS, PayloadError, layout_of
+from federated.messages import RANK, SERVER_ROUND, write_state
+from federated.payload import ARRAYS, layout_of
+from federated.round_record import Failure, RoundRecord
 from federated.seeding import generator
-from models.state import State
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A client whose answer could not be used in a round."""
-
-    client_id: int
-    reason: str
-
-
-@dataclass
-class RoundRecord:
-    """What one round produced, as it goes into ``metrics.jsonl``."""
-
-    server_round: int
-    cohort: list[int] = field(default_factory=list)
-    clients: dict[int, dict[str, float]] = field(default_factory=dict)
-    failed: list[Failure] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    skipped: bool = False
 
 
 def sample_cohort(seed: int, server_round: int, num_clients: int, cohort_size: int) -> list[int]:
@@ -103,6 +78,7 @@ class LoRAStrategy(FedAvg):
         uplink: Name of the codec of the clients' updates.
         downlink: Name of the codec of what the server sends.
         ranks: The clients' ranks where they differ.
+        scaffold: Whether control variates travel beside the updates.
         evaluates: Which clients evaluate after a round; none by default.
         on_broadcast: Told ``(server_round, number of clients, message type)`` before messages go out.
     """
@@ -118,22 +94,25 @@ class LoRAStrategy(FedAvg):
         uplink: str = "fp32",
         downlink: str = "fp32",
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+        scaffold: bool = False,
         evaluates: Callable[[int], list[int]] = lambda server_round: [],
         on_broadcast: Callable[[int, int, str], None] = lambda server_round, num_clients, phase: None,
     ) -> None:
         super().__init__(min_train_nodes=1, min_evaluate_nodes=0, min_available_nodes=len(clients))
         self.aggregator = aggregator
-        self.server_state = server_state
+        self.server_state = _with_variates(aggregator, server_state) if scaffold else server_state
         self.record = RoundRecord(server_round=0)
+        self.versions: dict[int, int] = {}
+        self.current_ranks: dict[int, int] = {}
         self._nodes = dict(clients)
         self._clients = {node_id: client_id for client_id, node_id in clients.items()}
         self._seed = seed
         self._cohort_size = cohort_size
         self._uplink: Codec = codec_from_name(uplink)
         self._downlink: Codec = codec_from_name(downlink)
+        self._full_layout = layout_of(server_state.state)
         self._ranks = ranks
-        self._current_ranks: dict[int, int] = {}
-        self._versions: dict[int, int] = {}
+        self._scaffold = scaffold
         self._evaluates = evaluates
         self._on_broadcast = on_broadcast
         self._addressed: set[int] = set()
@@ -153,22 +132,41 @@ class LoRAStrategy(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode the updates in client order, refuse what cannot be used, apply the aggregator."""
-        answers = self._sort_out(replies)
-        updates = [update for reply in answers if (update := self._decode(reply)) is not None]
-        self.server_state, accepted, refused = run_round(self.aggregator, self.server_state, updates)
+        decoded = [self._decode(reply) for reply in self._sort_out(replies)]
+        answers = [answer for answer in decoded if answer is not None]
+        before = self.server_state
+        after, accepted, refused = run_round(self.aggregator, before, [answer.update for answer in answers])
+        self.server_state = after
         self.record.failed += [Failure(client_id, reason) for client_id, reason in refused]
         self.record.failed.sort(key=lambda failure: failure.client_id)
         if not accepted:
             self.record.skipped = True
             return None, None
-        losses = {self._client_of(reply): float(_metrics(reply)[TRAIN_LOSS]) for reply in answers}
-        for update in accepted:
-            loss = losses[update.client_id]
-            self.record.clients[update.client_id] = {"train_loss": loss, "num_examples": update.num_examples}
-        weights = [update.num_examples for update in accepted]
-        train_loss = np.average([losses[update.client_id] for update in accepted], weights=weights)
-        self.record.metrics["train_loss"] = float(train_loss)
+        of_client = {answer.update.client_id: answer for answer in answers}
+        self._close(before, accepted, [of_client[update.client_id] for update in accepted])
         return self.packed_state(), MetricRecord(dict(self.record.metrics))
+
+    def _close(self, before: ServerState, accepted: Sequence[Update], answers: Sequence[Answer]) -> None:
+        """Take over what else came with the accepted updates, and write down the round's figures."""
+        for answer in answers:
+            update = answer.update
+            self.record.clients[update.client_id] = {
+                "train_loss": answer.train_loss,
+                "num_examples": update.num_examples,
+            }
+            if answer.next_rank is not None:
+                self.current_ranks[update.client_id] = answer.next_rank
+        weights = [update.num_examples for update in accepted]
+        losses = [answer.train_loss for answer in answers]
+        self.record.metrics["train_loss"] = float(np.average(losses, weights=weights))
+        error = aggregation_error(self.aggregator, before, self.server_state, accepted)
+        if error is not None and math.isfinite(error):
+            self.record.metrics["aggregation_error"] = error
+        if self._scaffold:
+            _, control = split_control(before.memory)
+            changes = [answer.variate_change for answer in answers]
+            new = control_names(next_control(control, changes, len(self._nodes)))
+            self.server_state = replace(self.server_state, memory={**self.server_state.memory, **new})
 
     # ---- evaluation by clients
 
@@ -181,10 +179,13 @@ class LoRAStrategy(FedAvg):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect each client's own metrics; they are reported one by one, not averaged away."""
         for reply in self._sort_out(replies):
-            metrics = _metrics(reply)
-            entry = self.record.clients.setdefault(int(metrics.pop(CLIENT_ID)), {})
-            entry["eval_examples"] = int(metrics.pop(NUM_EXAMPLES))
-            entry |= {"eval_loss" if key == "loss" else key: value for key, value in metrics.items()}
+            client_id = self._client_of(reply)
+            try:
+                metrics = read_evaluation(reply.content)
+            except UnreadableReplyError as error:
+                self._refuse(client_id, error)
+            else:
+                self.record.clients.setdefault(client_id, {}).update(metrics)
         self.record.clients = dict(sorted(self.record.clients.items()))
         return None
 
@@ -220,79 +221,87 @@ class LoRAStrategy(FedAvg):
             profile = self._profile(client_id)
             key = (profile.version, profile.rank)
             if key not in contents:
-                contents[key] = self._downlink_content(server_round, profile)
+                contents[key] = self._downlink_content(server_round, profile, message_type)
             messages.append(Message(contents[key], self._nodes[client_id], message_type))
         return messages
 
-    def _downlink_content(self, server_round: int, profile: ClientProfile) -> RecordDict:
+    def _downlink_content(self, server_round: int, profile: ClientProfile, message_type: str) -> RecordDict:
         state, meta = pack_downlink(self.aggregator.downlink(self.server_state, profile))
+        if self._scaffold and message_type == MessageType.TRAIN:
+            state |= control_names(split_control(self.server_state.memory)[1])
         rng = generator(self._seed, "codec", server_round)
         content, _ = write_state(
             state,
             self._downlink,
             rng,
             {SERVER_ROUND: server_round, RANK: profile.rank or 0, **meta},
-            send_layout=layout_of(state) != layout_of(self.server_state.state),
+            send_layout=layout_of(state) != self._full_layout,
         )
         return content
 
     def _profile(self, client_id: int) -> ClientProfile:
-        rank = self._current_ranks.get(client_id, self._ranks.of(client_id))
+        rank = self.current_ranks.get(client_id, self._ranks.of(client_id))
         remembers = self.aggregator.clients_remember
-        version = self._versions.get(client_id, NEVER) if remembers else NEVER
+        version = self.versions.get(client_id, NEVER) if remembers else NEVER
         return ClientProfile(rank=rank, scaling=self._ranks.scaling(rank), version=version)
 
     def _sort_out(self, replies: Iterable[Message]) -> list[Message]:
         """Return the replies with content in client order; name the clients that failed or stayed silent."""
-        replies = sorted(replies, key=self._client_of)
-        silent = sorted(self._addressed - {self._client_of(reply) for reply in replies})
+        asked = []
+        for reply in replies:
+            client_id = self._clients.get(reply.metadata.src_node_id)
+            if client_id in self._addressed:
+                asked.append(reply)
+            else:
+                log.warning("a reply from node %s was not asked for: ignored", reply.metadata.src_node_id)
+        asked.sort(key=self._client_of)
+        silent = sorted(self._addressed - {self._client_of(reply) for reply in asked})
         self.record.failed += [Failure(client_id, "no reply within the timeout") for client_id in silent]
         answered = []
-        for reply in replies:
+        for reply in asked:
             client_id = self._client_of(reply)
             if reply.has_error():
                 self.record.failed.append(Failure(client_id, str(reply.error.reason)))
             else:
                 answered.append(reply)
-                self._versions[client_id] = self._sent_version
+                self.versions[client_id] = self._sent_version
         return answered
 
-    def _decode(self, reply: Message) -> Update | None:
-        """Turn a delta into the client's new values; None (and a named failure) when it cannot be read."""
+    def _decode(self, reply: Message) -> Answer | None:
+        """Return a client's answer; None (and a named failure) when it cannot be read."""
         client_id = self._client_of(reply)
-        profile = self._profile(client_id)
-        reference = self._reference(profile)
         try:
-            delta = read_state(reply.content, self._uplink, layout_of(reference))
-        except PayloadError as error:
-            self.record.failed.append(Failure(client_id, str(error)))
+            return read_answer(client_id, reply.content, self._uplink, self._start_of(client_id))
+        except UnreadableReplyError as error:
+            self._refuse(client_id, error)
             return None
-        metrics = _metrics(reply)
-        if profile.rank is not None and metrics[RANK]:
-            self._current_ranks[client_id] = int(metrics[RANK])
-        return Update(
-            client_id=client_id,
-            num_examples=int(metrics[NUM_EXAMPLES]),
-            state={name: reference[name] + change for name, change in delta.items() if name in reference},
-            scaling=profile.scaling or self.server_state.scaling,
-            rank=profile.rank,
-        )
 
-    def _reference(self, profile: ClientProfile) -> State:
+    def _refuse(self, client_id: int, error: UnreadableReplyError) -> None:
+        log.warning("round %d: reply of client %d refused: %s", self.record.server_round, client_id, error)
+        self.record.failed.append(Failure(client_id, str(error)))
+
+    def _start_of(self, client_id: int) -> Start:
         """Return, in full precision, what a client started from of the names that travel up."""
-        server = self.server_state
+        server, profile = self.server_state, self._profile(client_id)
         uplink = self.aggregator.uplink(server.state, server.server_round + 1)
         state = server.state
         if profile.rank is not None:
             newcomer = ClientProfile(profile.rank, profile.scaling, NEVER)
-            state = receive(
-                self.aggregator.downlink(server, newcomer), cut_to_rank(server.state, profile.rank)
-            )
-        return {name: state[name] for name in uplink}
+            downlink = self.aggregator.downlink(server, newcomer)
+            state = receive(downlink, cut_to_rank(server.state, profile.rank))
+        return Start(
+            profile=profile,
+            state={name: state[name] for name in uplink},
+            scaling=profile.scaling or server.scaling,
+            control=split_control(server.memory)[1],
+        )
 
     def _client_of(self, message: Message) -> int:
         return self._clients[message.metadata.src_node_id]
 
 
-def _metrics(reply: Message) -> dict[str, Any]:
-    return cast(dict[str, Any], dict(reply.content.metric_records[METRICS]))
+def _with_variates(aggregator: Aggregator, server_state: ServerState) -> ServerState:
+    """Return a server's state with SCAFFOLD's variates in its memory: zeros, unless it has some already."""
+    names = aggregator.uplink(server_state.state, server_state.server_round + 1)
+    zeros = zero_variates({name: server_state.state[name] for name in names})
+    return replace(server_state, memory={**control_names(zeros), **server_state.memory})

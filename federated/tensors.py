@@ -21,6 +21,7 @@ from torch import Tensor
 
 from federated.batch_order import index_batches, local_index_batches
 from federated.folder_scan import DECODE_ERRORS
+from federated.row_cache import shared_zeros
 from federated.splits import IntArray, column_values
 from models.errors import UserError
 
@@ -93,7 +94,7 @@ class ImageTensors:
         self.image_shape = tuple(self._decode(np.zeros(1, dtype=np.int64))[0].shape)
         self._levels = _grey_levels(preprocess)  # (3, 256) or None
         self._kept: Tensor | None = None
-        self._is_kept = np.zeros(len(dataset), dtype=np.bool_)
+        self._is_kept: npt.NDArray[np.bool_] = np.zeros(len(dataset), dtype=np.bool_)
         self.mode = "decode"
         self._start_cache()
 
@@ -123,13 +124,20 @@ class ImageTensors:
         kept = self._kept[torch.from_numpy(rows)]
         if self.mode == "float" or self._levels is None:
             return kept
-        return torch.stack([self._levels[c][kept[:, c].long()] for c in range(kept.shape[1])], dim=1)
+        first_levels = GREY_LEVELS * np.arange(kept.shape[1]).reshape(-1, 1, 1)  # of each channel
+        return torch.from_numpy(self._levels.numpy().reshape(-1).take(kept.numpy() + first_levels))
 
-    def batch(self, indices: npt.ArrayLike) -> Batch:
+    @property
+    def captions(self) -> list[str]:
+        """The caption of each row; none where the data has no captions."""
+        return [] if self._captions is None else self._captions
+
+    def batch(self, indices: npt.ArrayLike, *, pixels: bool = True) -> Batch:
         """Return one batch.
 
         Args:
             indices: rows, (B,).
+            pixels: False leaves the images out, and undecoded.
 
         Returns:
             "pixel_values" (B, 3, H, W), "index" (B,) the rows, and as far as the data has them "labels" (B,),
@@ -137,7 +145,9 @@ class ImageTensors:
         """
         rows = np.asarray(indices, dtype=np.int64)
         index = torch.from_numpy(rows)
-        batch: Batch = {"pixel_values": self.pixel_values(rows), "index": index}
+        batch: Batch = {"index": index}
+        if pixels:
+            batch["pixel_values"] = self.pixel_values(rows)
         if self._labels is not None:
             batch["labels"] = self._labels[index]
         if self._concepts is not None:
@@ -153,18 +163,25 @@ class ImageTensors:
         *,
         rng: np.random.Generator | None,
         drop_last: bool = False,
+        pixels: bool = True,
     ) -> Iterator[Batch]:
         """Yield the batches of one pass, as ``index_batches`` orders them; ``indices=None`` is all rows."""
         rows = np.arange(len(self)) if indices is None else indices
         for chosen in index_batches(rows, batch_size, rng=rng, drop_last=drop_last):
-            yield self.batch(chosen)
+            yield self.batch(chosen, pixels=pixels)
 
     def local_batches(
-        self, indices: npt.ArrayLike, batch_size: int, num_steps: int, rng: np.random.Generator
+        self,
+        indices: npt.ArrayLike,
+        batch_size: int,
+        num_steps: int,
+        rng: np.random.Generator,
+        *,
+        pixels: bool = True,
     ) -> Iterator[Batch]:
         """Yield the batches of a client's local steps, as ``local_index_batches`` orders them."""
         for chosen in local_index_batches(indices, batch_size, num_steps, rng):
-            yield self.batch(chosen)
+            yield self.batch(chosen, pixels=pixels)
 
     def _start_cache(self) -> None:
         """Set memory apart for the densest form that is possible and fits."""
@@ -174,7 +191,10 @@ class ImageTensors:
             ("float", torch.float32, True),
         ):
             if possible and num_values * dtype.itemsize <= self._cache_bytes:
-                self.mode, self._kept = mode, torch.empty((len(self), *self.image_shape), dtype=dtype)
+                # Shared with forked workers: what one of them decodes, all have.
+                self.mode = mode
+                kept = shared_zeros((len(self), *self.image_shape), str(dtype).removeprefix("torch."))
+                self._kept, self._is_kept = torch.from_numpy(kept), shared_zeros((len(self),), np.bool_)
                 return
         self.mode, self._kept = "decode", None
         logger.info("%d images do not fit %d bytes: they are decoded when read", len(self), self._cache_bytes)
@@ -198,7 +218,6 @@ class ImageTensors:
         """An image has values of its own: go on with floats, or without a cache."""
         logger.info("preprocessing gives more than 256 values per channel: images are not kept as bytes")
         self._levels = None
-        self._is_kept[:] = False
         self._start_cache()
 
     def _decode(self, rows: IntArray) -> Tensor:

@@ -24,8 +24,8 @@ def format_bytes(num_bytes: float | None) -> str:
     value, unit = float(num_bytes), 0
     while abs(value) >= _THOUSAND and unit < len(_BYTE_UNITS) - 1:
         value, unit = value / _THOUSAND, unit + 1
-        if abs(round(value, 1)) < _THOUSAND:  # 999,999 B is 1.00 MB, not 1000.0 kB
-            break
+    if round(abs(value), 1) >= _THOUSAND and unit < len(_BYTE_UNITS) - 1:  # 999,999 B is 1.00 MB
+        value, unit = value / _THOUSAND, unit + 1
     return f"{value:.{_decimals(value)}f} {_BYTE_UNITS[unit]}"
 
 

@@ -21,9 +21,19 @@ from torch.nn import functional as F
 
 from models.errors import UserError
 from models.exchange import find_parameters, read_state, write_state
+from models.features import check_given, image_features, text_features
 from models.finetuning import STRATEGIES, check_choice, check_strategy, trains
-from models.loading import TokenizerMissingError, Tokens, load_clip, seeded_construction
-from models.prompts import average_templates, check_classes, class_prompts, encode_in_chunks
+from models.frozen import dropout_modules, moving_parts
+from models.head import class_head
+from models.loading import TokenizerMissingError, Tokens, load_clip
+from models.partial_towers import count_blocks
+from models.prompts import (
+    average_templates,
+    check_classes,
+    class_prompts,
+    encode_in_chunks,
+    pad_tokens,
+)
 from models.state import State
 from models.tasks import TASKS
 from models.training import Batch, LocalTrainer, TrainingSettings, num_examples
@@ -47,6 +57,11 @@ class FederatedCLIPModel(nn.Module):
         preprocess: PIL image -> (3, H, W).
         class_names: Names of the classes, or None.
         exchanged_names: Names of what travels, sorted.
+        moving: What changes over a run, and what is frozen.
+        num_blocks: Tower -> number of its transformer blocks; 0 where they cannot be told apart.
+        keeps_class_embeddings: Compute the class prompts once while the text tower is frozen.
+        trims_prompts: Tokens end with the longest text; False: with the tower's context length. Padding
+            after the end-of-text token cannot change the output of a causal tower, only its cost.
         task: The task's loss and metrics.
     """
 
@@ -97,10 +112,12 @@ class FederatedCLIPModel(nn.Module):
         self.num_classes = num_classes
         self.class_names = tuple(class_names) if class_names is not None else None
         self.templates = tuple(templates)
+        self.keeps_class_embeddings, self.trims_prompts = True, True
         self._class_tokens: Tokens | None = None
         self._class_cache: Tensor | None = None
         self._trainer: LocalTrainer | None = None
         self.head: nn.Module | None = self._build_head() if self.task.uses_head else None
+        self.num_blocks = count_blocks(self.clip, self.towers)
         self._base_modules = list(self.modules())
         self._apply_strategy()
         self.eval()
@@ -131,33 +148,38 @@ class FederatedCLIPModel(nn.Module):
         self.refresh()
 
     def refresh(self) -> None:
-        """Drop caches and the optimizer, and look again at which modules and parameters train.
+        """Drop caches and the optimizer, and look again at which modules and parameters there are.
 
-        For code that changes modules or requires_grad; `set_exchanged` calls it.
+        For code that changes modules or requires_grad; `set_exchanged` calls it. Clients only switch what
+        travels on and off, which `start_training` sees by itself.
         """
         self._class_cache = None
         self._trainer = None
+        self._named = tuple(self.named_parameters())
+        self._switched = dropout_modules(self, self._base_modules)
         self._inspect()
 
     def _inspect(self) -> None:
-        """See which modules leave eval mode in a training step, and which towers are constant.
-
-        Only modules added after construction, the adapters, ever leave eval mode, and only if
-        they have dropout.
-        """
-        base = {id(module) for module in self._base_modules}
-        added = [module for module in self.modules() if id(module) not in base]
-        has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in added)
-        self._switched = added if has_dropout else []
-        moving = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        moving.update(self.exchanged_names)
-        in_towers = {
-            self.towers.tower_of(name.removeprefix("clip.")) for name in moving if name.startswith("clip.")
-        }
-        self.vision_is_frozen = "vision" not in in_towers
-        self.text_is_frozen = "text" not in in_towers
-        if not self.text_is_frozen:
+        """See which towers, and which of their blocks, are constant."""
+        names = {name for name, parameter in self._named if parameter.requires_grad}
+        self.moving = moving_parts(names.union(self.exchanged_names), self.towers, self.num_blocks)
+        if not self.moving.text_is_frozen:
             self._class_cache = None
+
+    @property
+    def vision_is_frozen(self) -> bool:
+        """Whether nothing of the vision tower or its projection trains or travels."""
+        return self.moving.vision_is_frozen
+
+    @property
+    def text_is_frozen(self) -> bool:
+        """Whether nothing of the text tower or its projection trains or travels."""
+        return self.moving.text_is_frozen
+
+    @property
+    def exchanged_parameters(self) -> dict[str, nn.Parameter]:
+        """The live parameters of what travels, by wire name."""
+        return dict(self._exchanged)
 
     # State
 
@@ -214,10 +236,10 @@ class FederatedCLIPModel(nn.Module):
         Raises:
             UserError: Nothing is trainable, or the settings do not suit the device.
         """
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        trainable = [parameter for _, parameter in self._named if parameter.requires_grad]
         if self._trainer is None or not self._trainer.fits(trainable, settings):
             self._trainer = LocalTrainer(trainable, settings)
-        self._inspect()
+            self._inspect()
         self._trainer.reset(settings, num_steps, extra_loss=extra_loss)
 
     def train_step(self, data: Tensor | Batch, labels: Tensor | None = None) -> float:
@@ -280,10 +302,7 @@ class FederatedCLIPModel(nn.Module):
 
     def _check_trainable_on(self, batch: Batch) -> None:
         assert self._trainer is not None
-        if "image_features" in batch and not self.vision_is_frozen:
-            raise UserError(
-                "batch['image_features'] would keep the vision tower from training: pass pixel_values"
-            )
+        check_given(self, batch)
         size = self._trainer.settings.micro_batch_size
         if size is not None and size < num_examples(batch) and not self.task.splits_into_micro_batches:
             raise UserError(
@@ -318,21 +337,17 @@ class FederatedCLIPModel(nn.Module):
         """Project texts or tokens: N of them -> (N, D) float32, not normalised."""
         tokens = texts if isinstance(texts, dict) else self.tokenize(texts)
         tokens = {key: value.to(self.device) for key, value in tokens.items()}
+        if not self.trims_prompts:
+            tokens = pad_tokens(tokens, self.clip)
         return self._encode_text(self.clip, tokens).float()
 
     def image_features(self, batch: Batch) -> Tensor:
         """Projected image features of a batch (B, D): the given ones, else computed."""
-        if "image_features" in batch:
-            return batch["image_features"]
-        if "pixel_values" not in batch:
-            raise UserError(f"the batch has neither pixel_values nor image_features (keys: {sorted(batch)})")
-        return self.encode_image(batch["pixel_values"])
+        return image_features(self, batch)
 
     def text_features(self, batch: Batch) -> Tensor:
-        """Projected text features of a batch (B, D)."""
-        if "input_ids" not in batch:
-            raise UserError(f"the batch has no input_ids (keys: {sorted(batch)}): tokenize its captions")
-        return self.encode_text({key: batch[key] for key in ("input_ids", "attention_mask") if key in batch})
+        """Projected text features of a batch (B, D): the given ones, else computed."""
+        return text_features(self, batch)
 
     def temperature_scale(self) -> Tensor:
         """exp(logit_scale), a float32 scalar."""
@@ -360,7 +375,7 @@ class FederatedCLIPModel(nn.Module):
         """
         if self._class_cache is not None:
             return self._class_cache
-        if not self.text_is_frozen:
+        if not (self.text_is_frozen and self.keeps_class_embeddings):
             return self._embed_classes()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             self._class_cache = self._embed_classes()
@@ -375,27 +390,22 @@ class FederatedCLIPModel(nn.Module):
         return average_templates(features, len(self.class_names))
 
     def _build_head(self) -> nn.Linear:
-        head = cast(
-            nn.Linear,
-            seeded_construction(
-                lambda: nn.Linear(self.embedding_dim, self.num_classes), seed=self.seed, device=self.device
-            ),
-        ).to(self.device)
-        nn.init.zeros_(head.bias)
-        if self.device.type != "meta":
-            with torch.no_grad():
-                head.weight.copy_(self._initial_head_weight(head.weight))
-        return head
+        return class_head(
+            self.embedding_dim,
+            self.num_classes,
+            scale=self.temperature_scale().detach(),
+            seed=self.seed,
+            embed=self._initial_embeddings,
+        )
 
-    def _initial_head_weight(self, random: Tensor) -> Tensor:
-        """Class embeddings; without class names a random matrix with logits of order 1."""
-        if self.class_names is not None:
-            try:
-                return self._embed_classes()
-            except TokenizerMissingError:
-                if self.pretrained:
-                    raise
-                logger.warning(
-                    "%s has random weights and no tokenizer: the head starts random", self.model_name
-                )
-        return random / self.temperature_scale()
+    def _initial_embeddings(self) -> Tensor | None:
+        """Class embeddings; None without class names, or where random weights have no tokenizer."""
+        if self.class_names is None:
+            return None
+        try:
+            return self._embed_classes()
+        except TokenizerMissingError:
+            if self.pretrained:
+                raise
+            logger.warning("%s has random weights and no tokenizer: the head starts random", self.model_name)
+            return None

@@ -38,12 +38,13 @@ def find_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Para
     return found
 
 
+@torch.no_grad()
 def read_state(parameters: Mapping[str, nn.Parameter]) -> State:
     """Copy parameters to the CPU as detached float32 tensors."""
-    return {
-        name: parameter.detach().to(device="cpu", dtype=torch.float32, copy=True)
-        for name, parameter in parameters.items()
-    }
+    copies = [torch.empty(parameter.shape, dtype=torch.float32) for parameter in parameters.values()]
+    if copies:
+        torch._foreach_copy_(copies, list(parameters.values()))
+    return dict(zip(parameters, copies, strict=True))
 
 
 @torch.no_grad()
@@ -72,5 +73,5 @@ def write_state(parameters: Mapping[str, nn.Parameter], state: State, *, partial
                 f"the state does not fit the model: {name} has shape {tuple(value.shape)}, "
                 f"the model wants {tuple(parameters[name].shape)}"
             )
-    for name, value in state.items():
-        parameters[name].copy_(value)
+    if state:
+        torch._foreach_copy_([parameters[name] for name in state], list(state.values()))

@@ -8,9 +8,10 @@ Source: Radford et al. 2021, section 3.1.4 (prompt ensembling in embedding space
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.errors import UserError
@@ -47,6 +48,37 @@ def average_templates(features: Tensor, num_classes: int) -> Tensor:
     """
     normalised = F.normalize(features, dim=-1)
     return F.normalize(normalised.view(num_classes, -1, features.shape[-1]).mean(dim=1), dim=-1)
+
+
+def pad_tokens(tokens: dict[str, Tensor], clip: nn.Module) -> dict[str, Tensor]:
+    """Fill tokens (N, T) up to the text tower's context length by repeating their last column.
+
+    The longest text's last token is its end-of-text token, all others' the padding: neither is the first
+    end-of-text token of its row, at which the tower pools.
+    """
+    module: Any = clip
+    config = getattr(getattr(clip, "config", None), "text_config", None)
+    length = int(module.context_length if config is None else config.max_position_embeddings)
+    ids = tokens["input_ids"]
+    missing = length - ids.shape[1]
+    padded = {"input_ids": torch.cat([ids, ids[:, -1:].expand(-1, missing)], dim=1)}
+    if "attention_mask" in tokens:
+        padded["attention_mask"] = F.pad(tokens["attention_mask"], (0, missing))
+    return padded
+
+
+def first_places(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each distinct id stands, and which of them each place has.
+
+    Args:
+        ids: (B,), integers.
+
+    Returns:
+        A place of each distinct id (U,), and for each place the number of its id among them (B,).
+    """
+    distinct, numbers = ids.unique(return_inverse=True)
+    places = torch.arange(len(ids), device=ids.device)
+    return torch.empty_like(distinct).scatter_(0, numbers, places), numbers
 
 
 def check_classes(num_classes: int, class_names: Sequence[str] | None, templates: Sequence[str]) -> None:

@@ -16,7 +16,9 @@ _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 
 
-def save_state(state: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def save_state(
+    state: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file, whole or not at all; equal arguments give equal bytes.
 
     The library itself writes metadata in the order of a hash map, another one at each call.
@@ -26,7 +28,9 @@ def save_state(state: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[
         path: The file; replaced.
         metadata: Texts by key, stored in sorted order.
     """
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, dict(metadata or {}))
+    content = save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, dict(metadata or {})
+    )
     length = int.from_bytes(content[:_LENGTH_BYTES], "little")
     end = _LENGTH_BYTES + length
     header = json.loads(content[_LENGTH_BYTES:end])

@@ -223,7 +223,7 @@ def fluent_reader(npm: Path) -> TileReader:
 
 
 def square_around_ink(picture: Image.Image) -> Image.Image:
-    """Cut the transparent margin away, keeping the picture square and centred, as the other vendors draw it."""
+    """Cut the transparent margin away, square and centred: the other vendors fill their tiles as well."""
     box = picture.getchannel("A").getbbox()
     if box is None:
         raise ValueError("the picture is fully transparent")

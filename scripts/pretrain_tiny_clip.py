@@ -50,6 +50,7 @@ from federated import embedded  # noqa: E402
 
 logger = logging.getLogger("pretrain_tiny_clip")
 
+BUNDLED = ROOT / "models" / "tiny_clip"
 SEED = 20240517
 VOCABULARY_SIZE = 4200
 CONTEXT_TOKENS = 32
@@ -85,7 +86,10 @@ def tokenizer_corpus() -> list[str]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Train a byte-level BPE with `</w>`; every byte is in the vocabulary, so no text is unknown."""
+    """Train a byte-level BPE with `</w>`; every byte is in the vocabulary, so no text is unknown.
+
+    The trainer breaks ties between equally frequent pairs in hash order, so two calls differ in a few merges.
+    """
     template = CLIPTokenizer().backend_tokenizer
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trained.normalizer, trained.pre_tokenizer = template.normalizer, template.pre_tokenizer
@@ -161,9 +165,9 @@ class Proxies(nn.Module):
 class Trainer:
     """What lives across steps: model, proxies, samplers and the random stream."""
 
-    def __init__(self, seed: int) -> None:
-        """Build tokenizer, untrained model and samplers from one seed."""
-        self.tokenizer = build_tokenizer()
+    def __init__(self, tokenizer: CLIPTokenizer, seed: int) -> None:
+        """Build the untrained model and the samplers from one seed."""
+        self.tokenizer = tokenizer
         self.model = build_model(self.tokenizer, seed)
         self.levels = class_levels()
         self.captions, self.pictures = CaptionSampler(), PictureSampler()
@@ -271,9 +275,9 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def pretrain(output: Path, seed: int, steps_scale: float) -> None:
+def pretrain(output: Path, tokenizer: CLIPTokenizer, seed: int, steps_scale: float) -> None:
     """Run both stages and save."""
-    trainer = Trainer(seed)
+    trainer = Trainer(tokenizer, seed)
     num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     logger.info("%d parameters, %d tokens", num_parameters, len(trainer.tokenizer))
     for number, stage in enumerate(STAGES, start=1):
@@ -288,6 +292,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, help="folder to write the model to")
     parser.add_argument("--evaluate", type=Path, metavar="FOLDER", help="print a model's numbers and stop")
+    parser.add_argument(
+        "--new-tokenizer",
+        action="store_true",
+        help=f"train a tokenizer instead of taking the one in {BUNDLED}",
+    )
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument(
         "--threads", type=int, default=1, help="PyTorch threads; the numbers were made with 1"
@@ -299,7 +308,8 @@ def main() -> None:
     if arguments.evaluate is not None:
         print_evaluation(arguments.evaluate)
     elif arguments.output is not None:
-        pretrain(arguments.output, arguments.seed, arguments.steps_scale)
+        tokenizer = build_tokenizer() if arguments.new_tokenizer else CLIPTokenizer.from_pretrained(BUNDLED)
+        pretrain(arguments.output, tokenizer, arguments.seed, arguments.steps_scale)
     else:
         parser.error("give --output FOLDER to train or --evaluate FOLDER to measure")
 

@@ -47,7 +47,8 @@ data:
 partition:
   name: dirichlet
   num_clients: 10
-  alpha: 0.5
+  options:
+    alpha: 0.5
 aggregation:
   name: fedavg
 communication:

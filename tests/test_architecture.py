@@ -78,7 +78,17 @@ def test_readme_names_every_module_of_the_packages() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_holds_exactly_the_three_packages_and_their_data(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+    ]
     subprocess.run([*command, str(ROOT)], check=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     top_level = {name.partition("/")[0] for name in names if ".dist-info/" not in name}

@@ -21,6 +21,7 @@ from federated.simulation import run_experiment
 from models.loading import TINY_FOLDER
 from tests.small_run import lines_without_times, small_config
 
+
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_experiment(small_config(tmp_path_factory.mktemp("runs")))

@@ -40,7 +40,9 @@ def test_the_components_that_flower_loads_are_these_apps() -> None:
 def test_the_server_app_on_a_grid_with_arbitrary_node_order_gives_the_run_of_the_inprocess_engine(
     tmp_path: Path,
 ) -> None:
-    config = small_config(tmp_path / "direct", overrides=["partition.num_clients=3", "federation.cohort_size=2"])
+    config = small_config(
+        tmp_path / "direct", overrides=["partition.num_clients=3", "federation.cohort_size=2"]
+    )
     direct = run_experiment(config)
     run_config = {"config": dump_config(config), "run-dir": str(tmp_path / "app")}
     grid = ShuffledIdentities(client_app, 3, run_config=run_config)

@@ -124,7 +124,8 @@ def tail_penalty(factors: Mapping[str, Tensor], gamma: float) -> Tensor:
     """Return sum over modules of ||B[:, q:]||_F ||A[q:, :]||_F, q = floor(gamma r).
 
     Args:
-        factors: Live parameters by name; names that are no factors are ignored.
+        factors: Live parameters by name, cut to the client's own rank (``cut_to_rank``): the zeros that pad
+            them to the model's rank are no tail. Names that are no factors are ignored.
         gamma: Part of the components that is spared.
 
     Raises:

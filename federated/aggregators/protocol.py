@@ -171,6 +171,8 @@ class Aggregator:
         has_global_model: False where only the clients hold complete models.
         clients_remember: Whether clients keep what they receive, so that a downlink may leave out what they
             still hold. Where every value is new in every round there is nothing to remember.
+        merges_into_base: Whether part of what is learnt goes into the base weights, so that the adapter alone
+            is not the model.
         client: The client's side.
     """
 
@@ -186,6 +188,7 @@ class Aggregator:
     keeps_basis: bool = False
     has_global_model: bool = True
     clients_remember: bool = False
+    merges_into_base: bool = False
     client: ClientRules = ClientRules()
 
 

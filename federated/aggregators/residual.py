@@ -68,6 +68,7 @@ def fedex(*, rank_cap: int | None = None) -> Aggregator:
         exact=rank_cap is None,
         keeps_basis=rank_cap == 0,
         clients_remember=rank_cap != 0,
+        merges_into_base=rank_cap != 0,
     )
 
 

@@ -90,6 +90,7 @@ def flora(*, seed: int = 0) -> Aggregator:
         exact=True,
         allows_mixed_ranks=True,
         clients_remember=True,
+        merges_into_base=True,
     )
 
 

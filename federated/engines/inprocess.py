@@ -17,18 +17,19 @@ All use of Flower's internals by this project is in this file (message identity,
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict, UserConfig
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from federated.engines.workers import Answer, check_workers, run_forked
 
 TESTED_FLOWER = ("1.41", "1.42")
 """Flower releases (major.minor) whose internals this file is tested with."""
@@ -37,6 +38,8 @@ FIRST_NODE_ID = 1000
 """Node id of client 0; node ids are stable, so two runs address the same clients."""
 
 _RUN_ID = 1
+
+_Record = ArrayRecord | ConfigRecord | MetricRecord
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,9 @@ class InProcessGrid(Grid):
         run_config: What each client finds in ``Context.run_config``.
         execution_order: Reorders the messages of a batch before they run; results must not depend on it.
         on_reply: Called after each client with ``(client_id, "ok" or "failed")``, for progress displays.
+        num_workers: Processes that share each batch of messages (``federated.engines.workers``).
+        prepare: Shown each batch of messages before it runs, with the contexts of their clients, which it
+            must leave as they are.
     """
 
     def __init__(
@@ -65,12 +71,17 @@ class InProcessGrid(Grid):
         run_config: Mapping[str, bool | float | int | str] | None = None,
         execution_order: Callable[[Sequence[Message]], Sequence[Message]] | None = None,
         on_reply: Callable[[int, str], None] | None = None,
+        prepare: Callable[[Sequence[Message], Sequence[Context]], None] | None = None,
+        num_workers: int = 1,
     ) -> None:
+        check_workers(num_workers)
         self._client_app = client_app
         self._num_clients = num_clients
         self._run_config = dict(run_config or {})
         self._order = execution_order
         self._on_reply = on_reply
+        self._prepare = prepare
+        self._num_workers = num_workers
         self._contexts: dict[int, Context] = {}
         self._replies: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=_RUN_ID)
@@ -132,14 +143,28 @@ class InProcessGrid(Grid):
     def _execute(self, messages: Iterable[Message], *, timeout: float | None) -> list[str]:
         stamped = [_stamp(message, SUPERLINK_NODE_ID) for message in messages]
         deadline = None if timeout is None else time.monotonic() + timeout
-        for message in stamped if self._order is None else self._order(stamped):
-            if deadline is not None and time.monotonic() >= deadline:
-                log.warning("timeout of %.0f s: the remaining clients of this batch were not run", timeout)
-                break
-            self._replies[message.metadata.message_id] = self._run_client(message)
+        ordered = stamped if self._order is None else self._order(stamped)
+        if self._num_workers > 1 and len(ordered) > 1:
+            answers = run_forked(ordered, self._num_workers, lambda share: self._answers(share, deadline))
+        else:
+            answers = self._answers(ordered, deadline)
+        for answer in answers:
+            self._take(answer)
         return [message.metadata.message_id for message in stamped]
 
-    def _run_client(self, message: Message) -> Message:
+    def _answers(self, messages: Sequence[Message], deadline: float | None) -> Iterator[Answer]:
+        """Run messages one after another, until the deadline."""
+        if self._prepare is not None:
+            clients = [message.metadata.dst_node_id - FIRST_NODE_ID for message in messages]
+            self._prepare(messages, [self.context(client_id) for client_id in clients])
+        for message in messages:
+            if deadline is not None and time.monotonic() >= deadline:
+                log.warning("timeout: the remaining clients of this batch were not run")
+                return
+            yield self._run_client(message)
+
+    def _run_client(self, message: Message) -> Answer:
+        """Run the client that a message is addressed to, on copies of the message and of its own state."""
         node_id = message.metadata.dst_node_id
         client_id = node_id - FIRST_NODE_ID
         context = self.context(client_id)
@@ -153,16 +178,23 @@ class InProcessGrid(Grid):
         inbox = Message(_clone(message.content), node_id, message.metadata.message_type)
         inbox.__dict__["_metadata"] = message.metadata
         try:
-            reply = self._client_app(message=inbox, context=working)
-            self._contexts[node_id] = working
+            return Answer(message, self._client_app(message=inbox, context=working), working.state)
         except Exception as error:  # the one place where a client's crash becomes an error reply
             log.warning("client %d failed: %s: %s", client_id, type(error).__name__, error)
             log.debug("client %d failed", client_id, exc_info=True)
             reason = f"{type(error).__name__}: {error}"
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+            return Answer(message, reply, None)
+
+    def _take(self, answer: Answer) -> None:
+        """Commit a client's new state and keep its reply until it is asked for."""
+        node_id = answer.message.metadata.dst_node_id
+        client_id = node_id - FIRST_NODE_ID
+        if answer.state is not None:
+            self.context(client_id).state = answer.state
         if self._on_reply is not None:
-            self._on_reply(client_id, "failed" if reply.has_error() else "ok")
-        return _stamp(reply, node_id)
+            self._on_reply(client_id, "failed" if answer.reply.has_error() else "ok")
+        self._replies[answer.message.metadata.message_id] = _stamp(answer.reply, node_id)
 
 
 def _stamp(message: Message, source_node_id: int) -> Message:
@@ -179,9 +211,13 @@ def _clone(content: RecordDict) -> RecordDict:
     A strategy puts one record into many messages: a client that edits its message in place must not
     reach the next client's.
     """
-    return RecordDict(
-        {
-            key: record.copy() if isinstance(record, ArrayRecord) else copy.deepcopy(record)
-            for key, record in content.items()
-        }
-    )
+    return RecordDict({key: _clone_record(record) for key, record in content.items()})
+
+
+def _clone_record(record: _Record) -> _Record:
+    twin = record.copy()
+    if not isinstance(twin, ArrayRecord):
+        for key, value in twin.items():
+            if isinstance(value, list):
+                twin[key] = list(value)  # type: ignore[assignment]
+    return twin

@@ -1,0 +1,166 @@
+"""The aggregators against each other: accuracy, megabytes, aggregation error and server time.
+
+Run with ``python -m benchmarks.aggregators`` (about a quarter of an hour on one core; ``--quick`` for a look).
+Domain shift between emoji vendors, and Fashion-MNIST split by Dirichlet(0.5) and Dirichlet(0.1), on the bundled
+model. All methods have the same rank, learning rate and number of steps; none was tuned. Writes
+``docs/results/aggregators.json``, ``.md`` and ``.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from benchmarks.machine import RESULTS
+from benchmarks.study import (
+    Setting,
+    Variant,
+    machine_line,
+    mean_and_spread,
+    run_study,
+    table,
+    values_of,
+)
+
+SEEDS = (0, 1, 2)
+
+COMMON = (
+    "lora.layers=[2, 3]",
+    "federation.rounds=6",
+    "client.local_steps=6",
+    "client.batch_size=16",
+    "evaluation.every=6",
+)
+
+FASHION = (
+    *COMMON,
+    "client.learning_rate=3e-3",
+    "partition.num_clients=8",
+    "federation.cohort_size=4",
+    "data.max_train_samples=1600",
+    "data.max_test_samples=500",
+    "partition.options.min_samples=10",
+)
+
+SETTINGS = (
+    Setting(
+        "emoji vendors", "domain_shift", (*COMMON, "data.max_train_samples=1600", "data.max_test_samples=500")
+    ),
+    Setting("Dirichlet 0.5", "quickstart", (*FASHION, "partition.options.alpha=0.5")),
+    Setting("Dirichlet 0.1", "quickstart", (*FASHION, "partition.options.alpha=0.1")),
+)
+
+METHODS = (
+    "fedavg", "ffa", "rolora", "flora", "fedex", "flexlora", "hetlora", "lora_fair", "fedsvd", "fed_sb", "fedsa",
+    "dual",
+)  # fmt: skip
+
+VARIANTS = (
+    Variant("head only", ("model.type=clip", "model.fine_tuning=head_only")),
+    *(Variant(name, (f"aggregation.name={name}",)) for name in METHODS),
+    Variant("fedex, rank_cap 8", ("aggregation={name: fedex, options: {rank_cap: 8}}",)),
+)
+NAMES = tuple(variant.name for variant in VARIANTS)
+
+
+def report(study: dict[str, Any]) -> str:
+    """Return the study as Markdown."""
+    parts = [f"{machine_line(study)}\n"]
+    for setting in SETTINGS:
+        figures = dict.fromkeys(NAMES, setting.name)
+        if not any(values_of(study, setting.name, name, "seconds") for name in figures):
+            continue
+        zero_shot = [row["zero_shot"] for row in study["outcomes"] if row["setting"] == setting.name]
+        parts.append(
+            f"## {setting.name}\n\nThe pre-trained model (zero-shot, 0 bytes): "
+            f"{100 * zero_shot[0]:.1f} % on the first seed's test rows.\n"
+        )
+        parts.append(_table(study, setting.name) + "\n")
+    return "\n".join(parts)
+
+
+def _table(study: dict[str, Any], setting: str) -> str:
+    def cell(figure: str, scale: float = 1.0, digits: int = 1) -> Any:
+        return lambda variant: mean_and_spread(values_of(study, setting, variant, figure), scale, digits)
+
+    def mean_of(figure: str, digits: int) -> Any:
+        return lambda variant: mean_and_spread(values_of(study, setting, variant, figure), 1.0, digits).split(
+            " ± "
+        )[0]
+
+    def error(variant: str) -> str:
+        values = values_of(study, setting, variant, "aggregation_error")
+        return f"{sum(values) / len(values):.1e}" if values else "–"
+
+    return table(
+        study,
+        setting,
+        NAMES,
+        (
+            ("global accuracy, %", cell("accuracy", 100)),
+            ("clients' own, %", cell("clients_accuracy", 100)),
+            ("MB up", mean_of("uplink_mb", 3)),
+            ("MB down", mean_of("downlink_mb", 3)),
+            ("aggregation error", error),
+            ("server, ms a round", mean_of("server_ms", 1)),
+        ),
+    )
+
+
+def plot(study: dict[str, Any], path: Path) -> None:
+    """Draw accuracy against total payload, one panel a setting."""
+    plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+    settings = [s.name for s in SETTINGS if any(row["setting"] == s.name for row in study["outcomes"])]
+    figure, panels = plt.subplots(1, len(settings), figsize=(4.3 * len(settings), 3.6), squeeze=False)
+    for panel, setting in zip(panels[0], settings, strict=True):
+        for index, name in enumerate(NAMES):
+            figure_name = "clients_accuracy" if name == "fedsa" else "accuracy"
+            values = [100 * v for v in values_of(study, setting, name, figure_name)]
+            if not values:
+                continue
+            traffic = [
+                sum(values_of(study, setting, name, f)[0] for f in ("uplink_mb", "downlink_mb")),
+            ]
+            mean = sum(values) / len(values)
+            spread = (sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)) ** 0.5
+            marker = "os^Dv"[index % 5]
+            label = f"{name} (clients' own)" if name == "fedsa" else name
+            panel.errorbar(traffic, [mean], yerr=[spread], fmt=marker, ms=5, lw=0.8, capsize=2, label=label,
+                           color=plt.get_cmap("tab20")(index))  # fmt: skip
+        zero_shot = [100 * row["zero_shot"] for row in study["outcomes"] if row["setting"] == setting]
+        panel.axhline(sum(zero_shot) / len(zero_shot), color="grey", lw=0.8, ls=":", label="zero-shot")
+        panel.set(xscale="log", xlabel="payload of all rounds, up and down, MB", title=setting)
+        panel.grid(visible=True, which="major", lw=0.3)
+    panels[0][0].set_ylabel("accuracy, %")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Run the study and write its tables and plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, Dirichlet 0.5 alone, not written to docs/"
+    )
+    parser.add_argument("--output", type=Path, default=None, help="folder of the results")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    settings, seeds = (SETTINGS[1:2], SEEDS[:1]) if arguments.quick else (SETTINGS, SEEDS)
+    folder = arguments.output or (Path("runs/benchmarks") if arguments.quick else RESULTS)
+    study = run_study("aggregators", settings, VARIANTS, seeds, folder)
+    (folder / "aggregators.md").write_text(report(study), encoding="utf-8")
+    plot(study, folder / "aggregators.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""How close a simulation comes to the same local steps in a plain PyTorch loop: `python -m benchmarks.limit`.
+
+Each workload is run by a loop that knows nothing of federation (copy the global values in, a new AdamW, local
+steps on tensors already in memory, copy out, weighted mean), by the sequential engine with its caches off, by
+the engine with its caches, and by two forked workers. All of them take turns, round by round, in one process;
+figures are medians of rounds, and ratios are medians of the ratios within a turn: by the clock, and by CPU
+time of the process and its workers, which other programs on the machine disturb less. Models start from the
+same values and see batches of the same rows' number; evaluation is left out everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord
+
+import federated.client
+from federated.client import app
+from federated.config import dump_config, load_config
+from federated.engines.inprocess import InProcessGrid, node_id_of
+from federated.experiment import CONFIG_KEY, Experiment, build_experiment
+from federated.server import build_strategy
+from models.training import Batch
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured.
+
+    Attributes:
+        name: In the table.
+        config: A shipped configuration.
+        overrides: Its changes.
+        num_turns: Timed rounds of each contender.
+    """
+
+    name: str
+    config: str
+    overrides: tuple[str, ...]
+    num_turns: int
+
+
+ONE_STEP = ("client.local_steps=1", "client.batch_size=16")
+VIT = (
+    "model.model_name=openai/clip-vit-base-patch32",
+    "model.pretrained=false",
+    "lora.target_modules=[q_proj, v_proj]",
+    "client.batch_size=8",
+    "data.max_train_samples=200",
+    "data.max_test_samples=20",
+)
+IID = ("partition.name=iid", "partition.options={}")
+FAST = (
+    "data.max_train_samples=1500",
+    "data.max_test_samples=20",
+    "partition.name=iid",
+    "partition.options={}",
+)
+WORKLOADS = {
+    "tiny-one-step": Workload(
+        "tiny, 25 clients x 1 step of 16",
+        "quickstart",
+        (*FAST, *ONE_STEP, "partition.num_clients=25"),
+        15,
+    ),
+    "tiny-many-steps": Workload(
+        "tiny, 4 clients x 10 steps of 32",
+        "quickstart",
+        (*FAST, "client.local_steps=10", "partition.num_clients=4"),
+        9,
+    ),
+    "vit": Workload(
+        "ViT-B/32 shape, 2 clients x 1 step of 8",
+        "quickstart",
+        (*FAST, *VIT, "client.local_steps=1", "partition.num_clients=2"),
+        5,
+    ),
+    "retrieval": Workload(
+        "tiny retrieval, text adapters, 4 clients x 4 steps of 64",
+        "retrieval_vi",
+        ("client.local_steps=4", "partition.num_clients=4", "data.max_train_samples=1500"),
+        7,
+    ),
+}
+CACHES_OFF = tuple(
+    f"cache.{key}=false"
+    for key in ("image_features", "text_features", "class_embeddings", "activations", "deduplicate_captions")
+)
+
+
+EXPERIMENTS: dict[str, Experiment] = {}
+"""Configuration text -> experiment."""
+
+
+def engine(workload: Workload, overrides: Sequence[str] = (), num_workers: int = 1) -> Callable[[], None]:
+    """Return a function that runs one round on the in-process engine."""
+    config = load_config(workload.config, [*workload.overrides, *overrides])
+    text = dump_config(config)
+    experiment = EXPERIMENTS[text] = build_experiment(config)
+    experiment.train_images.pixel_values(np.arange(len(experiment.train_images)))  # decoded, as in the loop
+    clients = {client_id: node_id_of(client_id) for client_id in range(experiment.num_clients)}
+    grid = InProcessGrid(app, len(clients), run_config={CONFIG_KEY: text}, num_workers=num_workers)
+    strategy = build_strategy(experiment, clients)
+    server_round = 0
+
+    def one_round() -> None:
+        nonlocal server_round
+        server_round += 1
+        messages = list(strategy.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid))
+        strategy.aggregate_train(server_round, grid.send_and_receive(messages))
+        if strategy.record.failed:
+            raise RuntimeError(str(strategy.record.failed[0]))
+
+    return one_round
+
+
+def plain_loop(workload: Workload) -> Callable[[], None]:
+    """Return a function that takes the same local steps with no federation."""
+    experiment = build_experiment(load_config(workload.config, [*workload.overrides, *CACHES_OFF]))
+    client, model = experiment.config.client, experiment.model
+    loss_of = model.task.loss
+    inner = getattr(model, "federated_model", model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    shards: list[list[Batch]] = [
+        list(experiment.local_batches(i, 8, np.random.default_rng(i), server_round=0))
+        for i in range(experiment.num_clients)
+    ]
+    total = sum(experiment.num_examples(i) for i in range(experiment.num_clients))
+    step = 0
+
+    def one_round() -> None:
+        nonlocal step
+        start = [p.detach().clone() for p in trainable]
+        mean = [torch.zeros_like(p) for p in start]
+        for client_id, batches in enumerate(shards):
+            with torch.no_grad():
+                for parameter, value in zip(trainable, start, strict=True):
+                    parameter.copy_(value)
+            optimizer = torch.optim.AdamW(trainable, lr=client.learning_rate, weight_decay=0.0, fused=True)
+            for _ in range(client.local_steps):
+                step += 1
+                loss = loss_of(inner, batches[step % len(batches)])
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                loss.item()
+            weight = experiment.num_examples(client_id) / total
+            with torch.no_grad():
+                for value, parameter in zip(mean, trainable, strict=True):
+                    value.add_(parameter, alpha=weight)
+        with torch.no_grad():
+            for parameter, value in zip(trainable, mean, strict=True):
+                parameter.copy_(value)
+
+    return one_round
+
+
+def measure(workload: Workload) -> dict[str, object]:
+    """Run all contenders in turn; seconds a round and the ratio to the plain loop of the same turn."""
+    contenders = {
+        "plain loop": plain_loop(workload),
+        "engine, caches off": engine(workload, CACHES_OFF),
+        "engine": engine(workload),
+        "engine, 2 workers": engine(workload, num_workers=2),
+    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    for turn in range(-2, workload.num_turns):
+        for name, one_round in contenders.items():
+            before = clocks()
+            one_round()
+            if turn >= 0:  # two rounds to warm up
+                times[name].append((clocks()[0] - before[0], clocks()[1] - before[1]))
+    rows = {name: summary(values, times["plain loop"]) for name, values in times.items()}
+    return {"workload": workload.name, "turns": workload.num_turns, "rows": rows}
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds by the clock, and of CPU time of this process and the workers it has waited for."""
+    return time.perf_counter(), sum(os.times()[:4])
+
+
+def summary(values: Sequence[tuple[float, float]], base: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Medians of seconds and of the ratios to the plain loop in the same turn."""
+    wall, cpu = ([pair[i] for pair in values] for i in (0, 1))
+    ratios = [[a[i] / b[i] for a, b in zip(values, base, strict=True)] for i in (0, 1)]
+    return {
+        "seconds_per_round": round(statistics.median(wall), 4),
+        "cpu_seconds_per_round": round(statistics.median(cpu), 4),
+        "ratio_to_plain_loop": round(statistics.median(ratios[0]), 3),
+        "cpu_ratio_to_plain_loop": round(statistics.median(ratios[1]), 3),
+    }
+
+
+def machine() -> dict[str, object]:
+    """Name the machine."""
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = [
+            line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")
+        ]
+        model = lines[0].partition(":")[2].strip() if lines else model
+    load = Path("/proc/loadavg")
+    return {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load": load.read_text(encoding="utf-8").split()[0] if load.is_file() else "",
+    }
+
+
+def main() -> None:
+    """Run the workloads named on the command line, all by default."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("workloads", nargs="*", metavar="workload", help=", ".join(WORKLOADS))
+    parser.add_argument("--json", type=Path, help="also write the results there")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    # The ClientApp remembers one experiment a process; here several take turns.
+    federated.client.experiment_of = lambda run_config: EXPERIMENTS[str(run_config[CONFIG_KEY])]
+    host = machine()
+    print(host)
+    results = []
+    for key in options.workloads or WORKLOADS:
+        result = measure(WORKLOADS[key])
+        results.append(result)
+        print(
+            f"\n{result['workload']}\n{'':24}{'s a round':>12}{'CPU s':>10}{'x plain loop':>14}{'by CPU':>10}"
+        )
+        for name, row in result["rows"].items():
+            seconds, cpu, ratio, cpu_ratio = row.values()
+            print(f"{name:24}{seconds:12.4f}{cpu:10.4f}{ratio:10.3f}{cpu_ratio:10.3f}")
+    if options.json:
+        options.json.write_text(
+            json.dumps({"machine": host, "results": results}, indent=1) + "\n", encoding="utf-8"
+        )
+
+
+if __name__ == "__main__":
+    main()

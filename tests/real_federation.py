@@ -1,0 +1,221 @@
+"""A federation on the bundled model without a run folder: the real server, client app, codecs and ledger.
+
+Each client also has base weights of its own here, folded from nothing but what it received, so that the tests
+see what a client alone on its machine would hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message
+
+import federated.client
+import federated.strategy
+from federated.aggregators import fold
+from federated.client import HELD, app, recall
+from federated.compatibility import build_aggregator
+from federated.config import ExperimentConfig, load_config
+from federated.engines.inprocess import InProcessGrid, node_id_of
+from federated.engines.metered import MeteredGrid
+from federated.experiment import Experiment, build_experiment, training_settings
+from federated.ledger import Ledger
+from federated.server import build_strategy, load_global_state
+from lora.adapters import factor_pairs
+from models.state import State
+
+NUM_CLIENTS = 4
+RANK = 4
+SMALL = (
+    f"lora.r={RANK}",
+    "lora.layers=[1, 3]",
+    "lora.target_modules=[q_proj, fc1]",
+    f"partition.num_clients={NUM_CLIENTS}",
+    "federation.rounds=3",
+    "client.local_steps=2",
+    "client.batch_size=4",
+    "data.max_train_samples=160",
+    "data.max_test_samples=20",
+    "engine.batched_clients=off",
+)
+"""Two adapted layers in two blocks, one of them not square."""
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fedavg": ("fedavg", {}),
+    "ffa": ("ffa", {}),
+    "rolora": ("rolora", {}),
+    "flora": ("flora", {}),
+    "fedex": ("fedex", {}),
+    "fedex(rank_cap=2)": ("fedex", {"rank_cap": 2}),
+    "flexlora": ("flexlora", {}),
+    "hetlora": ("hetlora", {}),
+    "fedsa": ("fedsa", {}),
+    "lora_fair": ("lora_fair", {}),
+    "fedsvd": ("fedsvd", {}),
+    "fed_sb": ("fed_sb", {}),
+    "dual": ("dual", {}),
+}
+EXACT = ("ffa", "rolora", "flora", "fedex", "fedsvd", "fed_sb")
+
+
+def small_config(*overrides: str) -> ExperimentConfig:
+    return load_config("quickstart", [*SMALL, *overrides])
+
+
+def with_method(experiment: Experiment, method: str, *, trained: bool = False, **client: Any) -> Experiment:
+    """The same experiment under another aggregator and other client settings; ``dual`` needs its own model."""
+    name, options = METHODS[method]
+    config = experiment.config
+    section = config.aggregation.model_copy(update={"name": name, "options": options})
+    config = config.model_copy(
+        update={"aggregation": section, "client": config.client.model_copy(update=client)}
+    )
+    if name == "dual" and not any(".private." in key for key in experiment.initial_state):
+        experiment = build_experiment(config)
+    state = dict(experiment.initial_state)
+    if trained:
+        generator = torch.Generator().manual_seed(5)
+        state |= {
+            n: torch.randn(t.shape, generator=generator) * 0.05 for n, t in state.items() if "lora_B" in n
+        }
+    return replace(
+        experiment,
+        config=config,
+        aggregator=build_aggregator(config),
+        initial_state=state,
+        training_settings=training_settings(config),
+    )
+
+
+class RealFederation:
+    """A server with its clients, and what each client held before and after its local training.
+
+    Args:
+        experiment: Model, data and settings; used in place, from its first state.
+        monkeypatch: Puts the experiment where the client app looks for it.
+        order: Reorders the clients of a round.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        monkeypatch: pytest.MonkeyPatch,
+        order: Callable[[Sequence[Message]], Sequence[Message]] | None = None,
+    ) -> None:
+        experiment.reset()
+        self.experiment = experiment
+        self.pretrained = experiment.base.current()
+        self.bases = {i: dict(self.pretrained) for i in range(experiment.num_clients)}
+        self.versions: dict[int, int] = {}
+        self.starts: dict[int, State] = {}
+        self.ends: dict[int, State] = {}
+        self.held: dict[int, State] = {}
+        self.trained: dict[int, State] = {}
+        self.uplinks: list[tuple[int, State]] = []
+        self.ledger = Ledger()
+        self.grid = InProcessGrid(app, experiment.num_clients, run_config={}, execution_order=order)
+        clients = {i: node_id_of(i) for i in range(experiment.num_clients)}
+        of_node = {node: i for i, node in clients.items()}
+        self.metered = MeteredGrid(self.grid, self.ledger, of_node.__getitem__)
+        self.strategy = build_strategy(experiment, clients)
+        self.cohort: list[int] = []
+        monkeypatch.setattr(federated.client, "experiment_of", lambda run_config: experiment)
+        monkeypatch.setattr(federated.strategy, "sample_cohort", lambda *arguments: list(self.cohort))
+        self._watch(monkeypatch)
+
+    def _watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        original_train, original_take, original_encode = (
+            getattr(federated.client, name) for name in ("train_locally", "take_in", "encode")
+        )
+        original_fold = self.experiment.base.fold
+        current = [0]
+
+        def take_in(experiment: Experiment, message: Message, context: Any, rank: int | None) -> Any:
+            current[0] = int(context.node_config["partition-id"])
+            result = original_take(experiment, message, context, rank)
+            self.held[current[0]] = result[0]
+            return result
+
+        def fold_twice(updates: Any, *, held_version: int, version: int) -> None:
+            own = self.bases[current[0]]
+            for module, update in updates.items():
+                own[module] = fold(own[module], self.pretrained[module], update, held_version)
+            original_fold(updates, held_version=held_version, version=version)
+
+        def train_locally(experiment: Experiment, assignment: Any, held: State) -> Any:
+            result = original_train(experiment, assignment, held)
+            self.starts[assignment.client_id] = self.weights(
+                assignment.client_id, held, assignment.rank
+            )
+            self.ends[assignment.client_id] = self.weights(
+                assignment.client_id, result.state, assignment.rank
+            )
+            self.trained[assignment.client_id] = result.state
+            return result
+
+        def encode(experiment: Experiment, delta: State, context: Any, assignment: Any) -> Any:
+            self.uplinks.append((assignment.client_id, delta))
+            return original_encode(experiment, delta, context, assignment)
+
+        for name, function in (("train_locally", train_locally), ("take_in", take_in), ("encode", encode)):
+            monkeypatch.setattr(federated.client, name, function)
+        monkeypatch.setattr(self.experiment.base, "fold", fold_twice)
+
+    def play(self, server_round: int, cohort: Iterable[int]) -> None:
+        """One round of training with these clients."""
+        self.cohort = sorted(cohort)
+        messages = self.strategy.configure_train(server_round, ArrayRecord(), ConfigRecord(), self.metered)
+        self.strategy.aggregate_train(server_round, self.metered.send_and_receive(messages))
+
+    def evaluate(self, server_round: int, clients: Sequence[int]) -> None:
+        """Let these clients take in the present state and evaluate."""
+        self.strategy._evaluates = lambda _: list(clients)
+        messages = self.strategy.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), self.metered)
+        self.strategy.aggregate_evaluate(server_round, self.metered.send_and_receive(messages))
+
+    def weights(self, client_id: int, held: State, rank: int | None = None) -> State:
+        """W0 + what this client folded + s B A of all its adapters, by module."""
+        experiment = self.experiment
+        values = experiment.aggregator.client.to_model(held)
+        scaling = experiment.scaling_at(rank)
+        shared = {n: t for n, t in values.items() if ".private." not in n}
+        result = {}
+        for pair in factor_pairs(shared):
+            weight = self.bases[client_id][pair.module] + scaling[pair.module] * values[pair.b] @ values[pair.a]
+            a, b = (f"{pair.module}.{f}.private.weight" for f in ("lora_A", "lora_B"))
+            if a in values:
+                weight = weight + scaling[pair.module] * values[b] @ values[a]
+            result[pair.module] = weight
+        return result
+
+    def client_weights(self, client_id: int) -> State:
+        """The weights that a client computes with after it has taken in the last message."""
+        rank = self.strategy._profile(client_id).rank
+        return self.weights(client_id, self.held[client_id], rank)
+
+    def global_features(self) -> torch.Tensor:
+        """Image features of the global model, (20, D)."""
+        load_global_state(self.experiment, self.strategy.server_state)
+        with torch.no_grad():
+            return self.experiment.model.encode_image(self.experiment.test_images.pixel_values(range(20)))
+
+    def private_state(self, client_id: int) -> State:
+        """What a client keeps for itself in its ``Context.state``."""
+        held = recall(self.grid.context(client_id), HELD)
+        return {name: held[name] for name in self.experiment.aggregator.private(held)}
+
+
+def same(first: State, second: State) -> bool:
+    """Bitwise equality of two states."""
+    return first.keys() == second.keys() and all(torch.equal(t, second[n]) for n, t in first.items())
+
+
+def distance(found: State, wanted: State) -> float:
+    """Largest absolute difference."""
+    return max(float((found[n] - wanted[n]).abs().max()) for n in wanted)
+
+

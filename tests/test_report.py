@@ -1,0 +1,432 @@
+"""The report says what the run's files say, needs nothing from outside, and escapes what it prints."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from federated import plots
+from federated.compare import compare_runs, to_csv, to_json, to_markdown, write_comparison
+from federated.plot_style import inline_svg
+from federated.report import write_report
+from federated.round_table import round_table
+from federated.run_record import read_run
+from federated.wording import format_bytes, format_megabytes, format_percent
+from models.errors import UserError
+from tests.fake_run import ACCURACIES, EXCHANGED, OVERHEAD_BYTES, TOTAL, FakeRun
+
+PICTURES = {
+    "metric_by_round",
+    "metric_by_bytes",
+    "bytes_by_round",
+    "bytes_by_method",
+    "client_metric",
+    "client_split",
+}
+HOSTILE = '<script>alert(1)</script> & "quotes" $x$'
+
+
+@pytest.fixture(scope="module")
+def run() -> FakeRun:
+    return FakeRun(
+        failures={(2, 3): f"ValueError: {HOSTILE}", (3, 3): f"ValueError: {HOSTILE}", (4, 7): "timeout"}
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(run: FakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = run.write(tmp_path_factory.mktemp("runs") / "quickstart")
+    assert write_report(folder) == folder / "report.html"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> ET.Element:
+    """The page, parsed as XML: that it parses is what "well-formed" means here."""
+    return parse(folder)
+
+
+@pytest.fixture
+def words_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw, but do not render: for what is about the page's words."""
+    monkeypatch.setattr("federated.report.save_png", lambda figure, path: None)
+    monkeypatch.setattr("federated.report.inline_svg", lambda figure, name, title: "<svg/>")
+
+
+def parse(folder: Path) -> ET.Element:
+    return ET.fromstring((folder / "report.html").read_text(encoding="utf-8").removeprefix("<!DOCTYPE html>"))
+
+
+def text_of(element: ET.Element) -> str:
+    return " ".join("".join(element.itertext()).split())
+
+
+def cards_of(page: ET.Element) -> dict[str, str]:
+    cards = [card for card in page.iter("div") if card.get("class") == "card"]
+    return {text_of(card.find("dt")): " ".join(text_of(note) for note in card.iter("dd")) for card in cards}
+
+
+def table_of(page: ET.Element, name: str) -> list[list[str]]:
+    (table,) = (table for table in page.iter("table") if table.get("id") == name)
+    return [[text_of(cell) for cell in row] for row in table.iter("tr")]
+
+
+def attributes_of(page: ET.Element) -> Iterator[tuple[str, str]]:
+    for element in page.iter():
+        yield from element.attrib.items()
+
+
+def test_headline_figures_are_the_runs_numbers(run: FakeRun, page: ET.Element) -> None:
+    cards, ledger = cards_of(page), run.ledger()
+    assert cards["Final accuracy"].startswith("70.8 %")
+    assert "19.2 % (+51.6 points)" in cards["Final accuracy"]
+    sent = cards["Sent over the wire"]
+    assert sent.startswith(format_bytes(ledger.total().wire_bytes))
+    assert f"up {format_bytes(ledger.total(direction='uplink').wire_bytes)}" in sent
+    assert f"payload alone: {format_bytes(ledger.total().payload_bytes)}" in sent
+    assert cards["Time"].startswith("41.2 s 5 rounds")
+    assert "peak memory 812.0 MB" in cards["Time"]
+    assert cards["Parameters that travel"].startswith(f"{EXCHANGED:,} {100 * EXCHANGED / TOTAL:.2f} %")
+
+
+def test_the_saving_stands_with_and_without_the_base(run: FakeRun, page: ET.Element) -> None:
+    saved = cards_of(page)["Saved against full model FedAvg"]
+    transfers = sum(1 for row in run.ledger().rows if row.payload_bytes)
+    ours, full = run.ledger().total().wire_bytes, transfers * 4 * TOTAL
+    assert saved.startswith(format_percent(1 - ours / full, 2))
+    assert f"with the base model counted: {format_percent(1 - (ours + 10 * 4 * TOTAL) / full, 2)}" in saved
+    assert "computed for the same clients and rounds" in saved
+
+
+def test_the_round_table_equals_metrics_and_ledger(run: FakeRun, page: ET.Element) -> None:
+    header, *rows = table_of(page, "rounds")
+    ledger, column = run.ledger(), {name: number for number, name in enumerate(header)}
+    assert len(rows) == len(ACCURACIES)
+    for server_round, (row, accuracy) in enumerate(zip(rows, ACCURACIES, strict=True)):
+        uplink = ledger.total(server_round=server_round, direction="uplink").wire_bytes
+        so_far = ledger.up_to(server_round).total().wire_bytes
+        assert row[column["round"]] == str(server_round)
+        assert row[column["accuracy"]] == f"{100 * accuracy:.1f} %"
+        assert row[column["up MB"]] == format_megabytes(uplink)
+        assert row[column["total MB"]] == format_megabytes(so_far)
+        assert row[column["failed"]] == str(sum(1 for t, _ in run.failures if t == server_round))
+
+
+def test_the_comparison_table_equals_the_summary(folder: Path, page: ET.Element) -> None:
+    recorded = json.loads((folder / "summary.json").read_text())["communication"]["comparison"]
+    _, *rows = table_of(page, "savings")
+    assert [row[0] for row in rows] == [row["name"] for row in recorded]
+    for shown, row in zip(rows, recorded, strict=True):
+        assert shown[2:6] == [
+            format_bytes(row["total_bytes"]),
+            format_percent(row["saving"], 2),
+            format_bytes(row["total_bytes_with_base"]),
+            format_percent(row["saving_with_base"], 2),
+        ]
+        assert shown[6] == ("measured" if row["measured"] else "computed")
+
+
+def test_failed_clients_are_listed_with_rounds_and_reason(page: ET.Element) -> None:
+    _, *rows = table_of(page, "failures")
+    assert rows == [["3", "2–3", f"ValueError: {HOSTILE}"], ["7", "4", "timeout"]]
+
+
+def test_every_picture_is_in_the_page_and_saved_as_png(folder: Path, page: ET.Element) -> None:
+    figures = {figure.get("id"): figure for figure in page.iter("figure")}
+    assert set(figures) == PICTURES == {path.stem for path in (folder / "plots").glob("*.png")}
+    assert all(figure.find("svg") is not None for figure in figures.values())
+    for path in (folder / "plots").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_outside_the_page_is_referenced(folder: Path, page: ET.Element) -> None:
+    text = re.sub(r"data:image/png;base64,[^\"]*", "", (folder / "report.html").read_text(encoding="utf-8"))
+    assert not re.search(r"https?:|//[a-z]|@import|<link|<script", text, flags=re.IGNORECASE)
+    for name, value in attributes_of(page):
+        if name in ("href", "src", "srcset", "data", "action"):
+            assert value.startswith(("#", "data:image/png;base64,")), (name, value[:60])
+    assert all(match.startswith("#") for match in re.findall(r"url\(([^)]*)\)", text))
+
+
+def test_ids_are_unique_and_every_inner_reference_has_its_target(page: ET.Element) -> None:
+    ids = [value for name, value in attributes_of(page) if name == "id"]
+    assert len(ids) == len(set(ids))
+    markup = ET.tostring(page, encoding="unicode")
+    targets = set(re.findall(r"url\(#([^)]*)\)", markup)) | set(re.findall(r'href="#([^"]*)"', markup))
+    assert targets <= set(ids)
+
+
+def test_words_of_the_run_are_escaped_everywhere(tmp_path: Path) -> None:
+    run = FakeRun(class_names=(HOSTILE, "b"), failures={(1, 0): HOSTILE})
+    folder = run.write(tmp_path / "a & <b>run")
+    (folder / "config.yaml").write_text(f"seed: 0\nname: '{HOSTILE}'\n")
+    (folder / "environment.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    write_report(folder)
+    page = parse(folder)
+    assert not list(page.iter("script"))
+    assert not list(page.iter("b"))
+    assert text_of(page.find("body/header/h1")) == "a & <b>run"
+    assert HOSTILE in text_of(page)
+
+
+def test_class_names_are_not_read_as_formulas(tmp_path: Path) -> None:
+    partition = FakeRun(class_names=("$\\frac{1}{", "cash $ and $ more")).partition()
+    figure = plots.client_split(partition)
+    svg = inline_svg(figure, "split", "Split")
+    assert "$\\frac{1}{" in svg
+    assert "cash $ and $ more" in svg
+
+
+def test_a_second_report_is_the_same_to_the_byte(folder: Path) -> None:
+    before = (folder / "report.html").read_bytes()
+    write_report(folder)
+    assert (folder / "report.html").read_bytes() == before
+
+
+@pytest.mark.usefixtures("words_only")
+def test_an_unfinished_run_is_reported_as_far_as_it_went(run: FakeRun, tmp_path: Path) -> None:
+    folder = run.write(tmp_path / "cut")
+    for name in ("summary.json", "partition.json", "environment.json", "config.yaml"):
+        (folder / name).unlink()
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:30])
+    write_report(folder)
+    page = parse(folder)
+    assert "did not finish" in text_of(page)
+    assert cards_of(page)["Final accuracy"].startswith("65.1 %")
+    assert "the partition was not recorded" in text_of(page)
+    assert "no client reported accuracy" in text_of(page)
+    assert not (folder / "plots" / "client_split.png").exists()
+
+
+def test_a_run_without_metrics_or_transfers_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"server_round": 0}\n')
+    write_report(tmp_path)
+    text = text_of(parse(tmp_path))
+    assert "no round recorded accuracy" in text
+    assert text.count("Not shown:") == len(PICTURES) + 1
+    assert "No transfers were recorded" in text
+
+
+@pytest.mark.usefixtures("words_only")
+def test_a_summary_that_contradicts_the_ledger_is_pointed_out(run: FakeRun, tmp_path: Path) -> None:
+    folder = run.write(tmp_path / "tampered")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["communication"]["total_wire_bytes"] += 1
+    (folder / "summary.json").write_text(json.dumps(summary))
+    write_report(folder)
+    assert f"{run.ledger().total().wire_bytes:,}" in text_of(parse(folder))
+    assert "this page shows communication.csv" in text_of(parse(folder))
+
+
+@pytest.mark.usefixtures("words_only")
+def test_a_declared_base_is_stated(run: FakeRun, tmp_path: Path) -> None:
+    folder = run.write(tmp_path / "declared")
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("base_preinstalled: false", "base_preinstalled: true"))
+    write_report(folder)
+    assert "declares that clients hold the base model already" in text_of(parse(folder))
+
+
+@pytest.mark.usefixtures("words_only")
+def test_another_headline_metric_leads_the_page(tmp_path: Path) -> None:
+    run = FakeRun(metric="image_to_text_recall_at_5", client_metrics=False)
+    folder = run.write(tmp_path / "retrieval")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | {"text_to_image_recall_at_5": 0.31} for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(folder)
+    page = parse(folder)
+    assert cards_of(page)["Final I→T R@5"].startswith("70.8 %")
+    header, *rows = table_of(page, "rounds")
+    assert rows[0][header.index("T→I R@5")] == "31.0 %"
+
+
+@pytest.mark.parametrize("content", [None, "not json\n{}\n", '{"accuracy": 1}\n'])
+def test_what_is_no_run_folder_is_the_users_error(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        write_report(tmp_path)
+
+
+def test_a_round_made_again_counts_once(tmp_path: Path) -> None:
+    lines = [{"server_round": 1, "accuracy": 0.1}, {"server_round": 2, "accuracy": 0.2}]
+    again = [{"server_round": 2, "accuracy": 0.3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + again))
+    assert [line["accuracy"] for line in read_run(tmp_path).metrics] == [0.1, 0.3]
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("num_clients", [1, 4, 12, 41, 1000])
+@pytest.mark.parametrize("num_classes", [2, 100])
+def test_the_split_is_drawn_for_few_and_many_clients(num_clients: int, num_classes: int) -> None:
+    run = FakeRun(num_clients=num_clients, class_names=tuple(f"class {i}" for i in range(num_classes)))
+    sizes, cells = plots.client_split(run.partition()).axes[:2]
+    counts = np.array([client["class_counts"] for client in run.partition()["clients"]])
+    shown = np.asarray(cells.images[0].get_array())  # (classes, clients)
+    assert shown.shape == (num_classes, num_clients)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    np.testing.assert_allclose(np.sort(shown.sum(0)), np.sort(shares.sum(1)))
+    assert len(cells.get_yticks()) <= 24
+    if num_clients <= plots.MAX_BARS:
+        assert [bar.get_height() for bar in sizes.patches] == counts.sum(1).tolist()
+        np.testing.assert_allclose(shown.T, shares)
+
+
+def test_a_split_without_classes_shows_sizes() -> None:
+    clients = [{"client_id": i, "num_examples": 10 + i} for i in range(4)]
+    (axis,) = plots.client_split({"clients": clients}).axes
+    assert [bar.get_height() for bar in axis.patches] == [10, 11, 12, 13]
+
+
+def test_bars_by_round_stack_to_the_ledgers_bytes(run: FakeRun) -> None:
+    ledger = run.ledger()
+    (axis,) = plots.bytes_by_round(ledger).axes
+    tops: dict[int, float] = {}
+    for bar in axis.patches:
+        center = round(bar.get_x() + bar.get_width() / 2)
+        tops[center] = tops.get(center, 0.0) + bar.get_height()
+    for server_round, megabytes in tops.items():
+        assert megabytes == pytest.approx(ledger.total(server_round=server_round).wire_bytes / 1e6)
+
+
+def test_the_byte_curve_counts_what_was_sent_until_each_model_existed(run: FakeRun) -> None:
+    ledger, last = run.ledger(), len(ACCURACIES) - 1
+    curve = plots.curve_of("run", run.metrics(), "accuracy", ledger)
+    evaluation = ledger.total(phase="evaluate").wire_bytes  # after the last round
+    assert evaluation > 0
+    assert curve.values == list(ACCURACIES)
+    assert curve.wire_bytes[0] == 0
+    assert curve.wire_bytes[last] == ledger.total().wire_bytes - evaluation
+
+
+@pytest.mark.parametrize("num_clients", [3, 300])
+def test_client_values_show_their_weighted_mean(num_clients: int) -> None:
+    run = FakeRun(num_clients=num_clients, cohort_size=3)
+    clients = [entry for entry in run.metrics()[-1]["clients"].values() if "accuracy" in entry]
+    mean = np.average([c["accuracy"] for c in clients], weights=[c["eval_examples"] for c in clients])
+    (axis,) = plots.client_metric(run.metrics(), "accuracy").axes
+    assert f"{100 * mean:.1f} %" in axis.get_legend().get_texts()[0].get_text()
+    assert len(clients) == num_clients
+
+
+def test_other_ways_are_drawn_at_their_totals(run: FakeRun) -> None:
+    comparison = run.summary()["communication"]["comparison"]
+    (axis,) = plots.bytes_by_method(comparison).axes
+    widths = [bar.get_width() for bar in axis.patches[: len(comparison)]]
+    assert widths == pytest.approx([row["total_bytes"] / 1e6 for row in comparison])
+
+
+def test_runs_of_very_different_size_share_a_logarithmic_axis() -> None:
+    small = plots.Curve("small", [0, 1000, 2000], [0.1, 0.2, 0.3])
+    large = plots.Curve("large", [0, 10**6, 2 * 10**6], [0.1, 0.2, 0.3])
+    (logarithmic,) = plots.metric_by_bytes_of_runs([small, large], "accuracy").axes
+    (linear,) = plots.metric_by_bytes_of_runs([small, small], "accuracy").axes
+    assert (logarithmic.get_xscale(), linear.get_xscale()) == ("log", "linear")
+    assert [len(line.get_xdata()) for line in logarithmic.lines] == [2, 2]  # 0 bytes has no place there
+    assert [len(line.get_xdata()) for line in linear.lines] == [3, 3]
+
+
+def test_missing_values_are_gaps_not_errors() -> None:
+    metrics = [
+        {"server_round": 0},
+        {"server_round": 1, "accuracy": 0.5, "loss": float("nan")},
+        {"server_round": 2},
+    ]
+    figure = plots.metric_by_round(metrics, "accuracy")
+    assert list(figure.axes[0].lines[0].get_xdata()) == [1]
+    assert "<svg" in inline_svg(figure, "name", "Title")
+
+
+def test_drawing_leaves_matplotlibs_settings_and_pyplot_alone(run: FakeRun) -> None:
+    before = dict(mpl.rcParams)
+    inline_svg(plots.metric_by_round(run.metrics(), "accuracy", 0.192), "name", "Title")
+    assert dict(mpl.rcParams) == before
+
+
+def test_an_svgs_title_is_escaped() -> None:
+    svg = inline_svg(Figure(), "name", 'a "title" <b>')
+    assert ET.fromstring(svg).get("aria-label") == 'a "title" <b>'
+
+
+# Comparing runs
+
+
+@pytest.fixture
+def two_runs(tmp_path: Path) -> list[Path]:
+    better = FakeRun(accuracies=ACCURACIES, client_metrics=False)
+    smaller = FakeRun(accuracies=(0.192, 0.4, 0.5, 0.6), exchanged=EXCHANGED // 4, client_metrics=False)
+    return [better.write(tmp_path / "fp32"), smaller.write(tmp_path / "int8|x")]
+
+
+def test_rows_hold_what_the_folders_hold(two_runs: list[Path]) -> None:
+    fp32, int8 = compare_runs(two_runs)
+    assert (fp32.final, fp32.best, fp32.rounds, fp32.zero_shot) == (0.708, 0.708, 5, 0.192)
+    assert (int8.final, int8.rounds, int8.exchanged_parameters) == (0.6, 3, EXCHANGED // 4)
+    assert fp32.uplink_wire_bytes == 5 * 10 * (4 * EXCHANGED + OVERHEAD_BYTES) == fp32.downlink_wire_bytes
+    assert (fp32.seconds, fp32.peak_memory_bytes) == (41.25, 812_000_000)
+
+
+def test_the_default_target_is_the_best_value_that_every_run_reached(two_runs: list[Path]) -> None:
+    fp32, int8 = compare_runs(two_runs)
+    assert fp32.target == int8.target == 0.6
+    assert fp32.wire_bytes_to_target == 2 * 2 * 10 * (4 * EXCHANGED + OVERHEAD_BYTES)  # in round 2
+    assert int8.wire_bytes_to_target == 3 * 2 * 10 * (EXCHANGED + OVERHEAD_BYTES)  # in round 3
+
+
+def test_a_target_that_was_not_reached_has_no_bytes(two_runs: list[Path]) -> None:
+    assert [row.wire_bytes_to_target is None for row in compare_runs(two_runs, target=0.65)] == [False, True]
+
+
+def test_markdown_json_and_csv_agree(two_runs: list[Path], tmp_path: Path) -> None:
+    path = write_comparison(two_runs, tmp_path / "out")
+    rows = compare_runs(two_runs)
+    markdown = path.read_text()
+    assert to_markdown(rows) in markdown
+    assert "int8\\|x" in markdown
+    assert len({line.replace("\\|", "").count("|") for line in to_markdown(rows).splitlines()}) == 1
+    from_json = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    from_csv = list(csv.DictReader(io.StringIO((tmp_path / "out" / "comparison.csv").read_text())))
+    assert from_json == json.loads(to_json(rows))
+    assert to_csv(rows).count("\n") == 3
+    for one, other in zip(from_json, from_csv, strict=True):
+        assert {key: str(value) for key, value in one.items()} == other
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:
+    folders = [FakeRun().write(tmp_path / parent / "run") for parent in ("a", "b")]
+    assert [row.name for row in compare_runs(folders)] == ["a/run", "b/run"]
+
+
+def test_runs_of_different_tasks_do_not_compare(tmp_path: Path) -> None:
+    one = FakeRun().write(tmp_path / "one")
+    other = FakeRun(metric="image_to_text_recall_at_5").write(tmp_path / "other")
+    with pytest.raises(UserError, match="different headline metrics"):
+        compare_runs([one, other])
+    with pytest.raises(UserError, match="no runs"):
+        compare_runs([])
+
+
+def test_an_unfinished_run_compares_as_far_as_it_went(two_runs: list[Path]) -> None:
+    (two_runs[0] / "summary.json").unlink()
+    row = compare_runs(two_runs)[0]
+    assert (row.final, row.exchanged_parameters, row.peak_memory_bytes) == (0.708, None, None)
+
+
+def test_bytes_in_the_round_table_come_from_metrics_when_there_is_no_ledger(run: FakeRun) -> None:
+    trained = run.metrics()[1:]
+    assert round_table(trained, "accuracy").rows == round_table(trained, "accuracy", run.ledger()).rows
