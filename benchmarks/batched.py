@@ -16,6 +16,7 @@ machine) and by the clock.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import platform
@@ -94,8 +95,9 @@ class Stopwatch:
         return last_cpu - cpu, last_wall - wall
 
 
-def configuration(folder: str, num_clients: int, num_rounds: int, batched: int | str) -> ExperimentConfig:
-    """Return the workload, with ``engine.batched_clients`` as given."""
+@functools.cache
+def workload(num_clients: int, num_rounds: int) -> ExperimentConfig:
+    """Return the workload; read once, so that all ways have the same even while configs/ is edited."""
     return load_config(
         "quickstart",
         [
@@ -105,10 +107,17 @@ def configuration(folder: str, num_clients: int, num_rounds: int, batched: int |
             "client={local_steps: 1, batch_size: 16, learning_rate: 2.0e-3}",
             "data={max_train_samples: 6000, max_test_samples: 10}",
             "evaluation={every: 1000, clients: false}",
-            f"engine={{threads: 1, batched_clients: {batched}}}",
-            f"output={{root: {folder}, name: batched-{batched}}}",
+            "engine.threads=1",
         ],
     )
+
+
+def configuration(folder: str, num_clients: int, num_rounds: int, batched: int | str) -> ExperimentConfig:
+    """Return the workload with ``engine.batched_clients`` and a run folder of its own."""
+    base = workload(num_clients, num_rounds)
+    engine = base.engine.model_copy(update={"batched_clients": batched})
+    output = base.output.model_copy(update={"root": folder, "name": f"batched-{batched}"})
+    return base.model_copy(update={"engine": engine, "output": output})
 
 
 def engine_run(config: ExperimentConfig) -> tuple[float, float, State]:
@@ -229,10 +238,10 @@ def main() -> None:
     logging.getLogger("federated").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     timings = compare(arguments.clients, arguments.rounds, arguments.groups, repeats=arguments.repeats)
-    workload = {"clients": arguments.clients, "rounds": arguments.rounds, "local_steps": 1, "batch_size": 16}
-    print(json.dumps({**workload, **machine()}))
+    size = {"clients": arguments.clients, "rounds": arguments.rounds, "local_steps": 1, "batch_size": 16}
+    print(json.dumps({**size, **machine()}))
     print(table(timings, arguments.clients * arguments.rounds))
-    content = {"workload": workload, "machine": machine(), "timings": [asdict(timing) for timing in timings]}
+    content = {"workload": size, "machine": machine(), "timings": [asdict(timing) for timing in timings]}
     arguments.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -24,8 +24,9 @@ from federated.config import dump_config, load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.engines.metered import MeteredGrid
 from federated.experiment import CONFIG_KEY, Experiment, experiment_of
+from federated.global_model import clients_mean, load_global_state
 from federated.ledger import Ledger
-from federated.server import build_strategy, clients_mean, load_global_state
+from federated.server import build_strategy
 from federated.strategy import LoRAStrategy
 
 log = logging.getLogger(__name__)
@@ -228,4 +229,7 @@ def table(
 def machine_line(study: dict[str, Any]) -> str:
     """Return the sentence that names machine and versions."""
     seeds = sorted({row["seed"] for row in study["outcomes"]})
-    return f"{len(seeds)} seeds, mean ± sample standard deviation, on {study['machine']}. Times are processor times."
+    return (
+        f"{len(seeds)} seeds, mean ± sample standard deviation, on {study['machine']}. Times are those "
+        "of the processor."
+    )

@@ -21,6 +21,7 @@ from functools import partial
 from typing import cast
 
 import numpy as np
+import torch
 from flwr.app import Context, Message, MessageType, RecordDict
 
 from federated.aggregators import ClientRules
@@ -172,8 +173,8 @@ class GroupTraining:
             trains = experiment.aggregator.trains(held[0], clients[0].server_round)
             batches = [client_batches(experiment, client) for client in clients]
             joint = self.trainer.train(held, batches, num_steps, trains)
-        except UserError as error:
-            log.info("clients %s train one by one: %s", [client.client_id for client in clients], error)
+        except (UserError, torch.OutOfMemoryError) as error:
+            log.warning("clients %s train one by one: %s", [client.client_id for client in clients], error)
             return {}
         return {
             client.client_id: LocalResult(

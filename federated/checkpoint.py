@@ -1,9 +1,10 @@
 """The server's part of a checkpoint: everything a later round needs beyond the configuration.
 
-Where it stands in a round: written at its end, beside ``checkpoint/state.safetensors`` (the global adapter and
-head alone, for whoever wants to look at them). ``server.safetensors`` holds the aggregator's whole state, with
-what was merged into the base and the memory of server optimizer and SCAFFOLD, and what the server knows of its
-clients: which version each holds and its present rank. What clients keep lives in their ``Context.state``.
+Where it stands in a round: written at its end, beside ``checkpoint/state.safetensors`` (the global adapter
+and head alone, for whoever wants to look at them). ``server.safetensors`` holds the aggregator's whole state,
+with what was merged into the base and the memory of server optimizer and SCAFFOLD, and what the server knows
+of its clients: which version each holds and its present rank. What clients keep lives in their
+``Context.state``.
 """
 
 from __future__ import annotations

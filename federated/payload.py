@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
-from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, SType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from models.errors import UserError
@@ -51,6 +51,7 @@ FLAT = "state"
 LARGEST_FP32 = float(np.finfo(np.float32).max)
 
 _CODEC, _DIGEST, _LENGTH, LAYOUT = "payload-codec", "payload-digest", "payload-bytes", "payload-layout"
+_NPY_MAGIC = b"\x93NUMPY\x01\x00"
 _MAX_LAYOUT_BYTES = 16_000_000  # of JSON; a full CLIP has about 30 kB
 _NUM_NAMES_SHOWN = 3
 
@@ -263,12 +264,27 @@ def unpack(content: RecordDict, layout: Layout | None = None) -> Payload:
         raise PayloadError(f"the record '{CONFIG}' lacks {', '.join(absent)}: was it made by pack()?")
     known = _agreed_layout(config.pop(LAYOUT, None), str(config.pop(_DIGEST)), layout)
     try:
-        buffer = content.array_records[ARRAYS][FLAT].numpy()
+        buffer = _flat_values(content.array_records[ARRAYS][FLAT])
     except (ValueError, TypeError, EOFError) as error:
         raise PayloadError(f"the payload's array cannot be read: {error}") from error
     if (length := config.pop(_LENGTH)) != buffer.nbytes:
         raise PayloadError(f"the payload has {buffer.nbytes} bytes, its manifest says {length!r}")
     return Payload(buffer=buffer, layout=known, codec=str(config.pop(_CODEC)), meta=config)
+
+
+def _flat_values(array: Array) -> np.ndarray:
+    """Return a copy of an array's values, (n,), as ``array.numpy()`` does, which parses a header for 0.1 ms.
+
+    Raises:
+        ValueError: It is no flat array of numbers in numpy's format.
+    """
+    dtype, data = np.dtype(array.dtype), array.data
+    if array.stype != SType.NUMPY or len(array.shape) != 1 or dtype.kind not in "fiu":
+        raise ValueError(f"{array.dtype} {tuple(array.shape)} of type {array.stype} is no flat array")
+    start = len(_NPY_MAGIC) + 2 + int.from_bytes(data[len(_NPY_MAGIC) : len(_NPY_MAGIC) + 2], "little")
+    if not data.startswith(_NPY_MAGIC) or len(data) != start + array.shape[0] * dtype.itemsize:
+        raise ValueError("it is not in numpy's format, or its length is not that of its shape")
+    return np.frombuffer(data, dtype=dtype, offset=start).copy()
 
 
 def _agreed_layout(travelled: object, digest: str, expected: Layout | None) -> Layout:

@@ -16,22 +16,19 @@ from typing import Any, Protocol, cast
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from torch import Tensor
 
-from federated.aggregators import BaseDelta, ServerState
 from federated.checkpoint import ServerCheckpoint, save_server_checkpoint
 from federated.engines.metered import MeteredGrid
 from federated.experiment import Experiment, experiment_of
+from federated.global_model import bring_base_up_to_date, global_metrics, load_global_state, smallest_form
 from federated.ledger import Ledger
-from federated.local_training import load_into_model
-from federated.lowrank import stack
 from federated.messages import CLIENT_ID, SERVER_ROUND
 from federated.payload import CONFIG, METRICS
 from federated.report import write_report
+from federated.round_record import RoundRecord
 from federated.run_folder import RunFolder
 from federated.savings import Bandwidth, communication_summary
 from federated.seeding import generator
-from federated.round_record import RoundRecord
 from federated.strategy import LoRAStrategy, Ranks
 from lora.base_delta import save_base_delta
 from models.errors import UserError
@@ -171,56 +168,6 @@ def close_round(served: Served, server_round: int) -> MetricRecord | None:
     return None
 
 
-def global_metrics(
-    experiment: Experiment, server_state: ServerState, record: RoundRecord
-) -> dict[str, float]:
-    """Evaluate the global model where due.
-
-    A method without a global model is scored by its clients, each on its own test rows with its own private
-    part, weighted by rows; before training all of them hold the pre-trained model, which is evaluated.
-    """
-    settings, server_round = experiment.config.evaluation, record.server_round
-    if server_round and not experiment.aggregator.has_global_model:
-        return clients_mean(record, experiment.headline_metric)
-    if server_round % settings.every and server_round != experiment.config.federation.rounds:
-        return {}
-    load_global_state(experiment, server_state)
-    return {key: value for key, value in experiment.evaluate_server().items() if key != "num_examples"}
-
-
-def clients_mean(record: RoundRecord, metric: str) -> dict[str, float]:
-    """Return the mean of the clients' own metric and loss over the rows that they tested on."""
-    entries = [entry for entry in record.clients.values() if metric in entry]
-    num_rows = sum(entry["eval_examples"] for entry in entries)
-    if not num_rows:
-        return {}
-    names = {metric: metric, "loss": "eval_loss"}
-    return {
-        name: sum(entry[key] * entry["eval_examples"] for entry in entries) / num_rows
-        for name, key in names.items()
-    }
-
-
-def load_global_state(experiment: Experiment, server_state: ServerState) -> None:
-    """Put the global adapter, head and base into the model."""
-    bring_base_up_to_date(experiment, server_state)
-    load_into_model(experiment, experiment.wire_state() | server_state.state)
-
-
-def bring_base_up_to_date(experiment: Experiment, server_state: ServerState) -> None:
-    """Make the base weights of this process those of the global model."""
-    experiment.base.bring_to(server_state.base_delta, server_state.server_round)
-
-
-def smallest_form(delta: BaseDelta) -> tuple[Tensor, ...]:
-    """Return what was merged into one base weight as (left, right), or (dense,) where that is fewer numbers."""
-    num_values = sum(term.num_values for _, term in delta.terms)
-    if delta.dense is None and num_values <= delta.total().numel():
-        whole = stack([term for _, term in delta.terms])
-        return whole.left, whole.right
-    return (delta.total(),)
-
-
 def round_line(record: RoundRecord, ledger: Ledger) -> dict[str, Any]:
     """Return a round's line of ``metrics.jsonl`` before the server's evaluation."""
     line: dict[str, Any] = {"server_round": record.server_round, "cohort": record.cohort, **record.metrics}
@@ -289,7 +236,7 @@ def ask_client_ids(grid: Grid, num_clients: int, *, timeout: float) -> dict[int,
     while len(node_ids := list(grid.get_node_ids())) < num_clients:
         if time.monotonic() > deadline:
             raise UserError(
-                f"{len(node_ids)} nodes connected within {timeout:.0f} s, {num_clients} clients are configured: "
+                f"{len(node_ids)} nodes connected within {timeout:.0f} s for {num_clients} clients: "
                 "start one SuperNode a client, or set partition.num_clients"
             )
         time.sleep(1.0)

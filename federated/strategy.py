@@ -33,24 +33,13 @@ from federated.aggregators import (
 from federated.answers import Answer, Start, UnreadableReplyError, read_answer, read_evaluation
 from federated.client_terms import control_names, next_control, split_control, zero_variates
 from federated.codecs import Codec, codec_from_name
+from federated.cohort import sample_cohort
 from federated.messages import RANK, SERVER_ROUND, write_state
 from federated.payload import ARRAYS, layout_of
 from federated.round_record import Failure, RoundRecord
 from federated.seeding import generator
 
 log = logging.getLogger(__name__)
-
-
-def sample_cohort(seed: int, server_round: int, num_clients: int, cohort_size: int) -> list[int]:
-    """Draw the clients of a round without replacement; a function of seed and round alone.
-
-    Returns:
-        Client ids in ascending order.
-    """
-    if cohort_size >= num_clients:
-        return list(range(num_clients))
-    rng = generator(seed, "cohort", server_round)
-    return sorted(int(i) for i in rng.choice(num_clients, size=cohort_size, replace=False))
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ Some aggregation rules (FLoRA, FedEx-LoRA) put part or all of what is learnt int
 that an adapter alone is not the model. Written after such a run and read with the adapter, before round 1 or
 for inference. ``base_delta.safetensors`` holds for each module, under its name inside the CLIP,
 
-    <module>.left (d_out, q) and <module>.right (q, d_in), whose product is added to the pre-trained weight, or
-    <module>.dense (d_out, d_in) where that is fewer numbers.
+    <module>.left (d_out, q) and <module>.right (q, d_in), whose product is added to the pre-trained weight,
+    or <module>.dense (d_out, d_in) where that is fewer numbers.
 
 In plain PEFT: ``PeftModel.from_pretrained(clip, folder)``, then add each product to that layer's
 ``base_layer.weight``.
@@ -105,8 +105,8 @@ def apply_base_delta(model: nn.Module, folder: str | Path) -> bool:
     for module, delta in deltas.items():
         if module not in weights or weights[module].shape != delta.shape:
             raise UserError(
-                f"{Path(folder) / BASE_DELTA_FILE} has {module} {tuple(delta.shape)}, which does not fit this "
-                "model's adapted layers; load it with the adapter it was saved with"
+                f"{Path(folder) / BASE_DELTA_FILE} has {module} {tuple(delta.shape)}, which does not fit "
+                "this model's adapted layers; load it with the adapter it was saved with"
             )
     pretrained: dict[str, Tensor] = root.__dict__.setdefault(_PRETRAINED, {})
     for module in pretrained.keys() - deltas.keys():

@@ -26,6 +26,7 @@ from lora.adapters import (
     trainability_kept,
     unwrap,
 )
+from lora.base_delta import BASE_DELTA_FILE
 from lora.injection import inject_peft
 from lora.loading import check_base_model, read_any
 from models.errors import UserError
@@ -52,6 +53,11 @@ def load_named_adapter(model: nn.Module, source: str | Path, name: str, *, check
     found = read_any(root, source)
     if check_base:
         check_base_model(root, found)
+    if (found.folder / BASE_DELTA_FILE).is_file():
+        raise UserError(
+            f"{source} comes with changes of the base weights ({BASE_DELTA_FILE}), which adapters loaded "
+            "side by side share; open it alone with load_lora_adapters"
+        )
     if found.peft_config is None or found.peft_config.bias != "none":
         raise UserError(
             f"{source}: only adapters of the towers without trained biases can be loaded side by side"

@@ -3,8 +3,11 @@ as its formula says. The linear algebra itself is tested in ``test_aggregators_o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from real_federation import (
     METHODS,
     NUM_CLIENTS,
     RANK,
+    SMALL,
     RealFederation,
     distance,
     same,
@@ -22,14 +26,21 @@ from real_federation import (
     with_method,
 )
 
-from federated.aggregators import factor_averaging
+import federated.client
+import federated.server
 from federated.checkpoint import ServerCheckpoint, load_server_checkpoint, save_server_checkpoint
+from federated.cli import main
 from federated.client import CODEC_MEMORY, recall
-from federated.experiment import Experiment, build_experiment
+from federated.compatibility import build_aggregator
+from federated.config import dump_config
+from federated.experiment import Experiment, build_experiment, experiment_of
+from federated.global_model import load_global_state
 from federated.local_training import Assignment, train_locally
-from federated.messages import read_state
-from federated.payload import layout_of
+from federated.simulation import run_experiment
 from lora.adapters import factor_pairs
+from lora.base_delta import BASE_DELTA_FILE
+from lora.loading import load_lora_adapters
+from models.clip import FederatedCLIPModel
 from models.errors import UserError
 from models.state import State
 
@@ -209,7 +220,7 @@ def test_private_values_survive_a_server_that_never_saw_the_answer(experiment_fo
 
 
 def sizes(experiment: Experiment) -> dict[str, int]:
-    pairs = [pair for pair in factor_pairs({n for n in experiment.initial_state if ".private." not in n})]
+    pairs = factor_pairs({n for n in experiment.initial_state if ".private." not in n})
     shapes = [(experiment.initial_state[p.b].shape[0], experiment.initial_state[p.a].shape[1]) for p in pairs]
     head = sum(t.numel() for n, t in experiment.initial_state.items() if n.startswith("head."))
     a, b = (sum(RANK * shape[axis] for shape in shapes) for axis in (1, 0))
@@ -244,7 +255,9 @@ def test_the_ledger_has_the_bytes_of_the_methods_formula(method: str, experiment
     with federation(experiment) as fed:
         fed.play(1, (0, 1))
         fed.play(2, (1, 2))
-        found = {(row.server_round, row.client_id, row.direction): row.payload_bytes for row in fed.ledger.rows}
+        found = {
+            (row.server_round, row.client_id, row.direction): row.payload_bytes for row in fed.ledger.rows
+        }
     assert found[1, 0, "downlink"] == found[1, 1, "downlink"] == first
     assert found[1, 0, "uplink"] == found[1, 1, "uplink"] == up
     assert found[2, 1, "downlink"] == later
@@ -283,13 +296,14 @@ def test_zero_training_with_mixed_ranks_keeps_the_global_model(method: str) -> N
     experiment = with_method(build_experiment(config), method, trained=True)
     with federation(experiment) as fed:
         start = fed.global_features()
-        for server_round in range(1, 6):
-            fed.play(server_round, range(NUM_CLIENTS))
+        for server_round in range(1, 4):
+            fed.play(server_round, range(3))
         assert torch.allclose(fed.global_features(), start, atol=2e-4)
 
 
 @pytest.mark.parametrize(
-    "method", [m for m in ("fedavg", "ffa", "rolora", "fedex", "fedsa", "lora_fair", "fedsvd", "fed_sb", "dual")]
+    "method",
+    ["fedavg", "ffa", "rolora", "fedex", "fedsa", "lora_fair", "fedsvd", "fed_sb", "dual"],
 )
 def test_other_methods_refuse_mixed_ranks_before_the_run(method: str) -> None:
     with pytest.raises(UserError, match=r"needs one rank for all clients.*flora, flexlora or hetlora"):
@@ -304,24 +318,179 @@ def test_hetloras_penalty_acts_on_a_clients_own_components() -> None:
         "client.optimizer=sgd",
         "client.learning_rate=1e-4",
     )
-    experiment = with_method(build_experiment(config), "hetlora", trained=True)
-    plain = with_method(experiment, "fedavg", ranks=None)
-    experiment = build_like(experiment, config)
+    built = build_experiment(config)
+    generator = torch.Generator().manual_seed(5)
+    state = {n: torch.randn(t.shape, generator=generator) * 0.05 for n, t in built.initial_state.items()}
+    experiment = replace(
+        built, initial_state=built.initial_state | {n: t for n, t in state.items() if "_B." in n}
+    )
+    no_penalty = replace(experiment.aggregator.client, penalty=None)
+    free = replace(experiment, aggregator=replace(experiment.aggregator, client=no_penalty))
     held = experiment.wire_state(2)
-    penalised = train_locally(experiment, Assignment(1, 1, rank=2), held).state
-    free = train_locally(build_like(plain, config, penalty=False), Assignment(1, 1, rank=2), held).state
+    with_tail, without = (
+        train_locally(run, Assignment(1, 1, rank=2), held).state for run in (experiment, free)
+    )
     for pair in factor_pairs(held):
-        assert float(penalised[pair.b][:, 1].norm()) < float(free[pair.b][:, 1].norm())
-        assert torch.allclose(penalised[pair.b][:, 0], free[pair.b][:, 0], atol=1e-3)
+        assert float(with_tail[pair.b][:, 1].norm()) < float(without[pair.b][:, 1].norm())
+        assert torch.allclose(with_tail[pair.b][:, 0], without[pair.b][:, 0], atol=1e-3)
 
 
-def build_like(experiment: Experiment, config: Any, *, penalty: bool = True) -> Experiment:
-    """The experiment under a configuration's aggregator, with or without its penalty."""
-    from dataclasses import replace
+# ---- codecs, checkpoints, server optimizers in real rounds
 
-    from federated.compatibility import build_aggregator
 
-    aggregator = build_aggregator(config)
-    if not penalty:
-        aggregator = replace(aggregator, client=replace(aggregator.client, penalty=None))
-    return replace(experiment, config=config, aggregator=aggregator)
+@pytest.mark.parametrize("codec", ["topk:0.1:ef+int8", "int4:ef"])
+def test_error_feedback_telescopes_over_rounds(codec: str, base: Experiment) -> None:
+    """What was decoded and what is still owed add up to all updates, also after a missed round."""
+    communication = base.config.communication.model_copy(update={"uplink": codec})
+    experiment = replace(base, config=base.config.model_copy(update={"communication": communication}))
+    with federation(experiment) as fed:
+        sent: dict[int, State] = {}
+        original = federated.client.encode
+
+        def encode(run: Experiment, delta: State, context: Any, assignment: Any) -> Any:
+            content, decoded = original(run, delta, context, assignment)
+            owner = assignment.client_id
+            sent[owner] = {n: t + sent.get(owner, {}).get(n, 0.0) for n, t in decoded.items()}
+            return content, decoded
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(federated.client, "encode", encode)
+            for server_round, cohort in enumerate(ROUNDS, start=1):
+                fed.play(server_round, cohort)
+        for client_id in (0, 1):
+            owed = recall(fed.grid.context(client_id), CODEC_MEMORY)
+            deltas = [delta for owner, delta in fed.uplinks if owner == client_id]
+            assert len(deltas) >= 2
+            for name, value in owed.items():
+                total = sum(delta[name] for delta in deltas)
+                assert torch.allclose(sent[client_id][name] + value, total, atol=1e-5)
+            assert any(value.any() for value in owed.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("flora", ("aggregation.name=flora",)),
+        ("fedex", ("aggregation.name=fedex",)),
+        ("fedavg with fedadam", ("aggregation.server_optimizer={name: fedadam, eta: 0.002}",)),
+        ("scaffold", ("client.scaffold=true",)),
+    ],
+)
+def test_a_server_that_is_read_back_from_its_checkpoint_goes_on_bit_for_bit(
+    name: str, overrides: Sequence[str], tmp_path: Path
+) -> None:
+    with federation(build_experiment(small_config(*overrides))) as fed:
+        fed.play(1, (0, 1))
+        fed.play(2, (1, 2))
+        strategy = fed.strategy
+        saved = ServerCheckpoint(strategy.server_state, strategy.versions, {2: 3})
+        save_server_checkpoint(tmp_path, saved)
+        content = (tmp_path / "server.safetensors").read_bytes()
+        fed.play(3, (0, 1))
+        expected = strategy.server_state
+        read = load_server_checkpoint(tmp_path)
+        assert (read.versions, read.ranks) == ({0: 0, 1: 1, 2: 1}, {2: 3})
+        contexts = {i: fed.grid.context(i) for i in (0, 1)}
+        for context in contexts.values():  # clients repeat the round from what they held before it
+            context.state.clear()
+        strategy.server_state = read.server
+        strategy.versions = {}
+        assert same(read.server.state, saved.server.state)
+        assert same(read.server.memory, saved.server.memory)
+        save_server_checkpoint(tmp_path, read)
+        assert (tmp_path / "server.safetensors").read_bytes() == content
+        if name != "scaffold":  # whose clients have lost their variates here
+            fed.experiment.base.reset()
+            fed.play(3, (0, 1))
+            assert same(strategy.server_state.state, expected.state)
+
+
+def test_a_server_optimizer_changes_what_the_server_makes_of_the_same_updates(base: Experiment) -> None:
+    with federation(base) as fed:
+        fed.play(1, (0, 1))
+        averaged = fed.strategy.server_state.state
+    section = base.config.aggregation.model_copy(
+        update={"server_optimizer": {"name": "fedavgm", "learning_rate": 0.5, "momentum": 0.9}}
+    )
+    config = base.config.model_copy(update={"aggregation": section})
+    with federation(replace(base, config=config, aggregator=build_aggregator(config))) as fed:
+        start = fed.strategy.server_state.state
+        fed.play(1, (0, 1))
+        for name, value in fed.strategy.server_state.state.items():
+            assert torch.allclose(value, start[name] + 0.5 * (averaged[name] - start[name]), atol=1e-7)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["aggregation={name: flexlora, server_optimizer: {name: fedadam}}"], "changes the basis"),
+        (["aggregation.server_optimizer={eta: 0.1}"], "server_optimizer needs a name"),
+        (["aggregation.server_optimizer={name: fedadamm}"], "no server optimizer 'fedadamm'"),
+        (["aggregation.name=flora", "communication.downlink=fp16"], "merge into their base"),
+        (["aggregation.name=fedex", "model.dtype=bfloat16"], "set model.dtype=float32"),
+        (["communication.downlink=topk:0.1+fp16"], "carries values, not changes"),
+        (["communication.downlink=int8:ef"], "carries values, not changes"),
+        (["aggregation.name=fedsvd", "communication.uplink=topk:0.1:ef"], "do not mean the same"),
+        (["aggregation.name=fedsa", "evaluation.clients=false"], "has no global model"),
+        (["aggregation.name=dual", "model.type=clip"], "dual needs adapters"),
+        (["aggregation.name=rolora", "client.scaffold=true"], "client.scaffold=true: rolora"),
+        (["aggregation.name=fed_sb", "client.scaffold=true"], "client.scaffold=true: fed_sb"),
+        (["aggregation.name=flora", "client.scaffold=true"], "client.scaffold=true: flora"),
+        (["client.scaffold=true", "client.precision=fp16"], "unscaled gradients"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_with_the_remedy(
+    overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        build_aggregator(small_config(*overrides))
+
+
+def test_a_refused_run_exits_with_code_2_and_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*SMALL, "client.ranks=[4, 2]", f"output.root={tmp_path}"]
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "quickstart", *arguments])
+    assert stop.value.code == 2
+    assert "flora, flexlora or hetlora" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# ---- what is left behind
+
+
+@pytest.mark.parametrize("method", ["flora", "fedex"])
+def test_adapter_and_base_delta_together_are_the_trained_model(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(federated.server, "write_report", lambda folder: None)  # plots take seconds
+    config = small_config(
+        f"aggregation.name={method}",
+        f"output.root={tmp_path}",
+        "federation.rounds=2",
+        "federation.cohort_size=2",
+    )
+    run = run_experiment(config)
+    line = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert line["aggregation_error"] < 1e-6
+    experiment = experiment_of({"config": dump_config(config)})
+    pixel_values = experiment.test_images.pixel_values(range(8))
+    load_global_state(experiment, load_server_checkpoint(run / "checkpoint").server)
+    with torch.no_grad():
+        wanted = experiment.model.encode_image(pixel_values)
+    fresh = FederatedCLIPModel("tiny", 10, strategy="lora")
+    load_lora_adapters(fresh, run / "adapter")
+    with torch.no_grad():
+        found = fresh.encode_image(pixel_values)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    load_lora_adapters(fresh, run / "adapter")  # again: the base is set, not added to
+    with torch.no_grad():
+        assert torch.equal(fresh.encode_image(pixel_values), found)
+    (run / "adapter" / BASE_DELTA_FILE).unlink()
+    load_lora_adapters(fresh, run / "adapter")
+    with torch.no_grad():
+        assert not torch.allclose(fresh.encode_image(pixel_values), wanted, atol=1e-3)

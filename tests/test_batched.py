@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import federated.server
 from federated.batched_clients import batched_clients, measured_group_size, one_by_one_because, split_evenly
 from federated.batched_losses import gather
 from federated.batched_training import JointTrainer
-from federated.config import load_config
+from federated.config import dump_config, load_config
 from federated.experiment import CONFIG_KEY, Experiment, build_experiment, experiment_of
-from federated.simulation import run_experiment
+from federated.simulation import limited_threads, run_experiment
 from lora.adapters import disable_lora
 from lora.batched import StackedAdapter, StackedHead, clip_gradients, gradient_norms, obstacle
 from lora.clip_wrapper import CLIPLoRAWrapper
@@ -32,6 +32,12 @@ from models.training import Batch, TrainingSettings
 NUM_CLIENTS = 3
 CAPTIONS = ("a cat", "the red car", "a photo of a blue tree . one two", "dog")
 TARGETS = ["q_proj", "v_proj", "out_proj", "fc1"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with limited_threads(1):
+        yield
 
 
 def build_model(folder: Path, task: str = "classification", towers: Sequence[str] = ("vision",)) -> Any:
@@ -95,8 +101,8 @@ def check_equal(
     expected, losses = one_by_one(model, settings, states, batches)
     before = model.get_state()
     steps = [len(own) for own in sizes]
+    trainer = JointTrainer(model, settings)
     for _ in range(2):  # the second time with used stacks and a used optimizer
-        trainer = JointTrainer(model, settings)
         joint = trainer.train(states, batches, steps, model.exchanged_names)
         assert joint.train_losses == pytest.approx(losses, rel=tolerance * 10)
         for ours, theirs, start in zip(joint.states, expected, states, strict=True):
@@ -236,7 +242,7 @@ def test_unequal_steps_under_a_cosine_are_refused(small_clip_folder: Path) -> No
 def test_filling_repeats_a_clients_own_row_and_counts_nothing() -> None:
     batch = gather([{"labels": torch.tensor([7, 8, 9])}, {"labels": torch.tensor([5])}], torch.device("cpu"))
     assert batch.tensors["labels"].tolist() == [7, 8, 9, 5, 5, 5]
-    assert batch.weights.tolist() == pytest.approx([[1 / 3] * 3, [1, 0, 0]])
+    torch.testing.assert_close(batch.weights, torch.tensor([[1 / 3] * 3, [1, 0, 0]]))
 
 
 # ---- what cannot be batched
@@ -299,13 +305,22 @@ def check_runs_agree(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -
 @pytest.mark.usefixtures("without_report")
 @pytest.mark.parametrize("aggregator", ["fedavg", "rolora"])
 def test_a_run_with_batched_clients_is_the_same_run(
-    tmp_path: Path, small_clip_folder: Path, aggregator: str
+    tmp_path: Path, small_clip_folder: Path, monkeypatch: pytest.MonkeyPatch, aggregator: str
 ) -> None:
+    sizes, train = [], JointTrainer.train
+
+    def noted(self: JointTrainer, states: Sequence[State], *arguments: Any) -> Any:
+        sizes.append(len(states))
+        return train(self, states, *arguments)
+
+    monkeypatch.setattr(JointTrainer, "train", noted)
     name = f"aggregation.name={aggregator}"
     expected = run_lines(small_run_config(tmp_path, small_clip_folder, "off", name))
     config = small_run_config(tmp_path, small_clip_folder, 3, name)
+    assert sizes == []
     check_runs_agree(run_lines(config), expected)
-    assert experiment_of({CONFIG_KEY: federated.simulation.dump_config(config)}).prepared == {}
+    assert sizes == [2, 2, 2, 2]  # two rounds of a cohort of four, in groups of at most three
+    assert experiment_of({CONFIG_KEY: dump_config(config)}).prepared == {}
 
 
 @pytest.mark.usefixtures("without_report")

@@ -26,10 +26,10 @@ from models.errors import UserError
 
 SMALL = (
     "train.epochs=2",
-    "client.batch_size=32",
-    "data.max_train_samples=256",
-    "data.max_validation_samples=100",
-    "data.max_test_samples=100",
+    "client.batch_size=16",
+    "data.max_train_samples=128",
+    "data.max_validation_samples=60",
+    "data.max_test_samples=60",
 )
 
 
@@ -43,6 +43,13 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
 
 def summary_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "summary.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the pictures, which take longer than these trainings."""
+    for module in ("centralized", "server"):
+        monkeypatch.setattr(f"federated.{module}.write_report", lambda path: path)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,7 @@ def test_there_is_a_line_an_epoch_and_training_raises_accuracy(central: Path) ->
     assert summary["parameters"]["exchanged"] == 0
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_central_run_stands_beside_a_federated_one(central: Path, tmp_path: Path) -> None:
     overrides = ["federation.rounds=1", "partition={name: iid, num_clients: 2}", "client.local_steps=2"]
     rows = compare_runs([central, run_experiment(small_config(tmp_path, *overrides))])
@@ -78,6 +86,7 @@ def test_a_central_run_stands_beside_a_federated_one(central: Path, tmp_path: Pa
     assert rows[0].exchanged_parameters == 0
 
 
+@pytest.mark.usefixtures("without_report")
 def test_the_saved_configuration_repeats_the_run_byte_for_byte(central: Path, tmp_path: Path) -> None:
     again = train_centrally(load_config(central / "config.yaml", [f"output.root={tmp_path}"]))
     for name in (
@@ -91,16 +100,18 @@ def test_the_saved_configuration_repeats_the_run_byte_for_byte(central: Path, tm
     ]
 
 
+@pytest.mark.usefixtures("without_report")
 def test_another_seed_gives_another_run(central: Path, tmp_path: Path) -> None:
-    other = train_centrally(small_config(tmp_path, "seed=1", "train.epochs=1"))
+    other = train_centrally(small_config(tmp_path, "seed=1", "train.steps=8"))
     assert lines_of(other)[1]["train_loss"] != lines_of(central)[1]["train_loss"]
 
 
+@pytest.mark.usefixtures("without_report")
 def test_an_epoch_in_one_place_is_a_single_client_s_local_training(tmp_path: Path) -> None:
     config = small_config(tmp_path, "train.epochs=1", "client.local_steps=8", "train.keep_best=false")
     run = train_centrally(config)
     experiment = build_experiment(central_config(config))
-    assert np.array_equal(experiment.shards[0].train, np.arange(256))
+    assert np.array_equal(experiment.shards[0].train, np.arange(128))
     with limited_threads(config.engine.threads):
         alone = train_locally(experiment, Assignment(client_id=0, server_round=1), experiment.wire_state())
     trained = load_file(run / "checkpoint" / "state.safetensors")
@@ -108,6 +119,7 @@ def test_an_epoch_in_one_place_is_a_single_client_s_local_training(tmp_path: Pat
     assert all(torch.equal(trained[name], alone.state[name]) for name in trained)
 
 
+@pytest.mark.usefixtures("without_report")
 def test_steps_take_the_place_of_epochs_and_cut_the_last_one_short(tmp_path: Path) -> None:
     run = train_centrally(small_config(tmp_path, "train.steps=11", "train.evaluate_every=2"))
     lines = lines_of(run)
@@ -117,7 +129,7 @@ def test_steps_take_the_place_of_epochs_and_cut_the_last_one_short(tmp_path: Pat
 
 
 @pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+def scripted(monkeypatch: pytest.MonkeyPatch, without_report: None) -> list[dict[str, float]]:
     """Validation metrics, one evaluation after the other, in place of real ones; training does nothing."""
     script: list[dict[str, float]] = []
     upcoming: list[Iterator[dict[str, float]]] = []
@@ -130,7 +142,6 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
         return {**next(upcoming[0]), "num_examples": 1.0}
 
     monkeypatch.setattr(Experiment, "evaluate_rows", evaluate_rows)
-    monkeypatch.setattr("federated.centralized.write_report", lambda path: path)
     return script
 
 

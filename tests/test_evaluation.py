@@ -30,7 +30,7 @@ from federated.plot_style import save_png
 from federated.simulation import run_experiment
 from models.errors import UserError
 
-SMALL = ("data.max_train_samples=128", "data.max_validation_samples=60", "data.max_test_samples=80")
+SMALL = ("data.max_train_samples=96", "data.max_validation_samples=60", "data.max_test_samples=80")
 FILES = {"evaluation_report.txt", "evaluation_results.json", "confusion_matrix.png", "class_performance.png"}
 
 

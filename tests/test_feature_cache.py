@@ -216,3 +216,10 @@ def test_captions_keep_their_numbers_and_new_ones_get_further_ones() -> None:
     captions = Captions(load_clip("tiny").tokenize, ["a cat", "a dog", "a cat"])
     assert captions.known == ("a cat", "a dog")
     assert captions.batch(["a dog", "new", "a cat", "new"])["caption_id"].tolist() == [1, 2, 0, 2]
+
+
+def test_a_subset_for_evaluation_is_the_same_in_every_round() -> None:
+    experiment = build("head_only", ["evaluation.max_samples=15"])
+    first, second = experiment.evaluate_server(), experiment.evaluate_server()
+    assert first == second
+    assert first["num_examples"] == 15

@@ -21,7 +21,7 @@ SMALL = (
     "data.options={language: vi, vendors: [noto], test_vendors: [noto]}",
     "partition.num_clients=3",
     "federation.rounds=2",
-    "client.local_steps=30",
+    "client.local_steps=25",
     "client.batch_size=32",
     "evaluation.clients=false",
 )

@@ -117,7 +117,8 @@ def dual(*, private_adapter: str = "private") -> Aggregator:
     is the one without private adapters.
 
     Source: after FedDPA, Yang et al., NeurIPS 2024, arXiv:2403.19211.
-    Bytes: up b r (d_i + d_o), down the same; of the private adapter none, clients draw it from the run's seed.
+    Bytes: up b r (d_i + d_o), down the same; of the private adapter none, clients draw it from
+    the run's seed.
     Preserves: the basis; one client's private values from all others.
 
     Args:

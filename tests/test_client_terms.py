@@ -1,0 +1,214 @@
+"""FedProx and SCAFFOLD: the terms themselves, and both in real rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from real_federation import RealFederation, distance, same, small_config, with_method
+from torch import nn
+
+from federated.client import VARIATE, recall
+from federated.client_terms import (
+    ControlVariates,
+    DriftCorrection,
+    control_names,
+    next_control,
+    proximal_term,
+    split_control,
+    sum_of_terms,
+)
+from federated.experiment import Experiment, build_experiment
+from federated.local_training import Assignment, train_locally
+from models.state import State
+
+
+@pytest.fixture(scope="module")
+def base() -> Experiment:
+    return build_experiment(small_config())
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "a": nn.Parameter(torch.randn(3, 2, generator=generator)),
+        "b": nn.Parameter(torch.randn(4, generator=generator)),
+    }
+
+
+def like(values: dict[str, nn.Parameter], seed: int) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(p.shape, generator=generator) for name, p in values.items()}
+
+
+# ---- the terms
+
+
+def test_the_proximal_term_is_squared_and_pulls_back_in_proportion() -> None:
+    live = parameters()
+    start = {name: p.detach().clone() for name, p in live.items()}
+    term = proximal_term(live.values(), mu=0.3)
+    assert float(term().detach()) == 0.0
+    with torch.no_grad():
+        for p in live.values():
+            p.add_(2.0)
+    value = term()
+    assert float(value.detach()) == pytest.approx(0.5 * 0.3 * 4.0 * 10)
+    value.backward()
+    for name, p in live.items():
+        torch.testing.assert_close(p.grad, 0.3 * (p.detach() - start[name]))
+
+
+def test_the_drift_correction_adds_c_minus_c_k_and_averages_the_raw_gradients() -> None:
+    live = parameters()
+    variates = ControlVariates(like(live, 1), like(live, 2))
+    correction = DriftCorrection(live, variates)
+    raw = []
+    for step in range(3):
+        for p in live.values():
+            p.grad = None
+        loss = sum((p * (step + 1)).sum() for p in live.values())
+        loss.backward()
+        raw.append({name: p.grad.clone() for name, p in live.items() if p.grad is not None})
+        correction().backward()
+        for name, p in live.items():
+            torch.testing.assert_close(p.grad, raw[-1][name] + variates.server[name] - variates.own[name])
+    for name, value in correction.mean_gradient().items():
+        torch.testing.assert_close(value, sum(g[name] for g in raw) / 3)
+
+
+def test_the_mean_gradient_is_option_two_of_the_paper_for_plain_sgd() -> None:
+    """c_k - c + (theta_t - theta_K) / (K eta), with the steps taken along the corrected gradients."""
+    live, eta = parameters(), 0.05
+    start = {name: p.detach().clone() for name, p in live.items()}
+    variates = ControlVariates(like(live, 1), like(live, 2))
+    correction = DriftCorrection(live, variates)
+    optimizer = torch.optim.SGD(live.values(), lr=eta)
+    for _ in range(4):
+        optimizer.zero_grad()
+        sum((p**2).sum() for p in live.values()).backward()  # type: ignore[union-attr]
+        correction().backward()
+        optimizer.step()
+    for name, value in correction.mean_gradient().items():
+        moved = (start[name] - live[name].detach()) / (4 * eta)
+        torch.testing.assert_close(value, variates.own[name] - variates.server[name] + moved)
+
+
+def test_the_servers_variate_moves_by_the_share_of_all_clients() -> None:
+    control = {"a": torch.tensor([1.0, 2.0])}
+    changes = [{"a": torch.tensor([4.0, 0.0])}, {"a": torch.tensor([0.0, -8.0])}]
+    torch.testing.assert_close(next_control(control, changes, 4)["a"], torch.tensor([2.0, 0.0]))
+    assert same(next_control(control, [], 4), control)
+
+
+def test_terms_add_up_and_none_is_none() -> None:
+    terms: list[Callable[[], torch.Tensor]] = [lambda: torch.tensor(2.0), lambda: torch.tensor(3.0)]
+    assert sum_of_terms([]) is None
+    assert sum_of_terms(terms[:1]) is terms[0]
+    both = sum_of_terms(terms)
+    assert both is not None
+    assert float(both()) == 5.0
+
+
+def test_variates_travel_under_names_of_their_own() -> None:
+    state = {"m.lora_A.weight": torch.ones(1), "head.bias": torch.zeros(2)}
+    others, control = split_control(state | control_names(state))
+    assert same(others, state)
+    assert same(control, state)
+
+
+# ---- FedProx in real training
+
+
+@pytest.mark.parametrize("method", ["fedavg", "ffa", "fed_sb", "fedsa"])
+def test_a_strong_proximal_term_keeps_clients_near_the_start(method: str, base: Experiment) -> None:
+    settings = {"local_steps": 8, "optimizer": "sgd", "learning_rate": 0.01}
+    held = with_method(base, method).wire_state()
+    ends = []
+    for mu in (0.0, 50.0):
+        experiment = with_method(base, method, proximal_mu=mu, **settings)
+        result = train_locally(experiment, Assignment(0, 1), held)
+        shared = experiment.aggregator.uplink(held, 1)
+        ends.append({n: result.state[n] for n in shared})
+    start = {n: held[n] for n in ends[0]}
+    assert 0 < distance(ends[1], start) < 0.9 * distance(ends[0], start)
+
+
+def test_the_proximal_term_leaves_private_parts_alone(base: Experiment) -> None:
+    """The second step is the first to feel the term; B of fedsa still sees the A of the first."""
+    held = with_method(base, "fedsa").wire_state()
+    settings = {"local_steps": 2, "optimizer": "sgd", "learning_rate": 0.01}
+    plain, pulled = (
+        train_locally(with_method(base, "fedsa", proximal_mu=mu, **settings), Assignment(0, 1), held).state
+        for mu in (0.0, 1.0)
+    )
+    private = base.aggregator.private(held) or with_method(base, "fedsa").aggregator.private(held)
+    assert same({n: plain[n] for n in private}, {n: pulled[n] for n in private})
+
+
+# ---- SCAFFOLD in real rounds
+
+
+def scaffold(experiment: Experiment, method: str = "fedavg", **changes: Any) -> Experiment:
+    return with_method(experiment, method, scaffold=True, **changes)
+
+
+def test_equal_variates_correct_nothing(base: Experiment) -> None:
+    held = base.wire_state()
+    variate = {n: torch.full_like(t, 0.01) for n, t in held.items()}
+    assignment = Assignment(0, 1, variates=ControlVariates(variate, variate))
+    plain = train_locally(base, Assignment(0, 1), held)
+    corrected = train_locally(scaffold(base), assignment, held)
+    assert distance(corrected.state, plain.state) < 1e-6
+    assert corrected.own_variate is not None
+    assert corrected.train_loss == pytest.approx(plain.train_loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("uplink", ["fp32", "int8"])
+def test_the_servers_variate_stays_the_mean_of_all_clients(uplink: str, base: Experiment) -> None:
+    """Also when the codec loses something: a client keeps what the server decoded."""
+    communication = base.config.communication.model_copy(update={"uplink": uplink})
+    experiment = scaffold(
+        replace(base, config=base.config.model_copy(update={"communication": communication}))
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        fed = RealFederation(experiment, patch)
+        for server_round, cohort in enumerate(((0, 1), (1, 2)), start=1):
+            fed.play(server_round, cohort)
+            assert not fed.strategy.record.failed
+        _, control = split_control(fed.strategy.server_state.memory)
+        own = [recall(fed.grid.context(i), VARIATE) for i in range(3)]
+    assert any(value.any() for value in control.values())
+    for name, value in control.items():
+        mean = sum(variate[name] for variate in own) / fed.experiment.num_clients
+        torch.testing.assert_close(value, mean, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "share"), [("fedavg", 1.0), ("ffa", 0.0), ("fedsa", 0.0)])
+def test_variates_double_the_uplink_and_are_counted(method: str, share: float, base: Experiment) -> None:
+    payloads = []
+    for experiment in (with_method(base, method), scaffold(base, method)):
+        with pytest.MonkeyPatch.context() as patch:
+            fed = RealFederation(experiment, patch)
+            fed.play(1, (0, 1))
+            rows = {(r.client_id, r.direction): r.payload_bytes for r in fed.ledger.rows}
+        payloads.append((rows[0, "uplink"], rows[0, "downlink"]))
+    (plain_up, plain_down), (up, down) = payloads
+    assert up == 2 * plain_up
+    assert down == plain_down + plain_up
+    assert share in (0.0, 1.0)
+
+
+def test_scaffold_repeats_bitwise_in_another_client_order(base: Experiment) -> None:
+    states = []
+    for order in (None, lambda messages: list(reversed(messages))):
+        with pytest.MonkeyPatch.context() as patch:
+            fed = RealFederation(scaffold(base), patch, order)
+            for server_round, cohort in enumerate(((0, 1, 2), (1, 2, 3)), start=1):
+                fed.play(server_round, cohort)
+            states.append(fed.strategy.server_state)
+    assert same(states[0].state, states[1].state)
+    assert same(states[0].memory, states[1].memory)
