@@ -35,7 +35,7 @@ class ModelSection(Section):
     num_classes: int | None = Field(None, ge=2)
     """Checked against the data when given; taken from the data otherwise."""
     fine_tuning: str | None = None
-    """What trains and travels when ``type`` is ``clip``: full (the default), head_only, text_and_projection or
+    """What trains and travels when ``type`` is ``clip``: full (the default), head_only, vision_and_projection or
     another key of ``models.finetuning.STRATEGIES``; ``clip_lora`` trains adapters."""
     pretrained: bool = True
     """False: the same architecture with random weights, a control for what pre-training is worth."""
@@ -220,6 +220,7 @@ class EngineSection(Section):
     @classmethod
     def _yaml_reads_off_as_false(cls, value: Any) -> Any:
         return "off" if value is False else value
+
     workers: int = Field(1, ge=1)
     """Processes that share a round's clients (Linux); more than one needs ``threads: 1``."""
 

@@ -27,9 +27,9 @@ from federated.detailed_metrics import (
     predict_classes,
 )
 from federated.experiment import Experiment, build_experiment
+from federated.global_model import load_global_state
 from federated.plot_style import save_png
 from federated.run_folder import write_json, write_text
-from federated.global_model import load_global_state
 from federated.simulation import limited_threads
 from lora.checkpoint import FULL_FILE
 from lora.loading import load_full_checkpoint, load_lora_adapters
