@@ -35,8 +35,8 @@ class ModelSection(Section):
     num_classes: int | None = Field(None, ge=2)
     """Checked against the data when given; taken from the data otherwise."""
     fine_tuning: str | None = None
-    """What trains and travels when ``type`` is ``clip``: full (the default), head_only, vision_and_projection or
-    another key of ``models.finetuning.STRATEGIES``; ``clip_lora`` trains adapters."""
+    """What trains and travels when ``type`` is ``clip``: full (the default), head_only or another key of
+    ``models.finetuning.STRATEGIES``; ``clip_lora`` trains adapters."""
     pretrained: bool = True
     """False: the same architecture with random weights, a control for what pre-training is worth."""
     device: str = "cpu"
