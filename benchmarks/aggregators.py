@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from benchmarks.study import (
     Variant,
     machine_line,
     mean_and_spread,
+    paired_differences,
     run_study,
     table,
     values_of,
@@ -69,6 +71,7 @@ VARIANTS = (
     Variant("fedex, rank_cap 8", ("aggregation={name: fedex, options: {rank_cap: 8}}",)),
 )
 NAMES = tuple(variant.name for variant in VARIANTS)
+BASELINE = "fedavg"
 
 
 def report(study: dict[str, Any]) -> str:
@@ -80,8 +83,8 @@ def report(study: dict[str, Any]) -> str:
             continue
         zero_shot = [row["zero_shot"] for row in study["outcomes"] if row["setting"] == setting.name]
         parts.append(
-            f"## {setting.name}\n\nThe pre-trained model (zero-shot, 0 bytes): "
-            f"{100 * zero_shot[0]:.1f} % on the first seed's test rows.\n"
+            f"### {setting.name}\n\nThe pre-trained model (zero-shot, 0 bytes): "
+            f"{100 * statistics.fmean(zero_shot):.1f} %.\n"
         )
         parts.append(_table(study, setting.name) + "\n")
     return "\n".join(parts)
@@ -100,12 +103,16 @@ def _table(study: dict[str, Any], setting: str) -> str:
         values = values_of(study, setting, variant, "aggregation_error")
         return f"{sum(values) / len(values):.1e}" if values else "–"
 
+    def difference(variant: str) -> str:
+        return mean_and_spread(paired_differences(study, setting, variant, BASELINE))
+
     return table(
         study,
         setting,
         NAMES,
         (
             ("global accuracy, %", cell("accuracy", 100)),
+            ("minus fedavg, paired", difference),
             ("clients' own, %", cell("clients_accuracy", 100)),
             ("MB up", mean_of("uplink_mb", 3)),
             ("MB down", mean_of("downlink_mb", 3)),
@@ -116,32 +123,29 @@ def _table(study: dict[str, Any], setting: str) -> str:
 
 
 def plot(study: dict[str, Any], path: Path) -> None:
-    """Draw accuracy against total payload, one panel a setting."""
+    """Draw the paired difference in global accuracy against total payload, one panel a setting."""
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
     settings = [s.name for s in SETTINGS if any(row["setting"] == s.name for row in study["outcomes"])]
-    figure, panels = plt.subplots(1, len(settings), figsize=(4.3 * len(settings), 3.6), squeeze=False)
+    figure, panels = plt.subplots(1, len(settings), figsize=(4.0 * len(settings), 3.6), squeeze=False)
+    names = [name for name in NAMES if name not in ("fedavg", "fedsa")]  # fedsa has no global model
     for panel, setting in zip(panels[0], settings, strict=True):
-        for index, name in enumerate(NAMES):
-            figure_name = "clients_accuracy" if name == "fedsa" else "accuracy"
-            values = [100 * v for v in values_of(study, setting, name, figure_name)]
-            if not values:
-                continue
-            traffic = [
-                sum(values_of(study, setting, name, f)[0] for f in ("uplink_mb", "downlink_mb")),
-            ]
-            mean = sum(values) / len(values)
-            spread = (sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)) ** 0.5
-            marker = "os^Dv"[index % 5]
-            label = f"{name} (clients' own)" if name == "fedsa" else name
-            panel.errorbar(traffic, [mean], yerr=[spread], fmt=marker, ms=5, lw=0.8, capsize=2, label=label,
-                           color=plt.get_cmap("tab20")(index))  # fmt: skip
-        zero_shot = [100 * row["zero_shot"] for row in study["outcomes"] if row["setting"] == setting]
-        panel.axhline(sum(zero_shot) / len(zero_shot), color="grey", lw=0.8, ls=":", label="zero-shot")
+        panel.axhline(0.0, color="grey", lw=0.8, ls=":")
+        for index, name in enumerate(names):
+            points = paired_differences(study, setting, name, BASELINE)
+            if points:
+                payload = sum(values_of(study, setting, name, f)[0] for f in ("uplink_mb", "downlink_mb"))
+                panel.errorbar(
+                    [payload], [statistics.fmean(points)], fmt="os^Dv"[index % 5], ms=5, lw=0.8, capsize=2,
+                    yerr=[statistics.stdev(points) if len(points) > 1 else 0.0], label=name, alpha=0.85,
+                    color=plt.get_cmap("tab20")(2 * index % 20 + (index >= 10)),
+                )  # fmt: skip
         panel.set(xscale="log", xlabel="payload of all rounds, up and down, MB", title=setting)
+        panel.set_xticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
+        panel.minorticks_off()
         panel.grid(visible=True, which="major", lw=0.3)
-    panels[0][0].set_ylabel("accuracy, %")
+    panels[0][0].set_ylabel("global accuracy minus fedavg,\nsame seed, points")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=8, frameon=False)
+    figure.legend(handles, labels, loc="lower center", ncol=6, frameon=False)
     figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -27,6 +27,7 @@ from benchmarks.study import (
     Variant,
     machine_line,
     mean_and_spread,
+    paired_differences,
     run_study,
     table,
     values_of,
@@ -67,15 +68,9 @@ def update_error(name: str, *, seed: int = 0) -> float:
     return (lost / sum(float(t.square().sum()) for t in state.values())) ** 0.5
 
 
-def differences(study: dict[str, Any], name: str) -> list[float]:
-    """Return accuracy minus that of fp32 with the same seed, in points, for the seeds that both have."""
-    found = {
-        (row["variant"], row["seed"]): row["accuracy"]
-        for row in study["outcomes"]
-        if row["variant"] in (name, "fp32")
-    }
-    seeds = sorted(seed for variant, seed in found if variant == name and ("fp32", seed) in found)
-    return [100 * (found[name, seed] - found["fp32", seed]) for seed in seeds]
+def differences(study: dict[str, Any], name: str, setting: str = SETTING.name) -> list[float]:
+    """Return accuracy minus that of fp32 with the same seed, in points."""
+    return paired_differences(study, setting, name, "fp32")
 
 
 def report(study: dict[str, Any]) -> str:

@@ -195,6 +195,17 @@ def values_of(study: dict[str, Any], setting: str, variant: str, figure: str) ->
     return [row[figure] for row in rows if row[figure] is not None]
 
 
+def paired_differences(study: dict[str, Any], setting: str, variant: str, baseline: str) -> list[float]:
+    """Return accuracy minus the baseline's with the same seed, in points, for the seeds that both have."""
+    found = {
+        (row["variant"], row["seed"]): row["accuracy"]
+        for row in study["outcomes"]
+        if row["setting"] == setting and row["accuracy"] is not None
+    }
+    seeds = sorted(seed for name, seed in found if name == variant and (baseline, seed) in found)
+    return [100 * (found[variant, seed] - found[baseline, seed]) for seed in seeds]
+
+
 def mean_and_spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
     """Return mean ± sample standard deviation as text; a dash for no values."""
     if not values:
