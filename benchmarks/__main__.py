@@ -1,4 +1,4 @@
-"""Every benchmark in turn: ``python -m benchmarks`` (``make bench``). Hours on two cores; each runs alone too."""
+"""Every benchmark in turn: ``python -m benchmarks`` (``make bench``); takes hours on two cores."""
 
 from __future__ import annotations
 
