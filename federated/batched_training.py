@@ -24,7 +24,6 @@ from federated.batched_losses import GroupBatch, gather, group_losses
 from lora.adapters import unwrap
 from lora.batched import Stacks, build_stacks, by_client, clip_gradients
 from models.errors import UserError
-from models.lean_blocks import lean_blocks
 from models.prompts import class_prompts
 from models.state import State
 from models.training import (
@@ -95,7 +94,7 @@ class JointTrainer:
         optimizer = self._optimizer_for(stacks, names, trained)
         streams = [iter(stream) for stream in batches]
         losses = []
-        with stacks.installed(), lean_blocks(self._model.clip, self._model.towers):
+        with stacks.installed(), self._model.lean():
             for step in range(max(num_steps)):
                 counts = zip(streams, num_steps, strict=True)
                 batch = gather([next(s) if step < n else None for s, n in counts], self._model.device)

@@ -31,6 +31,7 @@ from lora.adapters import (
 from lora.attention import FusedAttentionLoRA
 from lora.biases import is_bias, train_biases
 from lora.config import LoRAConfig
+from lora.linear import LinearLoRA
 from lora.targets import TowerPlan, plan_towers
 from models.errors import UserError
 
@@ -149,7 +150,7 @@ def inject_peft(model: Any, peft_config: LoraConfig, adapter_name: str) -> None:
     """
     before = [(p, p.requires_grad) for p in model.parameters()]
     peft_configs = model.__dict__.pop("peft_config", {})  # PEFT would warn about a second adapter
-    peft_config._register_custom_module({nn.MultiheadAttention: FusedAttentionLoRA})
+    peft_config._register_custom_module({nn.MultiheadAttention: FusedAttentionLoRA, nn.Linear: LinearLoRA})
     on_meta = any(p.is_meta for p in model.parameters())
     with torch.random.fork_rng(devices=[]):
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import cast
 
@@ -25,6 +26,7 @@ from models.features import check_given, image_features, text_features
 from models.finetuning import STRATEGIES, check_choice, check_strategy, trains
 from models.frozen import dropout_modules, moving_parts
 from models.head import class_head
+from models.lean_blocks import lean, lean_modules
 from models.loading import TokenizerMissingError, Tokens, load_clip
 from models.partial_towers import count_blocks
 from models.prompts import (
@@ -108,6 +110,7 @@ class FederatedCLIPModel(nn.Module):
         self.image_size, self.embedding_dim = loaded.image_size, loaded.embedding_dim
         self.model_name, self.pretrained, self.seed = model_name, pretrained, seed
         self._encode_image, self._encode_text = loaded.encode_image, loaded.encode_text
+        self._lean_modules = lean_modules(self.clip, self.towers)
         self.task, self.strategy, self.train_head = TASKS[task], strategy, train_head
         self.num_classes = num_classes
         self.class_names = tuple(class_names) if class_names is not None else None
@@ -155,6 +158,7 @@ class FederatedCLIPModel(nn.Module):
         """
         self._class_cache = None
         self._trainer = None
+        self._lean_modules = lean_modules(self.clip, self.towers)
         self._named = tuple(self.named_parameters())
         self._switched = dropout_modules(self, self._base_modules)
         self._inspect()
@@ -262,7 +266,8 @@ class FederatedCLIPModel(nn.Module):
         self._check_trainable_on(batch)
         self._set_training_mode(training=True)
         try:
-            loss = self._trainer.step(partial(self.task.loss, self), batch)
+            with self.lean():
+                loss = self._trainer.step(partial(self.task.loss, self), batch)
         finally:
             self._set_training_mode(training=False)
         if self.logit_scale.requires_grad:
@@ -293,6 +298,10 @@ class FederatedCLIPModel(nn.Module):
         """Share of images whose nearest class-prompt embedding is their class's."""
         metrics = TASKS["zero_shot"].evaluate(self, (self._batch(batch, None) for batch in batches))
         return metrics["accuracy"]
+
+    def lean(self) -> AbstractContextManager[None]:
+        """Inside, nothing is computed that features and gradients do not need (``models.lean_blocks``)."""
+        return lean(self._lean_modules)
 
     def _batch(self, data: Tensor | Batch, labels: Tensor | None) -> Batch:
         batch = {"pixel_values": data} if isinstance(data, Tensor) else dict(data)
@@ -331,7 +340,8 @@ class FederatedCLIPModel(nn.Module):
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Project images: (B, 3, H, W) -> (B, D) float32, not normalised."""
         pixel_values = pixel_values.to(self.device, self.logit_scale.dtype)
-        return self._encode_image(self.clip, pixel_values).float()
+        with self._lean_without_gradients():
+            return self._encode_image(self.clip, pixel_values).float()
 
     def encode_text(self, texts: Sequence[str] | Tokens) -> Tensor:
         """Project texts or tokens: N of them -> (N, D) float32, not normalised."""
@@ -339,7 +349,12 @@ class FederatedCLIPModel(nn.Module):
         tokens = {key: value.to(self.device) for key, value in tokens.items()}
         if not self.trims_prompts:
             tokens = pad_tokens(tokens, self.clip)
-        return self._encode_text(self.clip, tokens).float()
+        with self._lean_without_gradients():
+            return self._encode_text(self.clip, tokens).float()
+
+    def _lean_without_gradients(self) -> AbstractContextManager[None]:
+        """Leave a forward with gradients as it is: checkpointed blocks run again in a backward outside."""
+        return nullcontext() if torch.is_grad_enabled() else self.lean()
 
     def image_features(self, batch: Batch) -> Tensor:
         """Projected image features of a batch (B, D): the given ones, else computed."""

@@ -1,7 +1,8 @@
 """The same towers with less work in a training step: nothing that the result does not need.
 
-Used inside local steps (``federated.batched_training``). Both savings are exact, forward and backward; sums
-are formed in another order, so results agree to rounding. For Hugging Face's towers; others run as ever.
+In force while a ``FederatedCLIPModel`` trains or evaluates; outside, the CLIP is as it was loaded. Both
+savings are exact, forward and backward; sums are formed in another order, so results agree to rounding. For
+Hugging Face's towers; others run as ever.
 
 - CLIP's vision tower pools the first token of its last block (Radford et al. 2021; Dosovitskiy et al. 2021,
   ViT, for the class token) and leaves the others unread. There they are needed as keys and values, but not
@@ -14,7 +15,7 @@ are formed in another order, so results agree to rounding. For Hugging Face's to
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,22 +31,26 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 _SLOPE = 1.702
 
 
+def lean_modules(clip: nn.Module, towers: Towers) -> tuple[nn.Module, ...]:
+    """Return the modules of a CLIP that have a leaner way: activations, and the vision tower's last block."""
+    if towers.backend != "huggingface":
+        return ()
+    activations = [module for module in clip.modules() if isinstance(module, QuickGELUActivation)]
+    vision = tower_module(clip, towers, "vision")
+    last = [] if vision is None or not _is_known(vision.encoder.layers[-1]) else [vision.encoder.layers[-1]]
+    return tuple(dict.fromkeys([*activations, *last]))
+
+
 @contextlib.contextmanager
-def lean_blocks(clip: nn.Module, towers: Towers) -> Iterator[None]:
-    """Inside, both savings are in force. The vision tower's last block gives (B, 1, width).
+def lean(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, both savings are in force; the last vision block gives (B, 1, width). May be nested.
 
     Args:
-        clip: The CLIP; left as it was.
-        towers: Where its towers are.
+        modules: What ``lean_modules`` returned; left as they were.
     """
-    replaced: dict[Any, Callable[..., Tensor]] = {}
-    if towers.backend == "huggingface":
-        replaced = {m: quick_gelu for m in clip.modules() if isinstance(m, QuickGELUActivation)}
-    vision = tower_module(clip, towers, "vision")
-    if vision is not None and _is_known(vision.encoder.layers[-1]):
-        replaced[vision.encoder.layers[-1]] = _first_token_of(vision.encoder.layers[-1])
-    for module, forward in replaced.items():
-        module.forward = forward
+    replaced: list[Any] = [module for module in modules if "forward" not in vars(module)]
+    for module in replaced:
+        module.forward = quick_gelu if isinstance(module, QuickGELUActivation) else _first_token_of(module)
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
-from models.lean_blocks import lean_blocks, quick_gelu
+from models.lean_blocks import quick_gelu
 from models.state import State
 from models.training import Batch, TrainingSettings
 
@@ -167,7 +167,7 @@ def test_lean_blocks_change_neither_features_nor_gradients(small_clip_folder: Pa
     for lean in (False, True):
         inner = model.federated_model
         if lean:
-            with lean_blocks(inner.clip, inner.towers):
+            with inner.lean():
                 features = inner.encode_image(pixels)
         else:
             features = inner.encode_image(pixels)
