@@ -29,7 +29,7 @@ from federated.messages import (
     read_state,
     write_state,
 )
-from federated.payload import CONFIG, METRICS
+from federated.payload import CONFIG, METRICS, MetaValue, layout_of
 from federated.seeding import generator
 from models.state import State
 
@@ -65,9 +65,9 @@ def train(message: Message, context: Context) -> Message:
         TRAIN_LOSS: result.train_loss,
         RANK: result.next_rank or 0,
     }
-    content, sent = encode(experiment, delta, context, assignment)
+    content = encode(experiment, delta, context, assignment)
     if variates is not None:  # what the server decodes, so that c stays the mean of all c_k
-        _, change = split_control(sent)
+        _, change = split_control(_as_decoded(experiment, content, delta))
         keep(context, VARIATE, {name: variates.own[name] + value for name, value in change.items()})
     content[METRICS] = MetricRecord(metrics)
     return Message(content, reply_to=message)
@@ -115,22 +115,25 @@ def take_in(
     return held, server_variate
 
 
-def encode(
-    experiment: Experiment, delta: State, context: Context, assignment: Assignment
-) -> tuple[RecordDict, State]:
-    """Encode an update; with error feedback, what the codec loses now is added to the next update.
-
-    Returns:
-        The records, and the update as the server will decode it.
-    """
+def encode(experiment: Experiment, delta: State, context: Context, assignment: Assignment) -> RecordDict:
+    """Encode an update; with error feedback, what the codec loses now is added to the next update."""
     codec = codec_from_name(experiment.config.communication.uplink)
     rng = generator(experiment.config.seed, "codec", assignment.server_round, assignment.client_id)
-    memory = recall(context, CODEC_MEMORY) if codec.error_feedback else {}
+    meta: dict[str, MetaValue] = {SERVER_ROUND: assignment.server_round}
+    if not codec.error_feedback:
+        return write_state(delta, codec, rng, meta)
+    memory = recall(context, CODEC_MEMORY)
     owed = {name: value + memory.get(name, 0.0) for name, value in delta.items()}
-    content, sent = write_state(owed, codec, rng, {SERVER_ROUND: assignment.server_round})
-    if codec.error_feedback:
-        keep(context, CODEC_MEMORY, memory | {name: value - sent[name] for name, value in owed.items()})
-    return content, sent
+    content = write_state(owed, codec, rng, meta)
+    sent = _as_decoded(experiment, content, owed)
+    keep(context, CODEC_MEMORY, memory | {name: value - sent[name] for name, value in owed.items()})
+    return content
+
+
+def _as_decoded(experiment: Experiment, content: RecordDict, state: State) -> State:
+    """Return a state as the server will decode it."""
+    codec = codec_from_name(experiment.config.communication.uplink)
+    return read_state(content, codec, layout_of(state))
 
 
 def keep(context: Context, key: str, state: State) -> None:

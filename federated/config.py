@@ -183,6 +183,8 @@ class EvaluationSection(Section):
     batch_size: int = Field(250, ge=1)
     max_samples: int | None = Field(None, ge=1)
     """The server evaluates on this many of its test rows, drawn once by the seed; on all when not given."""
+    aggregation_error_every: int = Field(1, ge=0)
+    """Rounds between measurements of the aggregation error, which cost server time; 0: never."""
 
 
 class CacheSection(Section):

@@ -1,4 +1,4 @@
-"""Linear algebra on sums of low-rank products, without ever forming a (d_out, d_in) matrix.
+"""Linear algebra on sums of low-rank products, without forming (d_out, d_in) matrices.
 
 Where it stands in a round: under ``federated.aggregators``. An adapter's weight update s * B @ A, a weighted
 sum of many of them, and the difference between two such sums are all ``left @ right`` with few columns in
@@ -141,15 +141,24 @@ def frobenius_norm(matrix: LowRank) -> float:
 def product_norm(matrix: LowRank) -> float:
     """Return the Frobenius norm of a single product by Gram matrices: sqrt(tr((L^T L)(R R^T))).
 
-    For norms of one adapter (HetLoRA's weights, clipping checks), not for differences.
+    For the size of something (HetLoRA's weights, what an error is relative to), not for differences.
     """
     left, right = matrix.left.double(), matrix.right.double()
     return float(((left.T @ left) * (right @ right.T)).sum().clamp_min(0.0).sqrt())
 
 
+def distance_and_size(approximation: LowRank, ideal: LowRank) -> tuple[float, float]:
+    """Return ||approximation - ideal||_F and ||ideal||_F, the distance accurate also where it is small."""
+    if ideal.num_columns >= min(ideal.shape):  # the product is no larger than its factors
+        dense = ideal.left.double() @ ideal.right.double()
+        gap = dense - approximation.left.double() @ approximation.right.double()
+        return float(torch.linalg.matrix_norm(gap)), float(torch.linalg.matrix_norm(dense))
+    return frobenius_norm(difference(approximation, ideal)), product_norm(ideal)
+
+
 def relative_error(approximation: LowRank, ideal: LowRank) -> float:
     """Return ||approximation - ideal||_F / ||ideal||_F; 0 when both are zero, infinite when only ideal is."""
-    distance, size = frobenius_norm(difference(approximation, ideal)), frobenius_norm(ideal)
+    distance, size = distance_and_size(approximation, ideal)
     if size == 0.0:
         return 0.0 if distance == 0.0 else float("inf")
     return distance / size

@@ -41,7 +41,7 @@ def write_state(
     meta: Mapping[str, MetaValue],
     *,
     send_layout: bool = False,
-) -> tuple[RecordDict, State]:
+) -> RecordDict:
     """Encode a state into the content of a message.
 
     Args:
@@ -52,14 +52,16 @@ def write_state(
         send_layout: Whether names and shapes travel; without them the receiver must know the layout.
 
     Returns:
-        The records, and the state as the receiver will decode it.
+        The records; what the receiver will make of them is ``read_state``'s.
     """
     layout = layout_of(state)
-    buffer = codec.encode(state, rng)
-    content = pack(
-        buffer, layout, codec.name, meta={**meta, NUM_VALUES: num_values(layout)}, send_layout=send_layout
+    return pack(
+        codec.encode(state, rng),
+        layout,
+        codec.name,
+        meta={**meta, NUM_VALUES: num_values(layout)},
+        send_layout=send_layout,
     )
-    return content, codec.decode(buffer, layout)
 
 
 def read_state(content: RecordDict, codec: Codec, layout: Layout, *, any_layout: bool = False) -> State:

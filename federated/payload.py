@@ -29,7 +29,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, SType
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 
 from models.errors import UserError
 from models.state import State
@@ -322,13 +322,18 @@ def wire_bytes(content: RecordDict | Message) -> int:
     """
     record = _content_of(content)
     if record is None:
-        return sum(len(item.deflate()) for item in get_all_nested_objects(content).values())
+        return _serialised_bytes(content)
     hollow, data_bytes = _without_data(record)
     tree: RecordDict | Message = hollow
     if isinstance(content, Message):
         tree = copy.copy(content)
         tree.content = hollow
-    return data_bytes + sum(len(item.deflate()) for item in get_all_nested_objects(tree).values())
+    return data_bytes + _serialised_bytes(tree)
+
+
+def _serialised_bytes(tree: RecordDict | Message) -> int:
+    with no_object_id_recompute():  # else each object's name is hashed again by all that contain it
+        return sum(len(item.deflate()) for item in get_all_nested_objects(tree).values())
 
 
 def _without_data(content: RecordDict) -> tuple[RecordDict, int]:

@@ -129,6 +129,7 @@ def build_strategy(
         downlink=config.communication.downlink,
         ranks=Ranks(experiment.rank_of, experiment.scaling_at) if experiment.mixed_ranks else Ranks(),
         scaffold=config.client.scaffold,
+        error_every=config.evaluation.aggregation_error_every,
         evaluates=lambda server_round: evaluating_clients(experiment, server_round),
         on_broadcast=before_broadcast,
     )

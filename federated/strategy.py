@@ -68,6 +68,7 @@ class LoRAStrategy(FedAvg):
         downlink: Name of the codec of what the server sends.
         ranks: The clients' ranks where they differ.
         scaffold: Whether control variates travel beside the updates.
+        error_every: Rounds between measurements of the aggregation error; 0: never.
         evaluates: Which clients evaluate after a round; none by default.
         on_broadcast: Told ``(server_round, number of clients, message type)`` before messages go out.
     """
@@ -84,6 +85,7 @@ class LoRAStrategy(FedAvg):
         downlink: str = "fp32",
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
         scaffold: bool = False,
+        error_every: int = 1,
         evaluates: Callable[[int], list[int]] = lambda server_round: [],
         on_broadcast: Callable[[int, int, str], None] = lambda server_round, num_clients, phase: None,
     ) -> None:
@@ -102,6 +104,7 @@ class LoRAStrategy(FedAvg):
         self._full_layout = layout_of(server_state.state)
         self._ranks = ranks
         self._scaffold = scaffold
+        self._error_every = error_every
         self._evaluates = evaluates
         self._on_broadcast = on_broadcast
         self._addressed: set[int] = set()
@@ -148,9 +151,10 @@ class LoRAStrategy(FedAvg):
         weights = [update.num_examples for update in accepted]
         losses = [answer.train_loss for answer in answers]
         self.record.metrics["train_loss"] = float(np.average(losses, weights=weights))
-        error = aggregation_error(self.aggregator, before, self.server_state, accepted)
-        if error is not None and math.isfinite(error):
-            self.record.metrics["aggregation_error"] = error
+        if self._error_every and self.record.server_round % self._error_every == 0:
+            error = aggregation_error(self.aggregator, before, self.server_state, accepted)
+            if error is not None and math.isfinite(error):
+                self.record.metrics["aggregation_error"] = error
         if self._scaffold:
             _, control = split_control(before.memory)
             changes = [answer.variate_change for answer in answers]
@@ -191,9 +195,7 @@ class LoRAStrategy(FedAvg):
 
     def packed_state(self) -> ArrayRecord:
         """Return the global state as Flower passes it along: one flat fp32 array."""
-        content, _ = write_state(
-            self.server_state.state, codec_from_name("fp32"), np.random.default_rng(0), {}
-        )
+        content = write_state(self.server_state.state, codec_from_name("fp32"), np.random.default_rng(0), {})
         return content.array_records[ARRAYS]
 
     # ---- both directions
@@ -219,14 +221,13 @@ class LoRAStrategy(FedAvg):
         if self._scaffold and message_type == MessageType.TRAIN:
             state |= control_names(split_control(self.server_state.memory)[1])
         rng = generator(self._seed, "codec", server_round)
-        content, _ = write_state(
+        return write_state(
             state,
             self._downlink,
             rng,
             {SERVER_ROUND: server_round, RANK: profile.rank or 0, **meta},
             send_layout=layout_of(state) != self._full_layout,
         )
-        return content
 
     def _profile(self, client_id: int) -> ClientProfile:
         rank = self.current_ranks.get(client_id, self._ranks.of(client_id))

@@ -1,18 +1,18 @@
 """How far the clients' next model is from the average of the models that they trained.
 
-Where it stands in a round: after ``apply``, as a metric. Everything is a sum of low-rank products, so the
-error is computed without forming one (d_out, d_in) matrix.
+Where it stands in a round: after ``apply``, as a metric. Everything is a sum of low-rank products, and their
+norms are taken from the factors (``federated.lowrank``): no client's own (d_out, d_in) matrix is formed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from federated.aggregators.averaging import in_client_order, weights_of
 from federated.aggregators.downlinks import profile_of
 from federated.aggregators.protocol import Aggregator, ServerState, Update
-from federated.lowrank import LowRank, difference, frobenius_norm, scaled, stack
+from federated.lowrank import LowRank, distance_and_size, scaled, stack
 from lora.adapters import FactorPair, factor_pairs
 from models.state import State
 
@@ -38,32 +38,40 @@ def aggregation_error(
     pairs = factor_pairs(before.state)
     if not pairs or not aggregator.has_global_model:
         return None
+    terms = _terms_of_the_ideal(aggregator, before, updates)
     squared_distance = squared_size = 0.0
     for pair in pairs:
-        ideal = ideal_change(aggregator, before, updates, pair)
+        ideal = stack([scaled(_product(state, pair), by(pair)) for state, by in terms if pair.a in state])
         held = held_change(aggregator, before, after, pair)
-        squared_distance += frobenius_norm(difference(held, ideal)) ** 2
-        squared_size += frobenius_norm(ideal) ** 2
+        distance, size = distance_and_size(held, ideal)
+        squared_distance, squared_size = squared_distance + distance**2, squared_size + size**2
     if squared_size == 0.0:
         return 0.0 if squared_distance == 0.0 else math.inf
     return math.sqrt(squared_distance / squared_size)
 
 
-def ideal_change(
-    aggregator: Aggregator, before: ServerState, updates: Sequence[Update], pair: FactorPair
-) -> LowRank:
-    """Return what one module of the global model should be after a round, without its base before it."""
+_Factor = Callable[[FactorPair], float]
+
+
+def _terms_of_the_ideal(
+    aggregator: Aggregator, before: ServerState, updates: Sequence[Update]
+) -> list[tuple[State, _Factor]]:
+    """Return states and what to multiply each of their products by; the sum is what should be held."""
     ordered = in_client_order(updates)
-    terms = []
+    terms: list[tuple[State, _Factor]] = []
     for update, weight in zip(ordered, weights_of(ordered), strict=True):
         trained = aggregator.client.to_model({**before.state, **update.state})
-        terms.append(scaled(_product(trained, pair), weight * update.scaling[pair.module]))
+        terms.append((trained, _times(weight, update.scaling)))
         if aggregator.allows_mixed_ranks and update.rank is not None:
             started = aggregator.downlink(before, profile_of(update)).state
-            if pair.a in started:
-                terms.append(scaled(_product(started, pair), -weight * update.scaling[pair.module]))
-                terms.append(scaled(_product(before.state, pair), weight * before.scaling[pair.module]))
-    return stack(terms)
+            terms.append((started, _times(-weight, update.scaling)))
+            whole = {name: before.state[name] for name in started}
+            terms.append((whole, _times(weight, before.scaling)))
+    return terms
+
+
+def _times(weight: float, scaling: Mapping[str, float]) -> _Factor:
+    return lambda pair: weight * scaling[pair.module]
 
 
 def held_change(aggregator: Aggregator, before: ServerState, after: ServerState, pair: FactorPair) -> LowRank:
