@@ -111,6 +111,22 @@ def test_clients_recover_from_a_round_that_was_lost():
     assert not torch.equal(updates[0].state[B], fed.server.state[B])
 
 
+def test_large_values_whose_sum_overflows_are_still_finite():
+    fed = federation(fedavg(), dtype=torch.float32)
+    updates = round_of(fed)
+    large = changed(updates[1], **{B: torch.full_like(updates[1].state[B], 3e38)})
+    assert check_updates(fed.server, [large], fed.aggregator)[1] == []
+
+
+def test_the_first_of_several_faults_is_named():
+    fed = federation(fedavg())
+    (update, *_) = round_of(fed)
+    both = poisoned(float("nan"))(changed(update, **{a_name("tower.second"): torch.zeros(2, 2).double()}))
+    assert check_updates(fed.server, [both])[1] == [(0, f"{B} is not finite")]
+    both = changed(both, **{A: update.state[A][:1]})
+    assert check_updates(fed.server, [both])[1] == [(0, f"{A} has shape (1, 12) instead of (4, 12)")]
+
+
 def test_the_same_reply_twice_counts_once():
     fed = federation(fedavg())
     updates = round_of(fed)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from federated.aggregators import (
     Update,
+    averaging,
     dual,
     fed_sb,
     fedavg,
@@ -133,6 +134,31 @@ def test_flora_draws_a_new_kaiming_a_each_round_from_its_seed():
 
 
 # ---- averages
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_average_is_that_of_each_tensor_alone_bit_for_bit(dtype, monkeypatch):
+    """In client order, in float64, rounded once; however the tensors are laid end to end for it."""
+    shapes = {"a": (3, 5), "b": (0,), "c": (), "d": (7, 2), "e": (4,), "f": (2, 3)}
+    states = [
+        {n: normal(9 * k + i, *shape, dtype=dtype) for i, (n, shape) in enumerate(shapes.items())}
+        for k in range(4)
+    ]
+    for state in states:
+        state["d"] = state["d"].T.contiguous().T  # values in another order in memory
+    updates = [Update(k, n, state, {}) for k, (n, state) in enumerate(zip((3, 1, 7, 2), states, strict=True))]
+    for most in (1_000_000, 20, 1):
+        monkeypatch.setattr(averaging, "_MAX_GROUP_VALUES", most)
+        found = averaging.average(updates)
+        assert found.keys() == shapes.keys()
+        for name in shapes:
+            total = states[0][name].double() * (3 / 13)
+            for n, state in zip((1, 7, 2), states[1:], strict=True):
+                total = total + state[name].double() * (n / 13)
+            assert torch.equal(found[name], total.to(dtype))
+            assert found[name].is_contiguous()
+            assert found[name].untyped_storage().nbytes() == found[name].nbytes
+        assert averaging.average(updates, []) == {}
 
 
 def test_fedavg_averages_both_factors_apart():

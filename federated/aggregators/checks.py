@@ -6,6 +6,7 @@ reason and the rest goes on; when nothing is left, ``run_round`` keeps the serve
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -13,9 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from federated.aggregators.averaging import end_to_end, in_groups
 from federated.aggregators.factor_averaging import fedavg
 from federated.aggregators.protocol import Aggregator, ServerState, Update, skip_round
-from lora.adapters import factor_pairs
+from lora.adapters import FactorPair, factor_pairs
 from models.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -58,8 +60,7 @@ def check_updates(
         updates: In any order.
         aggregator: Says what should have travelled; None: everything, in the server's shapes.
     """
-    rule = fedavg() if aggregator is None else aggregator
-    expected = rule.uplink(server.state, server.server_round + 1)
+    expected = _Expectation(fedavg() if aggregator is None else aggregator, server)
     accepted: list[Update] = []
     refused: list[Refusal] = []
     in_order = sorted(updates, key=lambda update: update.client_id)
@@ -69,7 +70,7 @@ def check_updates(
             refused.append((client_id, f"sent {1 + len(copies)} different updates in one round"))
             continue
         refused += [(client_id, "sent its update again; it counts once")] * len(copies)
-        fault = _fault(rule, server, first, expected)
+        fault = _fault(expected, first)
         if fault is None:
             accepted.append(first)
         else:
@@ -88,7 +89,7 @@ def check_ranks(aggregator: Aggregator, server: ServerState, ranks: Mapping[int,
     Raises:
         UserError: A rank is not the server's and the rule cannot mix them, or is above the server's.
     """
-    highest = max((server.state[pair.a].shape[0] for pair in factor_pairs(server.state)), default=0)
+    highest = _highest_rank(server, factor_pairs(server.state))
     others = {client_id: rank for client_id, rank in sorted(ranks.items()) if rank != highest}
     if others and not aggregator.allows_mixed_ranks:
         raise UserError(
@@ -113,23 +114,50 @@ def _equal(first: Update, second: Update) -> bool:
     )
 
 
-def _fault(rule: Aggregator, server: ServerState, update: Update, expected: Sequence[str]) -> str | None:
+def _highest_rank(server: ServerState, pairs: Iterable[FactorPair]) -> int:
+    return max((server.state[pair.a].shape[0] for pair in pairs), default=0)
+
+
+class _Expectation:
+    """What the updates of one round should look like: all that is the same for every client, found once."""
+
+    def __init__(self, rule: Aggregator, server: ServerState) -> None:
+        self.rule = rule
+        self.server = server
+        self.names = frozenset(rule.uplink(server.state, server.server_round + 1))
+        self.pairs = factor_pairs(server.state)
+        self.highest_rank = _highest_rank(server, self.pairs)
+        self.groups = in_groups(server.state, sorted(self.names))
+        self.shapes = functools.cache(self._shapes)
+
+    def _shapes(self, client_rank: int | None) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each name at a client's rank."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.server.state.items()}
+        for pair in self.pairs:
+            (rank, d_in), (d_out, _) = shapes[pair.a], shapes[pair.b]
+            rank = rank if client_rank is None else min(rank, client_rank)
+            shapes[pair.a], shapes[pair.b] = (rank, d_in), (d_out, rank)
+        return shapes
+
+
+def _fault(expected: _Expectation, update: Update) -> str | None:
     """Return why an update cannot be used; None when it can."""
     if not 0 < update.num_examples < math.inf:
         return f"has {update.num_examples} training examples"
-    missing, unknown = sorted(set(expected) - set(update.state)), sorted(set(update.state) - set(expected))
-    if missing or unknown:
-        lacks, has = f"lacks {_shorten(missing)}", f"has unknown {_shorten(unknown)}"
-        return f"{lacks} and {has}" if missing and unknown else lacks if missing else has
-    return (
-        _rank_fault(rule, server, update)
-        or _scaling_fault(rule, server, update)
-        or _value_fault(server, update)
-    )
+    if update.state.keys() != expected.names:
+        return _name_fault(expected, update)
+    return _rank_fault(expected, update) or _scaling_fault(expected, update) or _value_fault(expected, update)
 
 
-def _rank_fault(rule: Aggregator, server: ServerState, update: Update) -> str | None:
-    highest = max((server.state[pair.a].shape[0] for pair in factor_pairs(server.state)), default=0)
+def _name_fault(expected: _Expectation, update: Update) -> str:
+    sent = update.state.keys()
+    missing, unknown = sorted(expected.names - sent), sorted(sent - expected.names)
+    lacks, has = f"lacks {_shorten(missing)}", f"has unknown {_shorten(unknown)}"
+    return f"{lacks} and {has}" if missing and unknown else lacks if missing else has
+
+
+def _rank_fault(expected: _Expectation, update: Update) -> str | None:
+    rule, highest = expected.rule, expected.highest_rank
     if update.rank is None or update.rank == highest:
         return None
     if not rule.allows_mixed_ranks:
@@ -137,32 +165,36 @@ def _rank_fault(rule: Aggregator, server: ServerState, update: Update) -> str | 
     return None if 1 <= update.rank < highest else f"has rank {update.rank}, outside 1 to {highest}"
 
 
-def _scaling_fault(rule: Aggregator, server: ServerState, update: Update) -> str | None:
-    for pair in factor_pairs(server.state):
-        own = update.scaling.get(pair.module)
+def _scaling_fault(expected: _Expectation, update: Update) -> str | None:
+    for pair in expected.pairs:
+        own, servers = update.scaling.get(pair.module), expected.server.scaling[pair.module]
         if own is None:
             return f"lacks the scaling of {pair.module}"
         if not math.isfinite(own) or own == 0:
             return f"has scaling {own} on {pair.module}"
-        if not rule.allows_mixed_ranks and not math.isclose(own, server.scaling[pair.module], rel_tol=1e-6):
-            return f"has scaling {own} on {pair.module}, the server {server.scaling[pair.module]}"
+        if not expected.rule.allows_mixed_ranks and not math.isclose(own, servers, rel_tol=1e-6):
+            return f"has scaling {own} on {pair.module}, the server {servers}"
     return None
 
 
-def _value_fault(server: ServerState, update: Update) -> str | None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in server.state.items()}
-    for pair in factor_pairs(server.state):
-        (rank, d_in), (d_out, _) = shapes[pair.a], shapes[pair.b]
-        rank = rank if update.rank is None else min(rank, update.rank)
-        shapes[pair.a], shapes[pair.b] = (rank, d_in), (d_out, rank)
+def _value_fault(expected: _Expectation, update: Update) -> str | None:
+    shapes, like = expected.shapes(update.rank), expected.server.state
+    fits = all(t.shape == shapes[name] and t.dtype == like[name].dtype for name, t in update.state.items())
+    if fits and all(_sum_is_finite(update, group) for group in expected.groups):
+        return None
     for name, tensor in update.state.items():
         if tuple(tensor.shape) != shapes[name]:
             return f"{name} has shape {tuple(tensor.shape)} instead of {shapes[name]}"
-        if tensor.dtype != server.state[name].dtype:
-            return f"{name} is {tensor.dtype} instead of {server.state[name].dtype}"
+        if tensor.dtype != like[name].dtype:
+            return f"{name} is {tensor.dtype} instead of {like[name].dtype}"
         if not bool(tensor.isfinite().all()):
             return f"{name} is not finite"
     return None
+
+
+def _sum_is_finite(update: Update, names: Sequence[str]) -> bool:
+    """Whether values have a finite sum, and so are finite; large ones may still add up to infinity."""
+    return math.isfinite(float(end_to_end(update.state, names).sum()))
 
 
 def _shorten(names: Sequence[str]) -> str:
