@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from aggregator_simulation import SHAPES, a_name, adapter, b_name, federation, normal, play_round, scaling_of
@@ -22,6 +23,8 @@ from federated.aggregators import (
 )
 from federated.aggregators.fed_sb import core_name
 from federated.aggregators.hetlora import tail_penalty
+from federated.codecs import codec_from_name
+from federated.payload import layout_of
 from lora.adapters import factor_pairs
 from models.errors import UserError
 
@@ -139,6 +142,23 @@ def test_fed_sb_goes_from_wire_to_model_and_back():
     for name in held:
         torch.testing.assert_close(back[name], held[name])
     assert rule.client.bases(held).keys() == {b_name(module) for module in SHAPES}
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
+def test_bases_that_a_lossy_downlink_has_rounded_move_no_core_without_training(codec):
+    """Q^T Q is then not quite I, and a core read back as Q^T B would shrink or grow in each round."""
+    rule, downlink = fed_sb(seed=2), codec_from_name(codec)
+    held = rule.init(adapter(trained=True, dtype=torch.float32), scaling_of(4)).state
+    held = downlink.decode(downlink.encode(held, np.random.default_rng(0)), layout_of(held))
+    model = rule.client.to_model(held)
+    back = rule.client.to_wire(model, held)
+    for name in held:
+        torch.testing.assert_close(back[name], held[name])
+    for name, basis in rule.client.bases(held).items():
+        layer = nn.Linear(*reversed(model[name].shape), bias=False)
+        layer.weight.data = model[name].clone()
+        register_parametrization(layer, "weight", InBasis(basis))
+        torch.testing.assert_close(layer.weight.detach(), model[name])
 
 
 def test_a_spectral_start_is_the_best_low_rank_part_of_the_estimate():

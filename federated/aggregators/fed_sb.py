@@ -6,8 +6,8 @@ A model only knows A and B. It holds A = P and B = Q R (``ClientRules.to_model``
 and adapter files need nothing new. B must move inside the span of Q: while it trains, the client puts
 ``InBasis(Q)`` on it with ``torch.nn.utils.parametrize.register_parametrization``, which makes R the parameter
 and B = Q R its image. Gradients, moments and weight decay are then those of R, exactly and for any optimizer;
-projecting B after each step would be exact for SGD alone. R comes back as Q^T B (``ClientRules.to_wire``), or
-from the parametrisation itself.
+projecting B after each step would be exact for SGD alone. R comes back as the coordinates of B in Q
+(``ClientRules.to_wire``), or from the parametrisation itself.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class InBasis(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the core of a weight inside the span, (r, r)."""
-        return self.get_buffer("basis").T @ weight
+        return coordinates(self.get_buffer("basis"), weight)
 
 
 def compose(held: State) -> State:
@@ -140,11 +140,21 @@ def compose(held: State) -> State:
 
 
 def decompose(trained: State, held: State) -> State:
-    """Return the wire state of trained values: R = Q^T B, the bases as they are held."""
+    """Return the wire state of trained values: R with Q R = B, the bases as they are held."""
     wire = {**held, **{name: trained[name] for name in head_names(trained)}}
     for pair in factor_pairs(held):
-        wire[core_name(pair)] = held[pair.b].T @ trained[pair.b]
+        wire[core_name(pair)] = coordinates(held[pair.b], trained[pair.b])
     return wire
+
+
+def coordinates(basis: Tensor, weight: Tensor) -> Tensor:
+    """Return the R that brings Q R nearest to a weight, (r, r): (Q^T Q)^-1 Q^T B.
+
+    Q^T B alone is that for orthonormal columns, which a lossy downlink codec has rounded: the core would then
+    move in each round without any training.
+    """
+    q = basis.double()
+    return torch.linalg.solve(q.T @ q, q.T @ weight.double()).to(weight.dtype)
 
 
 def bases_of(held: State) -> State:
