@@ -78,6 +78,11 @@ class Augmentation:
             raise UserError(f"deviation is {self.deviation}; every channel's must be above 0")
 
     @property
+    def changes_anything(self) -> bool:
+        """Whether images or captions are changed at all."""
+        return self.changes_images or bool(self.templates)
+
+    @property
     def changes_images(self) -> bool:
         """Whether images come out different; otherwise their features may be cached."""
         return (

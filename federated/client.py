@@ -31,7 +31,7 @@ from federated.messages import (
 )
 from federated.payload import CONFIG, METRICS, MetaValue, layout_of
 from federated.seeding import generator
-from models.state import State
+from models.state import State, difference
 
 HELD, VERSION, CODEC_MEMORY, VARIATE = "held", "version", "codec-memory", "variate"
 """Keys in ``Context.state``: the wire state a client holds, its version, what its codec still owes, and its
@@ -53,7 +53,7 @@ def train(message: Message, context: Context) -> Message:
         assignment = replace(assignment, variates=variates)
     result = train_locally(experiment, assignment, held)
     uplink = experiment.aggregator.uplink(held, assignment.server_round)
-    delta = {name: result.state[name] - held[name] for name in uplink}
+    delta = difference(result.state, held, uplink)
     if variates is not None and result.own_variate is not None:
         delta |= control_names({n: new - variates.own[n] for n, new in result.own_variate.items()})
     private = experiment.aggregator.private(held)
@@ -100,7 +100,7 @@ def take_in(
     What the downlink left out is what the client held before; what it brings for the base model is folded in.
     Private values are taken once: a server that never saw this client's answer may send them again.
     """
-    config = cast(Mapping[str, int], message.content.config_records[CONFIG])
+    config = cast(Mapping[str, int], message.content[CONFIG])
     codec = codec_from_name(experiment.config.communication.downlink)
     received = read_state(message.content, codec, experiment.downlink_layout, any_layout=True)
     values, server_variate = split_control(received)
@@ -156,7 +156,7 @@ def _version(context: Context) -> int:
 
 
 def _assignment(message: Message, context: Context) -> Assignment:
-    config = cast(Mapping[str, int], message.content.config_records[CONFIG])
+    config = cast(Mapping[str, int], message.content[CONFIG])
     return Assignment(_client_id(context), int(config[SERVER_ROUND]), int(config.get(RANK, 0)) or None)
 
 

@@ -174,13 +174,15 @@ class Experiment:
         self, client_id: int, num_steps: int, rng: np.random.Generator, *, server_round: int
     ) -> Iterator[Batch]:
         """Yield the batches of a client's local steps in a round, augmented where the configuration says."""
-        rows = self.shards[client_id].train
-        augment_rng = generator(self.config.seed, "augment", server_round, client_id)
         images, batch_size = self.train_images, self.config.client.batch_size
         kept = self.caches.serves_images(images, training=True)
-        for batch in images.local_batches(rows, batch_size, num_steps, rng, pixels=not kept):
-            augmented = augment_batch(batch, self.augmentation, augment_rng)
-            yield self.model_batch(augmented, images if kept else None)
+        rows = self.shards[client_id].train
+        batches = images.local_batches(rows, batch_size, num_steps, rng, pixels=not kept)
+        if self.augmentation.changes_anything:
+            augment_rng = generator(self.config.seed, "augment", server_round, client_id)
+            batches = (augment_batch(batch, self.augmentation, augment_rng) for batch in batches)
+        for batch in batches:
+            yield self.model_batch(batch, images if kept else None)
 
     def evaluate_client(self, client_id: int) -> dict[str, float]:
         """Evaluate the model, as it is, on a client's own test rows."""

@@ -77,8 +77,8 @@ def read_state(content: RecordDict, codec: Codec, layout: Layout, *, any_layout:
     Raises:
         PayloadError: The payload is damaged, of another codec or of another layout.
     """
-    travelled = CONFIG in content and LAYOUT in content.config_records[CONFIG]
-    payload = unpack(content, None if any_layout and travelled else layout)
+    travelled = any_layout and LAYOUT in content.get(CONFIG, ())
+    payload = unpack(content, None if travelled else layout)
     if payload.codec != codec.name:
         raise PayloadError(
             f"the payload is encoded with {payload.codec}, the configuration says {codec.name}: "

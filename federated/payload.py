@@ -85,9 +85,15 @@ def layout_of(state: Mapping[str, torch.Tensor]) -> Layout:
     return tuple((name, tuple(state[name].shape)) for name in sorted(state))
 
 
+@functools.lru_cache(maxsize=64)
 def num_values(layout: Layout) -> int:
     """Return how many values a state of this layout has."""
-    return sum(math.prod(shape) for _, shape in layout)
+    return sum(_sizes(layout))
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes(layout: Layout) -> tuple[int, ...]:
+    return tuple(math.prod(shape) for _, shape in layout)
 
 
 def raw_state_bytes(layout: Layout, dtype: torch.dtype = torch.float32) -> int:
@@ -109,8 +115,8 @@ def flatten(
     _check_layout(layout_of(state), layout, "the state to send")
     if not layout:
         return np.zeros(0, dtype=np.float32)
-    tensors = [state[name].detach().reshape(-1).to(device="cpu", dtype=torch.float32) for name, _ in layout]
-    vector = torch.cat(tensors).numpy()
+    joined = torch.cat([state[name].reshape(-1) for name, _ in layout]).detach()
+    vector = joined.to(device="cpu", dtype=torch.float32).numpy()
     check_finite(vector, layout, largest=largest)
     return vector
 
@@ -123,9 +129,7 @@ def unflatten(vector: np.ndarray, layout: Layout) -> State:
     """
     if vector.size != num_values(layout):
         raise PayloadError(f"the payload holds {vector.size} values, its layout {num_values(layout)}")
-    flat = torch.from_numpy(vector)
-    sizes = [math.prod(shape) for _, shape in layout]
-    pieces = flat.split(sizes) if sizes else ()
+    pieces = torch.from_numpy(vector).split(list(_sizes(layout))) if layout else ()
     return {name: piece.view(shape) for (name, shape), piece in zip(layout, pieces, strict=True)}
 
 
@@ -135,7 +139,7 @@ def check_finite(vector: np.ndarray, layout: Layout, *, largest: float = LARGEST
     if valid.all():
         return
     first = int(np.argmin(valid))
-    ends = np.cumsum([math.prod(shape) for _, shape in layout])
+    ends = np.cumsum(_sizes(layout))
     name = layout[int(np.searchsorted(ends, first, side="right"))][0]
     count = vector.size - int(np.count_nonzero(valid))
     raise PayloadError(
@@ -257,14 +261,15 @@ def unpack(content: RecordDict, layout: Layout | None = None) -> Payload:
     Raises:
         PayloadError: A record is missing, or length, digest or layout differ; the message names the tensors.
     """
-    if ARRAYS not in content or CONFIG not in content or set(content.array_records[ARRAYS]) != {FLAT}:
+    arrays, manifest = content.get(ARRAYS), content.get(CONFIG)
+    if not isinstance(arrays, ArrayRecord) or not isinstance(manifest, ConfigRecord) or set(arrays) != {FLAT}:
         raise PayloadError(f"a payload needs one array '{ARRAYS}.{FLAT}' and a record '{CONFIG}'")
-    config = dict(content.config_records[CONFIG])
+    config: dict[str, Any] = dict(manifest)
     if absent := [key for key in (_CODEC, _DIGEST, _LENGTH) if key not in config]:
         raise PayloadError(f"the record '{CONFIG}' lacks {', '.join(absent)}: was it made by pack()?")
     known = _agreed_layout(config.pop(LAYOUT, None), str(config.pop(_DIGEST)), layout)
     try:
-        buffer = _flat_values(content.array_records[ARRAYS][FLAT])
+        buffer = _flat_values(arrays[FLAT])
     except (ValueError, TypeError, EOFError) as error:
         raise PayloadError(f"the payload's array cannot be read: {error}") from error
     if (length := config.pop(_LENGTH)) != buffer.nbytes:

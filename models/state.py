@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -44,3 +44,20 @@ def save_state(
         file.write(text)
         file.write(memoryview(content)[end:])
     temporary.replace(path)
+
+
+def difference(after: State, before: State, names: Iterable[str]) -> State:
+    """Return after - before of the named tensors."""
+    chosen = list(names)
+    if not chosen:
+        return {}
+    changes = torch._foreach_sub([after[name] for name in chosen], [before[name] for name in chosen])
+    return dict(zip(chosen, changes, strict=True))
+
+
+def moved(start: State, change: State) -> State:
+    """Return start + change, for the names of the change."""
+    if not change:
+        return {}
+    values = torch._foreach_add([start[name] for name in change], list(change.values()))
+    return dict(zip(change, values, strict=True))

@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+import torch
+
 from federated.aggregators.averaging import in_client_order, weights_of
 from federated.aggregators.downlinks import profile_of
 from federated.aggregators.protocol import Aggregator, ServerState, Update
@@ -41,7 +44,7 @@ def aggregation_error(
     terms = _terms_of_the_ideal(aggregator, before, updates)
     squared_distance = squared_size = 0.0
     for pair in pairs:
-        ideal = stack([scaled(_product(state, pair), by(pair)) for state, by in terms if pair.a in state])
+        ideal = _sum_of(terms, pair)
         held = held_change(aggregator, before, after, pair)
         distance, size = distance_and_size(held, ideal)
         squared_distance, squared_size = squared_distance + distance**2, squared_size + size**2
@@ -68,6 +71,15 @@ def _terms_of_the_ideal(
             whole = {name: before.state[name] for name in started}
             terms.append((whole, _times(weight, before.scaling)))
     return terms
+
+
+def _sum_of(terms: Sequence[tuple[State, _Factor]], pair: FactorPair) -> LowRank:
+    """Stack one module's products; each column of the left factor takes its term's factor."""
+    present = [(state, factor(pair)) for state, factor in terms if pair.a in state]
+    ranks = [state[pair.a].shape[0] for state, _ in present]
+    factors = torch.from_numpy(np.repeat([factor for _, factor in present], ranks))  # (q,) float64
+    left = torch.cat([state[pair.b] for state, _ in present], dim=1)
+    return LowRank(left * factors, torch.cat([state[pair.a] for state, _ in present], dim=0))
 
 
 def _times(weight: float, scaling: Mapping[str, float]) -> _Factor:
