@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import RecordDict
 
-from federated.codecs import (
-    Codec,
-    codec_from_name,
-    encode_with_memory,
-    valid_codec_names,
-    with_error_feedback,
-)
+from federated.client import CODEC_MEMORY, encode, recall
+from federated.codecs import Codec, codec_from_name, valid_codec_names, with_error_feedback
 from federated.codecs.codings import CODINGS
 from federated.codecs.selection import (
     decode_positions,
@@ -23,7 +20,18 @@ from federated.codecs.selection import (
     positions_num_bytes,
     top_k,
 )
-from federated.payload import Layout, PayloadError, flatten, layout_of, pack, raw_state_bytes, unpack
+from federated.local_training import Assignment
+from federated.messages import read_state
+from federated.payload import (
+    Layout,
+    PayloadError,
+    flatten,
+    layout_of,
+    pack,
+    payload_bytes,
+    raw_state_bytes,
+    unpack,
+)
 from models.errors import UserError
 from models.state import State
 
@@ -107,6 +115,33 @@ def test_encoded_length_is_the_formula_and_the_layout_survives(name: str, kind: 
     back = codec.decode(buffer, layout_of(state))
     assert layout_of(back) == layout_of(state)
     assert all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in back.values())
+
+
+def documented_bytes(name: str, state: State) -> int:
+    """The formulas of docs/codecs.md, with values and groups counted naively."""
+    first, _, stored_as = name.partition("+")
+    kind, *options = first.removesuffix(":ef").split(":")
+    n = sum(tensor.numel() for tensor in state.values())
+    num_groups = sum(len(groups_of(key, tensor)) for key, tensor in state.items())
+    positions = 0
+    if kind == "topk":
+        kind, k = stored_as.partition(":")[0] or "fp32", max(min(n, 1), round(float(options[0]) * n))
+        if 0 < k < n:
+            low = int(math.log2(n / k))
+            bits = math.ceil(k * low / 8) + math.ceil((k + (n >> low)) / 8)
+            positions = min(math.ceil(n / 8), bits)
+        n = k
+    scales = 4 * num_groups
+    plain = {"fp32": 4 * n, "fp16": 2 * n, "bf16": 2 * n}
+    scaled = {"int8": n + scales, "int4": math.ceil(n / 2) + scales, "ternary": math.ceil(n / 5) + scales}
+    return (plain | scaled)[kind] + positions
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("name", DENSE + SPARSE)
+def test_encoded_length_is_the_documented_formula(name: str, kind: str):
+    state = state_of(kind)
+    assert codec_from_name(name).encode(state, rng_of()).nbytes == documented_bytes(name, state)
 
 
 @pytest.mark.parametrize("name", DENSE + SPARSE)
@@ -410,47 +445,57 @@ def test_damaged_positions_are_refused(k: int, fill: int):
 # ---- error feedback
 
 
+class Sender:
+    """A client that encodes its updates, without a model or data."""
+
+    def __init__(self, codec: str) -> None:
+        self.codec = with_error_feedback(codec_from_name(codec))
+        communication = SimpleNamespace(uplink=self.codec.name)
+        self.experiment = SimpleNamespace(config=SimpleNamespace(seed=0, communication=communication))
+        self.context = SimpleNamespace(state=RecordDict())
+
+    def send(self, state: State, server_round: int) -> State:
+        """Return an update as the server decodes it."""
+        assignment = Assignment(client_id=0, server_round=server_round)
+        content = encode(self.experiment, state, self.context, assignment)  # type: ignore[arg-type]
+        assert payload_bytes(content) == self.codec.num_bytes(layout_of(state))
+        return read_state(content, self.codec, layout_of(state))
+
+    def owed(self) -> State:
+        """Return what the codec has lost so far."""
+        return recall(self.context, CODEC_MEMORY)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "name", ["fp32", "bf16", "int8", "int4", "int4:sr", "ternary", "topk:0.1", "topk:0.05+int8"]
 )
-def test_with_error_feedback_what_is_decoded_plus_the_memory_is_the_sum_of_the_states(name: str):
-    codec = with_error_feedback(codec_from_name(name))
-    rng, memory = rng_of(), None
-    states = [state_of("mixed", seed) for seed in range(12)]
+def test_with_error_feedback_what_is_decoded_and_what_is_owed_are_the_sum_of_the_updates(name: str):
+    sender, states = Sender(name), [state_of("mixed", seed) for seed in range(12)]
     layout = layout_of(states[0])
     decoded = np.zeros_like(flatten(states[0], layout))
-    for state in states:
-        buffer, memory = encode_with_memory(codec, state, memory, rng)
-        assert buffer.nbytes == codec.num_bytes(layout)
-        decoded += flatten(codec.decode(buffer, layout), layout)
-    assert memory is not None
+    for server_round, state in enumerate(states, start=1):
+        decoded += flatten(sender.send(state, server_round), layout)
     total = sum(flatten(state, layout) for state in states)
-    np.testing.assert_allclose(decoded + flatten(memory, layout), total, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(decoded + flatten(sender.owed(), layout), total, rtol=1e-5, atol=1e-5)
 
 
 def test_with_error_feedback_every_value_of_a_constant_update_gets_through():
-    state, codec = {"head.bias": torch.linspace(1.0, 2.0, 10)}, codec_from_name("topk:0.1:ef")
-    memory, mean = None, torch.zeros(10)
-    for _ in range(200):
-        buffer, memory = encode_with_memory(codec, state, memory, rng_of())
-        mean += codec.decode(buffer, layout_of(state))["head.bias"] / 200
-    torch.testing.assert_close(mean, state["head.bias"], rtol=0.1, atol=0.0)
-    alone = round_trip(codec, state)["head.bias"]
-    assert int((alone != 0).sum()) == 1
+    state, sender = {"head.bias": torch.linspace(1.0, 2.0, 10)}, Sender("topk:0.1")
+    sent = [sender.send(state, server_round)["head.bias"] for server_round in range(1, 201)]
+    torch.testing.assert_close(sum(sent) / 200, state["head.bias"], rtol=0.1, atol=0.0)
+    assert {int((update != 0).sum()) for update in sent} == {1}
 
 
-def test_error_feedback_changes_neither_state_nor_memory():
-    codec, state = codec_from_name("topk:0.1:ef+int8"), state_of("mixed")
-    _, memory = encode_with_memory(codec, state, None, rng_of())
-    before = [{key: value.clone() for key, value in kept.items()} for kept in (state, memory)]
-    encode_with_memory(codec, state, memory, rng_of())
-    for kept, copy in zip((state, memory), before, strict=True):
-        assert all(torch.equal(kept[key], copy[key]) for key in copy)
-
-
-def test_error_feedback_refuses_a_memory_of_another_layout():
-    with pytest.raises(PayloadError, match="lora_A"):
-        encode_with_memory(codec_from_name("int8:ef"), state_of("one pair"), state_of("rank one"), rng_of())
+def test_error_feedback_leaves_the_update_alone_and_what_rests_in_a_round_stays_owed():
+    """RoLoRA sends one factor in odd rounds and the other in even ones."""
+    sender, state = Sender("topk:0.1+int8"), state_of("one pair")
+    before = {key: value.clone() for key, value in state.items()}
+    sender.send({A: state[A]}, 1)
+    owed = sender.owed()
+    sender.send({B: state[B]}, 2)
+    assert torch.equal(sender.owed()[A], owed[A])
+    assert sender.owed().keys() == {A, B}
+    assert all(torch.equal(state[key], before[key]) for key in state)
 
 
 # ---- names

@@ -54,7 +54,7 @@ class Codec:
         decode: ``(buffer, layout) -> state``, fp32 on the CPU, in memory of its own. Raises PayloadError for
             a buffer of the wrong length or with values that are not finite.
         num_bytes: ``layout -> bytes`` of every buffer of that layout, exactly.
-        error_feedback: Whether the sender should use ``encode_with_memory``.
+        error_feedback: Whether the sender adds what earlier payloads lost; ``federated.client`` keeps that.
     """
 
     name: str
@@ -108,40 +108,11 @@ def _sparse_from_name(text: str, selection: str, stored_as: str) -> Codec:
 
 
 def with_error_feedback(codec: Codec) -> Codec:
-    """Return the codec marked for error feedback: the same bytes, but senders use ``encode_with_memory``."""
+    """Return the codec marked for error feedback: the same bytes, but senders add what was lost before."""
     if codec.error_feedback:
         return codec
     first, plus, rest = codec.name.partition("+")
     return replace(codec, name=f"{first}:ef{plus}{rest}", error_feedback=True)
-
-
-def encode_with_memory(
-    codec: Codec, state: State, memory: State | None, rng: np.random.Generator
-) -> tuple[np.ndarray, State]:
-    """Encode a state plus what was lost so far, and return what is lost now.
-
-    Over any number of calls, the decoded states plus the last memory add up to the states.
-
-    Args:
-        codec: Any codec.
-        state: The update of this round.
-        memory: What the last call returned, None at first. The sender keeps it between rounds.
-        rng: For stochastic rounding.
-
-    Returns:
-        The buffer and the new memory, of the state's layout.
-
-    Raises:
-        PayloadError: The memory has another layout than the state.
-    """
-    layout = layout_of(state)
-    total = flatten(state, layout)
-    if memory is not None:
-        total += flatten(memory, layout)
-    corrected = unflatten(total, layout)
-    buffer = codec.encode(corrected, rng)
-    sent = codec.decode(buffer, layout)
-    return buffer, {name: corrected[name] - sent[name] for name in sent}
 
 
 # ---- the two kinds of codecs
