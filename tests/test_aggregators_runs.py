@@ -31,11 +31,14 @@ import federated.server
 from federated.checkpoint import ServerCheckpoint, load_server_checkpoint, save_server_checkpoint
 from federated.cli import main
 from federated.client import CODEC_MEMORY, recall
+from federated.codecs import codec_from_name
 from federated.compatibility import build_aggregator
 from federated.config import dump_config
 from federated.experiment import Experiment, build_experiment, experiment_of
 from federated.global_model import load_global_state
 from federated.local_training import Assignment, train_locally
+from federated.messages import read_state
+from federated.payload import layout_of
 from federated.simulation import run_experiment
 from lora.adapters import factor_pairs
 from lora.base_delta import BASE_DELTA_FILE
@@ -348,10 +351,11 @@ def test_error_feedback_telescopes_over_rounds(codec: str, base: Experiment) -> 
         original = federated.client.encode
 
         def encode(run: Experiment, delta: State, context: Any, assignment: Any) -> Any:
-            content, decoded = original(run, delta, context, assignment)
+            content = original(run, delta, context, assignment)
+            decoded = read_state(content, codec_from_name(codec), layout_of(delta))
             owner = assignment.client_id
             sent[owner] = {n: t + sent.get(owner, {}).get(n, 0.0) for n, t in decoded.items()}
-            return content, decoded
+            return content
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(federated.client, "encode", encode)

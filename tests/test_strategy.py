@@ -56,7 +56,7 @@ def ask(server: LoRAStrategy, server_round: int = 1) -> dict[int, Message]:
 def reply(
     request: Message, state: State, *, num_examples: float = 10, loss: float = 1.0, rank: int = 0
 ) -> Message:
-    content, _ = write_state(state, codec_from_name("fp32"), np.random.default_rng(0), {SERVER_ROUND: 1})
+    content = write_state(state, codec_from_name("fp32"), np.random.default_rng(0), {SERVER_ROUND: 1})
     client_id = request.metadata.dst_node_id - node_id_of(0)
     content[METRICS] = MetricRecord(
         {CLIENT_ID: client_id, NUM_EXAMPLES: num_examples, TRAIN_LOSS: loss, RANK: rank}
@@ -149,7 +149,7 @@ def test_a_client_cannot_bring_a_layout_of_its_own() -> None:
     server = strategy()
     requests = ask(server)
     foreign = {"head.bias": torch.ones(3), "something.else": torch.ones(2)}
-    content, _ = write_state(
+    content = write_state(
         foreign, codec_from_name("fp32"), np.random.default_rng(0), {SERVER_ROUND: 1}, send_layout=True
     )
     content[METRICS] = MetricRecord({NUM_EXAMPLES: 1, TRAIN_LOSS: 1.0, RANK: 0})
