@@ -23,6 +23,7 @@ from benchmarks.machine import RESULTS
 from benchmarks.study import (
     Setting,
     Variant,
+    draw_differences,
     machine_line,
     mean_and_spread,
     paired_differences,
@@ -129,26 +130,22 @@ def plot(study: dict[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(1, len(settings), figsize=(4.0 * len(settings), 3.6), squeeze=False)
     names = [name for name in NAMES if name not in ("fedavg", "fedsa")]  # fedsa has no global model
     for panel, setting in zip(panels[0], settings, strict=True):
-        panel.axhline(0.0, color="grey", lw=0.8, ls=":")
-        for index, name in enumerate(names):
-            points = paired_differences(study, setting, name, BASELINE)
-            if points:
-                payload = sum(values_of(study, setting, name, f)[0] for f in ("uplink_mb", "downlink_mb"))
-                panel.errorbar(
-                    [payload], [statistics.fmean(points)], fmt="os^Dv"[index % 5], ms=5, lw=0.8, capsize=2,
-                    yerr=[statistics.stdev(points) if len(points) > 1 else 0.0], label=name, alpha=0.85,
-                    color=plt.get_cmap("tab20")(2 * index % 20 + (index >= 10)),
-                )  # fmt: skip
-        panel.set(xscale="log", xlabel="payload of all rounds, up and down, MB", title=setting)
+        payload_of = {name: payload for name in names if (payload := _payload(study, setting, name))}
+        draw_differences(panel, study, setting, payload_of, BASELINE)
+        panel.set(xlabel="payload of all rounds, up and down, MB", title=setting)
         panel.set_xticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
-        panel.minorticks_off()
-        panel.grid(visible=True, which="major", lw=0.3)
     panels[0][0].set_ylabel("global accuracy minus fedavg,\nsame seed, points")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=6, frameon=False)
     figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _payload(study: dict[str, Any], setting: str, variant: str) -> float:
+    """Return megabytes up and down; 0 for what has not been run."""
+    figures = [values_of(study, setting, variant, figure)[:1] for figure in ("uplink_mb", "downlink_mb")]
+    return sum(sum(values) for values in figures)
 
 
 def main() -> None:

@@ -11,12 +11,14 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 
 from benchmarks.machine import RESULTS, describe_machine
 from federated.client import app as client_app
@@ -179,7 +181,7 @@ def run_study(
                 outcome = run_once(setting, variant, seed)
                 study["outcomes"].append(asdict(outcome))
                 study["machine"] = describe_machine()
-                study["settings"] = {s.name: [s.config, *s.overrides] for s in settings}
+                study.setdefault("settings", {})[setting.name] = [setting.config, *setting.overrides]
                 path.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
                 log.info("%s", outcome)
     return study
@@ -235,6 +237,47 @@ def table(
     for variant in present:
         lines.append("| " + " | ".join([variant, *(cell(variant) for _, cell in columns)]) + " |")
     return "\n".join(lines)
+
+
+# ---- plots
+
+
+def draw_differences(
+    panel: Axes, study: dict[str, Any], setting: str, payload_of: Mapping[str, float], baseline: str
+) -> None:
+    """Draw each variant's paired difference in accuracy against its payload on a logarithmic axis.
+
+    Variants of one payload stand side by side, so that none hides another.
+
+    Args:
+        panel: Where.
+        study: Content of the JSON file.
+        setting: Which setting.
+        payload_of: Variant -> payload, in the order of the legend.
+        baseline: What accuracies are compared with; the dotted line.
+    """
+    panel.axhline(0.0, color="grey", lw=0.8, ls=":")
+    positions = _side_by_side(payload_of)
+    for index, name in enumerate(payload_of):
+        points = paired_differences(study, setting, name, baseline)
+        if points:
+            panel.errorbar(
+                [positions[name]], [statistics.fmean(points)], fmt="os^Dv"[index % 5], ms=5, lw=0.8,
+                yerr=[statistics.stdev(points) if len(points) > 1 else 0.0], label=name, capsize=2,
+                color=colormaps["tab20"](2 * index % 20 + (index >= 10)), alpha=0.85,
+            )  # fmt: skip
+    panel.set(xscale="log")
+    panel.minorticks_off()
+    panel.grid(visible=True, which="major", lw=0.3)
+
+
+def _side_by_side(payload_of: Mapping[str, float], step: float = 1.07) -> dict[str, float]:
+    """Return payloads with those that agree to 3 % moved apart by the factor ``step``, around their place."""
+    positions: dict[str, float] = {}
+    for name, payload in payload_of.items():
+        group = [other for other, near in payload_of.items() if abs(near / payload - 1) < 0.03]
+        positions[name] = payload * step ** (group.index(name) - (len(group) - 1) / 2)
+    return positions
 
 
 def machine_line(study: dict[str, Any]) -> str:
