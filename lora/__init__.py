@@ -1,13 +1,8 @@
 """LoRA adapters for federated models: inject, switch, merge, count, save, load."""
 
 from lora.adapters import (
-    disable_lora,
-    enable_lora,
     get_lora_state_dict,
-    merge_and_unload,
-    merge_lora,
     set_lora_state_dict,
-    unmerge_lora,
 )
 from lora.checkpoint import save_full_checkpoint, save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
@@ -22,6 +17,13 @@ from lora.named import (
     load_named_adapter,
     remove_adapter,
     set_active_adapter,
+)
+from lora.switching import (
+    disable_lora,
+    enable_lora,
+    merge_and_unload,
+    merge_lora,
+    unmerge_lora,
 )
 from lora.verify import check_lora_injection, count_parameters, verify_gradients
 

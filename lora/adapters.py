@@ -1,8 +1,9 @@
-"""LoRA as functions over a model: names, states, on and off, merge, scaling.
+"""LoRA as functions over a model: names, states, scaling, which factors train.
 
 THE place that knows what an adapter parameter is called and where it sits; everything else asks here. Every
 function takes a wrapper, a federated model or a bare CLIP. In a round the client uses `set_scaling` and
-`set_trainable_factors`; the rest runs before and after training. Injection itself is in `lora.injection`.
+`set_trainable_factors`; the rest runs before and after training. Injection itself is in `lora.injection`,
+switching adapters on and off and merging them in `lora.switching`.
 
 The adapter that trains and travels is PEFT's "default"; other names serve inference (`lora.named`).
 Paper: Hu et al., arXiv:2106.09685: y = W x + (lora_alpha / r) B A x.
@@ -10,10 +11,9 @@ Paper: Hu et al., arXiv:2106.09685: y = W x + (lora_alpha / r) B A x.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,12 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from lora.biases import forget_base_biases, trained_biases, use_base_biases, use_trained_biases
+from lora.biases import trained_biases
 from lora.config import LoRAConfig
 from models.errors import UserError
-from models.loading import HUGGINGFACE_TOWERS, Towers
+from models.loading import HUGGINGFACE_TOWERS
 from models.state import State
+from models.towers import Towers
 
 DEFAULT_ADAPTER = "default"
 FACTORS = ("lora_A", "lora_B")
@@ -170,9 +171,20 @@ def set_lora_state_dict(
 
 
 def check_same_layout(
-    wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], source: str = "the given state"
+    wanted: Mapping[str, torch.Tensor],
+    given: Mapping[str, torch.Tensor],
+    source: str = "the given state",
+    *,
+    same: str = "rank r and base model",
 ) -> None:
-    """Raise UserError, saying which and what to do, unless both have the same names and shapes."""
+    """Raise UserError, saying which and what to do, unless both have the same names and shapes.
+
+    Args:
+        wanted: The model's tensors by name.
+        given: Those that should take their place.
+        source: Where they are from.
+        same: What both must share for shapes to agree.
+    """
     missing, extra = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
     if missing or extra:
         raise UserError(
@@ -183,113 +195,13 @@ def check_same_layout(
         if wanted[name].shape != given[name].shape:
             raise UserError(
                 f"{source}: {name} has shape {tuple(given[name].shape)}, the model's has "
-                f"{tuple(wanted[name].shape)}; give both the same rank r and base model"
+                f"{tuple(wanted[name].shape)}; give both the same {same}"
             )
-
-
-@contextlib.contextmanager
-def trainability_kept(layers: Iterable[tuple[str, Any]]) -> Iterator[None]:
-    """Undo PEFT's changes of requires_grad, which would thaw a frozen factor (FFA-LoRA)."""
-    factors = [p for _, layer in layers for f in FACTORS for p in getattr(layer, f).parameters()]
-    before = [(p, p.requires_grad) for p in factors]
-    yield
-    for parameter, requires_grad in before:
-        parameter.requires_grad_(requires_grad)
-
-
-def enable_lora(model: nn.Module) -> None:
-    """Switch the adapters on. Which parameters train does not change."""
-    layers = adapter_layers(model)
-    with trainability_kept(layers):
-        for _, layer in layers:
-            layer.enable_adapters(True)
-    use_trained_biases(unwrap(model))
-
-
-def disable_lora(model: nn.Module) -> None:
-    """Switch the adapters off: the model equals the base model bit for bit (merged ones are taken out first).
-
-    A trained head is not an adapter and stays as it is.
-    """
-    layers = adapter_layers(model)
-    with trainability_kept(layers):
-        for _, layer in layers:
-            if layer.merged:
-                layer.unmerge()
-            layer.enable_adapters(False)
-    use_base_biases(unwrap(model))
-
-
-def is_enabled(model: nn.Module) -> bool:
-    """Whether the model has adapters and they are on."""
-    layers = adapter_layers(model)
-    return bool(layers) and not any(layer.disable_adapters for _, layer in layers)
-
-
-@contextlib.contextmanager
-def lora_disabled(model: nn.Module) -> Iterator[None]:
-    """The base model for the length of a `with` block."""
-    was_enabled = is_enabled(model)
-    disable_lora(model)
-    try:
-        yield
-    finally:
-        if was_enabled:
-            enable_lora(model)
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Fold the active adapters into the base weights in place: W += scaling * B @ A.
-
-    Merging into a half-precision base loses small updates; keep the base in fp32 for that.
-
-    Raises:
-        UserError: adapters are disabled, or hold a value that is not finite.
-    """
-    layers = adapter_layers(model)
-    if any(layer.disable_adapters for _, layer in layers):
-        raise UserError("adapters are disabled; call enable_lora(model) before merge_lora(model)")
-    for name, layer in layers:
-        for active in set(layer.active_adapters) & set(layer.lora_A):
-            if not all(getattr(layer, factor)[active].weight.isfinite().all() for factor in FACTORS):
-                raise UserError(
-                    f"the adapter of {name} holds a value that is not finite; restore an earlier checkpoint"
-                )
-    for _, layer in layers:
-        if not layer.merged:
-            layer.merge()
-
-
-def unmerge_lora(model: nn.Module) -> None:
-    """Take merged adapters out of the base weights again (up to rounding, <= 1e-5 in the outputs)."""
-    for _, layer in adapter_layers(model):
-        if layer.merged:
-            layer.unmerge()
 
 
 def is_merged(model: nn.Module) -> bool:
     """Whether some adapter is folded into the base weights just now."""
     return any(layer.merged for _, layer in adapter_layers(model))
-
-
-def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Merge, then put plain layers back: the model without any trace of LoRA, changed in place and returned.
-
-    The active adapter is merged; other loaded adapters are dropped. What trains does not change; of what
-    travels, the head remains.
-    """
-    root = unwrap(model)
-    merge_lora(root)
-    for name, layer in sorted(adapter_layers(root), key=lambda item: -item[0].count(".")):
-        parent, _, leaf = name.rpartition(".")
-        setattr(root.get_submodule(parent), leaf, layer.base_layer)
-    forget_base_biases(root)
-    for owner in {root, clip_of(root)[0]}:
-        for attribute in ("peft_config", "lora_config"):
-            owner.__dict__.pop(attribute, None)
-    if hasattr(root, "set_exchanged"):
-        root.set_exchanged(exchanged_names(root))
-    return root
 
 
 def lora_config_of(model: nn.Module) -> LoRAConfig | None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora import adapters
+from lora import adapters, switching
 from lora.config import LoRAConfig
 from lora.gradient_checkpointing import disable_gradient_checkpointing, enable_gradient_checkpointing
 from lora.injection import BeforeLoRA, inject_lora
@@ -79,11 +79,11 @@ class LoRAWrapper(nn.Module):
 
     def enable_lora_layers(self) -> None:
         """Switch the adapters on."""
-        adapters.enable_lora(self.federated_model)
+        switching.enable_lora(self.federated_model)
 
     def disable_lora_layers(self) -> None:
         """Switch the adapters off: the base model, exactly (with the head as it is)."""
-        adapters.disable_lora(self.federated_model)
+        switching.disable_lora(self.federated_model)
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade time for memory in training."""
@@ -98,7 +98,7 @@ class LoRAWrapper(nn.Module):
 
         What trains and what travels is again what it was before LoRA was applied.
         """
-        model: Any = adapters.merge_and_unload(self.federated_model)
+        model: Any = switching.merge_and_unload(self.federated_model)
         self._probe = ()
         if self._before is not None:
             self._before.restore(model)

@@ -21,7 +21,6 @@ from lora.adapters import (
     check_same_layout,
     clip_of,
     factor_of,
-    merge_and_unload,
     scalings,
     unwrap,
 )
@@ -38,6 +37,9 @@ from lora.checkpoint import (
 from lora.config import LoRAConfig
 from lora.conversion import read_converted
 from lora.injection import BeforeLoRA, inject_from_peft, inject_lora
+from lora.switching import (
+    merge_and_unload,
+)
 from models.errors import UserError
 from models.state import State
 
@@ -183,7 +185,12 @@ def _fitting_head(outside: Mapping[str, nn.Parameter], found: AdapterFile) -> St
     if not found.head and any(factor_of(name) is None for name in outside):
         logger.info("%s holds no head; the model keeps its own", found.folder)
         return {}
-    check_same_layout(outside, found.head, f"{found.folder}, head")
+    check_same_layout(
+        outside,
+        found.head,
+        f"{found.folder}, head",
+        same="classes, base model and rank of the head's adapter",
+    )
     return found.head
 
 

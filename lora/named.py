@@ -19,16 +19,18 @@ from lora.adapters import (
     adapter_parameters,
     check_same_layout,
     clip_of,
-    disable_lora,
-    enable_lora,
-    is_enabled,
-    lora_disabled,
-    trainability_kept,
     unwrap,
 )
 from lora.base_delta import BASE_DELTA_FILE
 from lora.injection import inject_peft
 from lora.loading import check_base_model, read_any
+from lora.switching import (
+    disable_lora,
+    enable_lora,
+    is_enabled,
+    lora_disabled,
+    trainability_kept,
+)
 from models.errors import UserError
 
 

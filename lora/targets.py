@@ -16,7 +16,7 @@ from torch import nn
 
 from lora.config import LoRAConfig
 from models.errors import UserError
-from models.loading import Towers
+from models.towers import Towers
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def _plan_tower(
     missing = [s for s in suffixes if not any(name == s or name.endswith(f".{s}") for name in candidates)]
     if missing:
         raise UserError(
-            f"no layer named {missing} in the {tower} tower; it has {available}: set lora.target_modules"
+            f"no layer named {missing} in the {tower} tower that can carry an adapter (linear and attention "
+            f"layers can; embeddings and convolutions cannot); it has {available}: set lora.target_modules"
         )
     without = sorted(set(config.layers or []) - {block_of(name) for name in modules})
     if without or not modules:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from models.clip import STRATEGIES, FederatedCLIPModel
     from models.errors import UserError
-    from models.loading import ImageProcessor, LoadedCLIP, Towers, load_clip
+    from models.images import ImageProcessor
+    from models.loading import load_clip
     from models.state import State
     from models.tasks import TASKS, Task
+    from models.towers import LoadedCLIP, Towers
     from models.training import Batch, LocalTrainer, TrainingSettings
 
 __all__ = [
@@ -35,9 +37,11 @@ __all__ = [
 _HOMES = {
     "clip": ("STRATEGIES", "FederatedCLIPModel"),
     "errors": ("UserError",),
-    "loading": ("ImageProcessor", "LoadedCLIP", "Towers", "load_clip"),
+    "images": ("ImageProcessor",),
+    "loading": ("load_clip",),
     "state": ("State",),
     "tasks": ("TASKS", "Task"),
+    "towers": ("LoadedCLIP", "Towers"),
     "training": ("Batch", "LocalTrainer", "TrainingSettings"),
 }
 

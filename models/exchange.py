@@ -71,7 +71,8 @@ def write_state(parameters: Mapping[str, nn.Parameter], state: State, *, partial
         if value.shape != parameters[name].shape:
             raise UserError(
                 f"the state does not fit the model: {name} has shape {tuple(value.shape)}, "
-                f"the model wants {tuple(parameters[name].shape)}"
+                f"the model wants {tuple(parameters[name].shape)}. Both sides must use the same model and "
+                "LoRA settings"
             )
     if state:
         torch._foreach_copy_([parameters[name] for name in state], list(state.values()))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from models.errors import UserError
-from models.loading import Towers
 from models.tasks import Task
+from models.towers import Towers
 
 
 @dataclass(frozen=True)

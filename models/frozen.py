@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from models.loading import Towers
+from models.towers import Towers
 
 _AFTER_THE_BLOCKS = ("post_layernorm", "final_layer_norm", "visual_projection", "text_projection")
 

@@ -18,7 +18,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from typing import Any
 import httpx
 import torch
 from huggingface_hub import HfApi
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
@@ -34,11 +32,9 @@ from transformers.utils import logging as transformers_logging
 
 from models.errors import UserError
 from models.images import ImageProcessor
+from models.towers import LoadedCLIP, Tokens, Towers
 
 logger = logging.getLogger(__name__)
-
-Tokens = dict[str, Tensor]
-"""input_ids (N, T) and attention_mask (N, T), both int64."""
 
 TINY_FOLDER = Path(__file__).parent / "tiny_clip"
 OPEN_CLIP_PREFIX = "open_clip:"
@@ -75,62 +71,6 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
 
 class TokenizerMissingError(UserError):
     """Text is given to a model whose tokenizer is neither on disk nor reachable."""
-
-
-@dataclass(frozen=True)
-class Towers:
-    """Where the two towers live inside a CLIP module.
-
-    Attributes:
-        backend: "huggingface" or "open_clip".
-        vision: Name prefixes, relative to the CLIP module, of the vision tower and its projection.
-        text: Likewise for the text tower.
-        default_targets: Name suffixes of the layers that LoRA adapts when no target is given.
-    """
-
-    backend: str
-    vision: tuple[str, ...]
-    text: tuple[str, ...]
-    default_targets: tuple[str, ...]
-
-    def tower_of(self, name: str) -> str | None:
-        """Tower of a module or parameter: "vision", "text", or None (the temperature).
-
-        Args:
-            name: Its dotted name relative to the CLIP module.
-        """
-        for tower, prefixes in (("vision", self.vision), ("text", self.text)):
-            if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes):
-                return tower
-        return None
-
-
-@dataclass(frozen=True)
-class LoadedCLIP:
-    """A CLIP with all that is needed to feed it.
-
-    Attributes:
-        clip: The module; its log-temperature is `clip.logit_scale`.
-        tokenize: Texts -> tokens, padded to the longest text only (padding after the end-of-text
-            token cannot change a causal tower's output, and costs time).
-        preprocess: PIL image of any mode and size -> (3, H, W) float32. Deterministic.
-        encode_image: (clip, pixel values (B, 3, H, W)) -> projected features (B, D), not normalised.
-        encode_text: (clip, tokens) -> projected features (N, D), not normalised.
-        towers: Names of the two towers.
-        name: The name it was loaded by.
-        image_size: H = W in pixels.
-        embedding_dim: D.
-    """
-
-    clip: nn.Module
-    tokenize: Callable[[Sequence[str]], Tokens]
-    preprocess: Callable[[Image.Image], Tensor]
-    encode_image: Callable[[Any, Tensor], Tensor]
-    encode_text: Callable[[Any, Tokens], Tensor]
-    towers: Towers
-    name: str
-    image_size: int
-    embedding_dim: int
 
 
 HUGGINGFACE_TOWERS = Towers(

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from models.errors import UserError
 from models.images import ImageProcessor
-from models.loading import OPEN_CLIP_PREFIX, LoadedCLIP, Tokens, Towers, seeded_construction
+from models.loading import OPEN_CLIP_PREFIX, seeded_construction
+from models.towers import LoadedCLIP, Tokens, Towers
 
 _DEFAULT_TARGETS = ("attn",)
 

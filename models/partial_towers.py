@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import UserError
-from models.loading import Towers
+from models.towers import Towers
 
 
 class _ReachedBlockError(Exception):

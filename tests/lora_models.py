@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from transformers import CLIPConfig, CLIPModel
 
 NUM_BLOCKS = 2
 BACKENDS = ("huggingface", "fused")
+INSTALLED_BACKENDS = BACKENDS if find_spec("open_clip") is None else (*BACKENDS, "open_clip")
+"""open_clip itself too, where this optional extra is installed; "fused" stands for it elsewhere."""
 
 
 class FusedBlock(nn.Module):
@@ -98,6 +101,14 @@ def small_config(**changes: Any) -> CLIPConfig:
     )
 
 
+def open_clip() -> nn.Module:
+    from open_clip import CLIP
+
+    vision = {"image_size": 16, "layers": NUM_BLOCKS, "width": 16, "head_width": 8, "patch_size": 8}
+    text = {"context_length": 4, "vocab_size": 23, "width": 20, "heads": 2, "layers": NUM_BLOCKS}
+    return CLIP(12, vision, text, quick_gelu=True)
+
+
 def small_clip(backend: str = "huggingface", seed: int = 0) -> nn.Module:
     """A random CLIP in eval mode, frozen; equal seeds give equal weights.
 
@@ -106,7 +117,9 @@ def small_clip(backend: str = "huggingface", seed: int = 0) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip = CLIPModel(small_config()) if backend == "huggingface" else FusedCLIP()
+        clip = {"huggingface": lambda: CLIPModel(small_config()), "fused": FusedCLIP, "open_clip": open_clip}[
+            backend
+        ]()
         with torch.no_grad():  # freshly made models have zero biases, which would hide mistakes
             for name, parameter in clip.named_parameters():
                 if name.endswith("bias"):

@@ -19,10 +19,12 @@ from federated.batched_training import JointTrainer
 from federated.config import dump_config, load_config
 from federated.experiment import CONFIG_KEY, Experiment, build_experiment, experiment_of
 from federated.simulation import limited_threads, run_experiment
-from lora.adapters import disable_lora
 from lora.batched import StackedAdapter, StackedHead, clip_gradients, gradient_norms, obstacle
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
+from lora.switching import (
+    disable_lora,
+)
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
 from models.lean_blocks import quick_gelu

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CLIPModel
 
-from lora import adapters
+from lora import adapters, switching
 from lora.config import LoRAConfig, TowerOverride
 from lora.gradient_checkpointing import (
     disable_gradient_checkpointing,
@@ -119,11 +119,11 @@ def test_a_frozen_factor_stays_frozen_through_every_switch() -> None:
         return {adapters.factor_of(n) for n, p in model.named_parameters() if p.requires_grad}
 
     assert trains() == {"lora_B"}
-    adapters.disable_lora(model)
-    adapters.enable_lora(model)
-    adapters.merge_lora(model)
-    adapters.unmerge_lora(model)
-    with adapters.lora_disabled(model):
+    switching.disable_lora(model)
+    switching.enable_lora(model)
+    switching.merge_lora(model)
+    switching.unmerge_lora(model)
+    with switching.lora_disabled(model):
         pass
     assert trains() == {"lora_B"}
     with pytest.raises(UserError, match="lora_C"):
@@ -170,12 +170,12 @@ def test_a_poisoned_adapter_is_not_merged() -> None:
     before = copy.deepcopy(model.state_dict())
     next(iter(adapters.adapter_parameters(model).values())).data[0, 0] = float("nan")
     with pytest.raises(UserError, match="not finite"):
-        adapters.merge_lora(model)
+        switching.merge_lora(model)
     base_names = [n for n in before if not adapters.is_adapter_parameter(n)]
     assert all(torch.equal(model.state_dict()[n], before[n]) for n in base_names)
-    adapters.disable_lora(model)
+    switching.disable_lora(model)
     with pytest.raises(UserError, match="enable_lora"):
-        adapters.merge_lora(model)
+        switching.merge_lora(model)
 
 
 def test_dropout_is_active_in_training_only() -> None:

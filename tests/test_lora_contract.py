@@ -12,22 +12,24 @@ import torch
 from torch import nn
 
 from lora.adapters import (
-    disable_lora,
-    enable_lora,
     get_lora_state_dict,
     is_adapter_parameter,
-    merge_and_unload,
-    merge_lora,
     set_lora_state_dict,
-    unmerge_lora,
 )
 from lora.biases import is_bias
 from lora.checkpoint import save_lora_adapters
 from lora.config import LoRAConfig
 from lora.injection import inject_lora
 from lora.loading import load_lora_adapters
+from lora.switching import (
+    disable_lora,
+    enable_lora,
+    merge_and_unload,
+    merge_lora,
+    unmerge_lora,
+)
 from lora.verify import check_lora_injection, verify_gradients
-from tests.lora_models import BACKENDS, disturb, features, outputs, small_clip
+from tests.lora_models import INSTALLED_BACKENDS, disturb, features, outputs, small_clip
 
 TOLERANCE = 1e-5
 
@@ -69,7 +71,7 @@ def case(backend: str, component: str, bias: str, rank: int) -> Case:
 
 CASES = [
     pytest.param(backend, component, bias, rank, id=f"{backend}-{component}-{bias}-r{rank}")
-    for backend in BACKENDS
+    for backend in INSTALLED_BACKENDS
     for component in ("encoder", "vision", "text")
     for bias, rank in (("none", 1), ("none", 5), ("lora_only", 5), ("all", 5))
 ]

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from lora.adapters import adapter_parameters, get_lora_state_dict, merge_lora, unmerge_lora
+from lora.adapters import (
+    adapter_parameters,
+    get_lora_state_dict,
+)
 from lora.checkpoint import save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
@@ -21,6 +24,10 @@ from lora.named import (
     load_named_adapter,
     remove_adapter,
     set_active_adapter,
+)
+from lora.switching import (
+    merge_lora,
+    unmerge_lora,
 )
 from models.clip import FederatedCLIPModel
 from models.errors import UserError

@@ -9,11 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from lora.adapters import adapter_parameters, factor_pairs, merge_lora, scalings
+from lora.adapters import (
+    adapter_parameters,
+    factor_pairs,
+    scalings,
+)
 from lora.checkpoint import save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
 from lora.loading import load_lora_adapters
+from lora.switching import (
+    merge_lora,
+)
 from lora.verify import check_lora_injection, count_parameters, verify_gradients
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
@@ -215,3 +222,21 @@ def test_everything_else_is_the_federated_models_own(federated: FederatedCLIPMod
 def test_models_without_a_clip_are_refused() -> None:
     with pytest.raises(UserError, match="FederatedCLIPModel"):
         CLIPLoRAWrapper(torch.nn.Linear(2, 2))
+
+
+def test_a_half_precision_base_trains_adapters_and_head_in_float32(
+    small_clip_folder: Path, pixel_batch: dict[str, torch.Tensor]
+) -> None:
+    model = FederatedCLIPModel(str(small_clip_folder), 3, strategy="lora", dtype=torch.bfloat16)
+    config = LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_components=["vision"])
+    wrapper = CLIPLoRAWrapper(model, config).apply_lora_to_federated_model()
+    exchanged = wrapper.exchanged_parameters
+    assert {p.dtype for p in exchanged.values()} == {torch.float32}
+    frozen = {p.dtype for name, p in wrapper.clip.named_parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}
+    before = wrapper.get_state()
+    data, labels = pixel_batch["pixel_values"], pixel_batch["labels"]
+    losses = [wrapper.train_step(data, labels) for _ in range(15)]
+    assert losses[-1] < losses[0]
+    after = wrapper.get_state()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
