@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,8 +47,10 @@ THE_CLIENT = 0
 class TrainingDisplay(Protocol):
     """What central training tells whoever watches; ``federated.cli_training`` has one."""
 
-    def training_started(self, num_epochs: int, num_steps: int, *, headline_metric: str) -> None:
-        """Training begins."""
+    def training_started(
+        self, num_epochs: int, num_steps: int, *, headline_metric: str, notes: Sequence[str] = ()
+    ) -> None:
+        """Training begins; the notes say what is cached and what is not."""
 
     def step_done(self, loss: float) -> None:
         """An optimizer step was taken."""
@@ -177,7 +180,10 @@ def train_epochs(training: Training) -> None:
     experiment.reset()
     if training.display is not None:
         training.display.training_started(
-            training.num_epochs, training.num_steps, headline_metric=experiment.headline_metric
+            training.num_epochs,
+            training.num_steps,
+            headline_metric=experiment.headline_metric,
+            notes=experiment.caches.notes,
         )
     experiment.model.start_training(experiment.training_settings, training.num_steps)
     close_epoch(training, 0, {}, time.perf_counter())
@@ -249,6 +255,11 @@ def evaluate_epoch(training: Training, epoch: int) -> dict[str, float]:
     return {**test, **{f"validation_{key}": value for key, value in validation.items()}}
 
 
+def peak_memory_bytes() -> int:
+    """Return the most memory that this process has held so far; on Linux, where the system counts in kB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def finish(training: Training) -> None:
     """Put the kept weights into the model; write the adapter, ``summary.json`` and the report."""
     experiment, folder, metric = training.experiment, training.folder, training.experiment.headline_metric
@@ -267,6 +278,8 @@ def finish(training: Training) -> None:
             "rounds": epochs_done,
             "seconds": round(time.perf_counter() - training.started, 3),
             "parameters": {**experiment.parameter_counts(), "exchanged": 0},
+            "peak_memory_bytes": peak_memory_bytes(),
+            "caches": experiment.caches.notes,
             "training": {
                 "mode": "central",
                 "steps": training.steps_done,

@@ -101,12 +101,10 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The f
     typer.echo(write_report(run_folder))
 
 
-cli_inference.register(app)
-app.add_typer(cli_data.app, name="data")
-
-
 app.command()(cli_training.train)
 app.command()(cli_training.evaluate)
+cli_inference.register(app)
+app.add_typer(cli_data.app, name="data")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

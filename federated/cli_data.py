@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from federated.progress import progress_bar
 from models.errors import UserError
 
 app = typer.Typer(
@@ -18,6 +19,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+MAX_IGNORED_SHOWN = 5
+"""Files named that are no images."""
 
 
 @app.command()
@@ -34,18 +39,22 @@ def check(
     from federated.folders import check_folder
     from federated.result_tables import class_table, double_table
 
-    report = check_folder(folder)
+    with progress_bar("images") as report_progress:
+        report = check_folder(folder, report=report_progress)
     console = Console()
     if report.counts:
         print_table(console, class_table(report.counts), f"Images in {folder}")
     if report.leaks:
         print_table(console, double_table(report), "In more than one split: test results would be too good")
     if report.ignored:
-        typer.echo(f"{len(report.ignored)} files are not images and are ignored")
+        shown = [str(path) for path in report.ignored[:MAX_IGNORED_SHOWN]]
+        more = len(report.ignored) - len(shown)
+        shown += [f"and {more} more"] if more else []
+        typer.echo(f"not images by their suffix, and ignored: {', '.join(shown)}")
     if not report.usable:
         corrupt = [f"{path} cannot be decoded ({error})" for path, error in report.corrupt]
         raise UserError(f"{folder} cannot be used:\n  " + "\n  ".join([*report.problems, *corrupt]))
-    typer.echo(f"{folder} can be used; classes differ in size by a factor of up to {report.imbalance():.3g}")
+    typer.echo(f"{folder} can be used; {_balance(report.imbalance())}")
 
 
 @app.command()
@@ -79,7 +88,20 @@ def prepare(
             "give either --classes A,B (empty folders to fill) or --from FLAT (a folder to split)"
         )
     names = None if classes is None else [name.strip() for name in classes.split(",")]
-    counts = prepare_folder(
-        target, class_names=names, source=flat, ratios=(train, val, test), seed=seed, link=link
-    )
+    with progress_bar("images") as report:
+        counts = prepare_folder(
+            target,
+            class_names=names,
+            source=flat,
+            ratios=(train, val, test),
+            seed=seed,
+            link=link,
+            report=report,
+        )
     print_table(Console(), class_table(counts), f"Images in {target}")
+
+
+def _balance(imbalance: float) -> str:
+    if imbalance == 1:
+        return "all classes have the same number of training images"
+    return f"the largest class has {imbalance:.3g} times the training images of the smallest"

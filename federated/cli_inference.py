@@ -6,16 +6,15 @@ package and prints. Results go to standard output, progress and remarks to stand
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from federated.progress import progress_bar
 from models.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ def predict(  # noqa: PLR0913 - the command's options
     names = None if classes is None else [name.strip() for name in classes.split(",")]
     opened = _open(source, adapter, model, device)
     classifier = make_classifier(opened, names, template)
-    with _progress("images") as report:
+    with progress_bar("images") as report:
         options = InputOptions(batch_size, skip_corrupt, report)
         found = predict_images(opened, path, classifier, top_k=top_k, options=options)
     _name_corrupt([str(file) for file, _ in found.corrupt])
@@ -146,7 +145,7 @@ def encode(  # noqa: PLR0913 - the command's options
     opened = _open(source, adapter, model, device)
     kind = "texts" if text else "images"
     if output is not None:
-        with _progress(kind) as report:
+        with progress_bar(kind) as report:
             options = InputOptions(batch_size, skip_corrupt, report)
             manifest = encode_to_file(
                 opened, path, output, texts=text, normalised=not raw, overwrite=overwrite, options=options
@@ -154,7 +153,7 @@ def encode(  # noqa: PLR0913 - the command's options
         _name_corrupt(manifest.corrupt)
         typer.echo(f"{len(manifest.rows)} {kind}, {manifest.dimension} dimensions: {output}")
     if compare_base:
-        with _progress("both models") as report:
+        with progress_bar("both models") as report:
             options = InputOptions(batch_size, skip_corrupt, report)
             moved = compare_with_base(opened, path, texts=text, options=options)
         typer.echo(
@@ -210,13 +209,13 @@ def compare(
 
     Example: fedlora compare runs/quickstart runs/full_finetune --output comparison
     """
-    from federated.compare import compare_runs, write_comparison
+    from federated.compare import compare_runs, terminal_tables, write_comparison
     from federated.console import print_table
-    from federated.result_tables import comparison_table
 
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; --output takes a folder")
-    print_table(Console(), comparison_table(compare_runs(runs, target=target)), "Runs")
+    for title, table in terminal_tables(compare_runs(runs, target=target)).items():
+        print_table(Console(), table, title)
     if output is not None:
         typer.echo(f"written: {write_comparison(runs, output, target=target)}")
 
@@ -280,13 +279,3 @@ def _deliver(
 def _name_corrupt(files: Sequence[str]) -> None:
     if files:
         typer.echo(f"left out {len(files)} that cannot be decoded: {', '.join(files)}", err=True)
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that moves a bar on standard error; there is none where that is no terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -5,7 +5,7 @@ They read arguments, call one function of the package and print, as every comman
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Self
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from federated.progress import progress_bar
 from federated.wording import format_metric, format_seconds, metric_label
 
 OverridesArgument = Annotated[
@@ -75,9 +76,16 @@ def evaluate(
     """
     from federated.evaluation import evaluate_source
 
-    folder, report = evaluate_source(
-        source, overrides or [], adapter=adapter, split=split, output=output, overwrite=overwrite
-    )
+    with progress_bar("images") as report_progress:
+        folder, report = evaluate_source(
+            source,
+            overrides or [],
+            adapter=adapter,
+            split=split,
+            output=output,
+            overwrite=overwrite,
+            report=report_progress,
+        )
     typer.echo(report)
     for path in sorted(folder.iterdir()):
         typer.echo(str(path))
@@ -118,9 +126,13 @@ class EpochDisplay:
         """Take the bar away, also after an error or an interrupt; the lines stay."""
         self._progress.stop()
 
-    def training_started(self, num_epochs: int, num_steps: int, *, headline_metric: str) -> None:
-        """Say how long it takes and which metric leads."""
+    def training_started(
+        self, num_epochs: int, num_steps: int, *, headline_metric: str, notes: Sequence[str] = ()
+    ) -> None:
+        """Say how long it takes, which metric leads, and what is cached."""
         self._num_epochs, self._metric = num_epochs, headline_metric
+        for note in notes:
+            self.console.print(f"cache: {note}", style="dim", highlight=False, soft_wrap=True)
         self._progress.update(self._steps, total=num_steps)
 
     def step_done(self, loss: float) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from federated import plots
 from federated.plot_style import save_png
+from federated.round_table import TextTable
 from federated.run_record import RunRecord, read_run
 from federated.wording import (
     MISSING,
@@ -27,6 +28,9 @@ from federated.wording import (
     metric_label,
 )
 from models.errors import UserError
+
+COST_COLUMNS = ("parameters sent", "time", "peak memory")
+"""Columns of a comparison that have a table of their own in the terminal."""
 
 
 @dataclass(frozen=True)
@@ -107,31 +111,48 @@ def write_comparison(
     return path
 
 
-def to_markdown(rows: Sequence[RunRow]) -> str:
-    """Return the rows as a Markdown table; columns that no run recorded are left out."""
-    metric = rows[0].metric
-    label, target = metric_label(metric), rows[0].target
-    reach = f"MB to reach {format_metric(metric, target)}"
+def comparison_table(rows: Sequence[RunRow]) -> TextTable:
+    """Return one row a run; columns that no run recorded are left out."""
+    metric, target = rows[0].metric, rows[0].target
     columns = {
-        "run": [_escape(row.name) for row in rows],
-        f"{label} before": [format_metric(metric, row.zero_shot) for row in rows],
-        f"{label} final": [format_metric(metric, row.final) for row in rows],
-        f"{label} best": [format_metric(metric, row.best) for row in rows],
+        "run": [row.name for row in rows],
+        f"{metric_label(metric)} before": [format_metric(metric, row.zero_shot) for row in rows],
+        "final": [format_metric(metric, row.final) for row in rows],
+        "best": [format_metric(metric, row.best) for row in rows],
         "rounds": [str(row.rounds) for row in rows],
         "parameters sent": [format_count(row.exchanged_parameters) for row in rows],
         "MB up": [format_megabytes(row.uplink_wire_bytes) for row in rows],
         "MB down": [format_megabytes(row.downlink_wire_bytes) for row in rows],
-        reach: [format_megabytes(row.wire_bytes_to_target) for row in rows],
+        f"MB to reach {format_metric(metric, target)}": [
+            format_megabytes(row.wire_bytes_to_target) for row in rows
+        ],
         "time": [format_seconds(row.seconds) for row in rows],
         "peak memory": [format_bytes(row.peak_memory_bytes) for row in rows],
     }
     shown = {head: cells for head, cells in columns.items() if any(cell != MISSING for cell in cells)}
-    lines = [
-        "| " + " | ".join(shown) + " |",
-        "| " + " | ".join(["---", *["---:"] * (len(shown) - 1)]) + " |",
-        *("| " + " | ".join(cells) + " |" for cells in zip(*shown.values(), strict=True)),
-    ]
-    return "\n".join(lines) + "\n"
+    return TextTable(tuple(shown), tuple(zip(*shown.values(), strict=True)), words=frozenset({0}))
+
+
+def terminal_tables(rows: Sequence[RunRow]) -> dict[str, TextTable]:
+    """Return ``comparison_table`` in two parts that fit a terminal: title -> table."""
+    table = comparison_table(rows)
+    reached = [head for head in table.columns if head not in COST_COLUMNS]
+    costs = [head for head in table.columns if head == "run" or head in COST_COLUMNS]
+    return {"Runs": _columns(table, reached), "What they took": _columns(table, costs)}
+
+
+def _columns(table: TextTable, heads: Sequence[str]) -> TextTable:
+    places = [table.columns.index(head) for head in heads]
+    rows = tuple(tuple(row[place] for place in places) for row in table.rows)
+    return TextTable(tuple(heads), rows, words=frozenset({0}))
+
+
+def to_markdown(rows: Sequence[RunRow]) -> str:
+    """Return ``comparison_table`` in Markdown."""
+    table = comparison_table(rows)
+    lines = [table.columns, ("---", *["---:"] * (len(table.columns) - 1))]
+    lines += [tuple(_escape(cell) for cell in row) for row in table.rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 def to_json(rows: Sequence[RunRow]) -> str:

@@ -6,7 +6,7 @@ training reads them: turned upright, made RGB, then the model's own image proces
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +15,12 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from federated.folder_scan import DECODE_ERRORS, IMAGE_SUFFIXES
+from federated.progress import Report, quiet
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
 
-Report = Callable[[int, int], None]
-"""Told how many of how many inputs are done, after each batch."""
-
 MAX_NAMED = 10
 """Corrupt files listed in one message."""
-
-
-def quiet(done: int, total: int) -> None:
-    """Report nothing."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class InputOptions:
     Attributes:
         batch_size: Images or texts that pass through at once.
         skip_corrupt: Leave images out that cannot be decoded; otherwise they are an error that names them.
-        report: Told about the progress.
+        report: Told about the progress, after each batch.
     """
 
     batch_size: int = 64
@@ -201,8 +195,8 @@ def _readable(paths: Sequence[Path], corrupt: list[tuple[Path, str]]) -> Iterato
 def _corrupt_message(corrupt: Sequence[tuple[Path, str]], *, all_of_them: bool) -> str:
     listed = "; ".join(f"{path} ({error})" for path, error in corrupt[:MAX_NAMED])
     more = f"; and {len(corrupt) - MAX_NAMED} more" if len(corrupt) > MAX_NAMED else ""
-    remedy = "replace them" if all_of_them else "replace or remove them, or pass --skip-corrupt"
-    plural = "image" if len(corrupt) == 1 else "images"
+    plural, them = ("image", "it") if len(corrupt) == 1 else ("images", "them")
+    remedy = f"replace {them}" if all_of_them else f"replace or remove {them}, or pass --skip-corrupt"
     return f"{len(corrupt)} {plural} cannot be decoded: {listed}{more}; {remedy}"
 
 

@@ -29,6 +29,7 @@ from federated.detailed_metrics import (
 from federated.experiment import Experiment, build_experiment
 from federated.global_model import load_global_state
 from federated.plot_style import save_png
+from federated.progress import Report, quiet
 from federated.run_folder import write_json, write_text
 from federated.simulation import limited_threads
 from lora.checkpoint import FULL_FILE
@@ -53,6 +54,7 @@ def evaluate_source(
     split: str = "test",
     output: Path | None = None,
     overwrite: bool = False,
+    report: Report = quiet,
 ) -> tuple[Path, str]:
     """Evaluate a run, or a configuration with an adapter or without.
 
@@ -64,6 +66,7 @@ def evaluate_source(
         output: Where files go; ``evaluation_<split>`` inside the run by default, or
             ``<name>-evaluation_<split>`` under ``output.root``.
         overwrite: Replace the files of an earlier evaluation.
+        report: Told about the progress, after each batch.
 
     Returns:
         The folder and the report.
@@ -82,7 +85,7 @@ def evaluate_source(
         experiment = build_experiment(one_shard(config))
         images = split_images(experiment, split)
         trained = load_trained(experiment, run, adapter)
-        detailed = evaluate_in_detail(experiment, images)
+        detailed = evaluate_in_detail(experiment, images, report)
     saw_the_same = split == "test" and not overrides and config.evaluation.max_samples is None
     if run is not None and adapter is None and saw_the_same:
         compare_with_record(run, detailed)
@@ -97,6 +100,8 @@ def run_folder(source: str | Path) -> Path | None:
         UserError: It is a folder, but not a run's.
     """
     path = Path(source)
+    if len(path.parts) > 1 and not path.exists():
+        raise UserError(f"{path} does not exist: give a run folder, or a configuration's file or name")
     if not path.is_dir():
         return None
     if not (path / "config.yaml").is_file():
@@ -164,9 +169,11 @@ def load_checkpoint(experiment: Experiment, folder: Path) -> str:
     return str(path)
 
 
-def evaluate_in_detail(experiment: Experiment, images: ImageTensors) -> DetailedMetrics:
+def evaluate_in_detail(
+    experiment: Experiment, images: ImageTensors, report: Report = quiet
+) -> DetailedMetrics:
     """Evaluate the experiment's model, as it is, on rows."""
-    batches = evaluation_batches(experiment, images)
+    batches = evaluation_batches(experiment, images, report)
     if experiment.model.task.name == "retrieval":
         pairs = embed_pairs(experiment.model, batches)
         return describe_retrieval(*pairs, headline_metric=experiment.headline_metric)
@@ -175,10 +182,13 @@ def evaluate_in_detail(experiment: Experiment, images: ImageTensors) -> Detailed
     return describe_classes(predict_classes(experiment.model, batches), names)
 
 
-def evaluation_batches(experiment: Experiment, images: ImageTensors) -> Iterator[Batch]:
+def evaluation_batches(experiment: Experiment, images: ImageTensors, report: Report) -> Iterator[Batch]:
     """Yield what the model's task reads of the rows, in order."""
+    done = 0
     for batch in images.batches(None, experiment.config.evaluation.batch_size, rng=None):
         yield experiment.model_batch(batch)
+        done += len(batch["pixel_values"])
+        report(done, len(images))
 
 
 def compare_with_record(run: Path, detailed: DetailedMetrics) -> None:

@@ -75,7 +75,10 @@ def scan_folder(path: Path | str) -> FolderScan:
         folder = root / split
         if not folder.is_dir():
             if split != "val":
-                problems.append(f"{folder} is missing; lay images out as {root}/{{train,val,test}}/<class>/*")
+                problems.append(
+                    f"{folder} is missing; lay images out as {root}/{{train,val,test}}/<class>/*, or split a "
+                    "<class>/* folder with: fedlora data prepare TARGET --from FLAT"
+                )
             continue
         classes, others = scan_classes(folder)
         ignored.extend(others)

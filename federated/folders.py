@@ -6,6 +6,7 @@ run is started, and ``prepare_folder`` makes one, empty or from a flat ``<class>
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections import defaultdict
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from federated.folder_scan import SPLITS, content_hash, image_error, pixel_hash, scan_classes, scan_folder
+from federated.progress import Report, quiet
 from federated.seeding import generator
 from models.errors import UserError
 
@@ -61,11 +63,12 @@ class FolderReport:
         return max(counts) / min(counts)
 
 
-def check_folder(path: Path | str) -> FolderReport:
+def check_folder(path: Path | str, *, report: Report = quiet) -> FolderReport:
     """Look at every file of an image folder: structure, corrupt images, balance, leaks between splits.
 
     Args:
         path: a folder with ``train/<class>/*``, ``test/<class>/*`` and, if wanted, ``val/<class>/*``.
+        report: told about the progress, after each image.
 
     Returns:
         The report; nothing is changed and nothing raised about what is in the folder.
@@ -82,13 +85,15 @@ def check_folder(path: Path | str) -> FolderReport:
     corrupt: list[tuple[Path, str]] = []
     by_content: dict[str, list[Path]] = defaultdict(list)
     by_pixels: dict[str, list[Path]] = defaultdict(list)
-    for image in (file for classes in scan.files.values() for files in classes.values() for file in files):
+    images = [file for classes in scan.files.values() for files in classes.values() for file in files]
+    for number, image in enumerate(images, start=1):
         by_content[content_hash(image)].append(image)
         error = image_error(image)
         if error is None:
             by_pixels[pixel_hash(image)].append(image)
         else:
             corrupt.append((image, error))
+        report(number, len(images))
     same_content = _across_splits(by_content, root)
     known = set(same_content)
     return FolderReport(
@@ -110,6 +115,7 @@ def prepare_folder(
     ratios: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 0,
     link: bool = False,
+    report: Report = quiet,
 ) -> dict[str, dict[str, int]]:
     """Make an image folder: empty class folders to fill, or a split of a flat ``<class>/*`` folder.
 
@@ -123,6 +129,7 @@ def prepare_folder(
         ratios: shares of train, val and test; a share of 0 leaves that split out.
         seed: the same seed gives the same split.
         link: make hard links instead of copies (same file system only).
+        report: told about the progress, after each file.
 
     Returns:
         split -> class -> number of files placed.
@@ -150,7 +157,7 @@ def prepare_folder(
         for split, chosen in _split_class(images, shares, generator(seed, "split", number, 1), name).items():
             counts[split][name] = len(chosen)
             plan.extend((image, root / split / name / image.name) for image in chosen)
-    _place(plan, link=link)
+    _place(plan, link=link, report=report)
     return counts
 
 
@@ -204,17 +211,38 @@ def _split_class(
     return chosen
 
 
-def _place(plan: Sequence[tuple[Path, Path]], *, link: bool) -> None:
-    """Copy or link every file; all targets are checked before the first is made."""
+def _place(plan: Sequence[tuple[Path, Path]], *, link: bool, report: Report) -> None:
+    """Copy or link every file, or none: what was made before a failure is taken away again."""
     for _, target in plan:
         if os.path.lexists(target):
             raise UserError(f"{target} exists already and is not overwritten; choose another target folder")
-    for source, target in plan:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not link:
-            shutil.copy2(source, target)
-            continue
-        try:
-            os.link(source, target)
-        except OSError as error:
-            raise UserError(f"cannot link {source} to {target} ({error}); copy instead (link off)") from error
+    made: list[Path] = []
+    try:
+        for number, (source, target) in enumerate(plan, start=1):
+            _make_folders(target.parent, made)
+            made.append(target)
+            (os.link if link else shutil.copy2)(source, target)
+            report(number, len(plan))
+    except OSError as error:
+        _take_away(made)
+        remedy = "copy instead (link off)" if link else "make room, or choose another target folder"
+        raise UserError(
+            f"cannot {'link' if link else 'copy'} {source} to {target} ({error}); nothing is left behind: "
+            f"{remedy}"
+        ) from error
+    except BaseException:  # Ctrl-C: half a folder would look like a whole one
+        _take_away(made)
+        raise
+
+
+def _make_folders(folder: Path, made: list[Path]) -> None:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    made.extend(reversed(missing))
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _take_away(made: Sequence[Path]) -> None:
+    """Remove files and folders in the reverse order of their making."""
+    for path in reversed(made):
+        with contextlib.suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What ``predict``, ``search``, ``data`` and ``compare`` show: tables of text, and records for CSV and JSON.
+"""What ``predict``, ``search`` and ``data`` show: tables of text, and records for CSV and JSON.
 
 Stands after the rounds (``data`` before them), between the functions that give results and the command line.
 """
@@ -14,18 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from federated.folder_scan import SPLITS
 from federated.round_table import TextTable
-from federated.wording import (
-    MISSING,
-    format_count,
-    format_megabytes,
-    format_metric,
-    format_percent,
-    format_seconds,
-    metric_label,
-)
+from federated.wording import MISSING, format_count, format_percent
 
 if TYPE_CHECKING:  # a folder's check needs no model, so none is imported for it
-    from federated.compare import RunRow
     from federated.embedding_files import EmbeddingIndex
     from federated.folders import FolderReport
     from federated.image_search import Hit
@@ -95,26 +86,6 @@ def double_table(report: FolderReport) -> TextTable:
     if len(rows) > MAX_LISTED:
         rows[MAX_LISTED:] = [(f"and {len(rows) - MAX_LISTED} more", "")]
     return TextTable(("images", "why"), tuple(rows), words=frozenset({0, 1}))
-
-
-def comparison_table(rows: Sequence[RunRow]) -> TextTable:
-    """Return one row a run: what fits a terminal of ``federated.compare.to_markdown``."""
-    metric, target = rows[0].metric, rows[0].target
-    label = metric_label(metric)
-    columns = {
-        "run": [row.name for row in rows],
-        f"{label} before": [format_metric(metric, row.zero_shot) for row in rows],
-        "final": [format_metric(metric, row.final) for row in rows],
-        "best": [format_metric(metric, row.best) for row in rows],
-        "rounds": [str(row.rounds) for row in rows],
-        "MB up": [format_megabytes(row.uplink_wire_bytes) for row in rows],
-        "MB down": [format_megabytes(row.downlink_wire_bytes) for row in rows],
-        f"MB to reach {format_metric(metric, target)}": [
-            format_megabytes(row.wire_bytes_to_target) for row in rows
-        ],
-        "time": [format_seconds(row.seconds) for row in rows],
-    }
-    return TextTable(tuple(columns), tuple(zip(*columns.values(), strict=True)), words=frozenset({0}))
 
 
 def records_to_csv(records: Sequence[Record]) -> str:

@@ -78,6 +78,8 @@ def open_model(
             f"{source} is neither a run folder (metrics.jsonl), nor an adapter ({CONFIG_FILE}), nor a model "
             "in the hub's format (config.json)"
         )
+    if len(path.parts) > 1 and not path.exists() and path.parent.is_dir():
+        raise UserError(f"{source} does not exist; give a run folder, an adapter, or a model's name")
     name = str(path.resolve()) if path.is_dir() else str(source)
     if adapter is not None:
         return _open_adapter(Path(adapter), name, place)

@@ -148,11 +148,21 @@ def test_doubles_across_splits_are_shown_and_do_not_make_the_folder_unusable(pre
     assert "equal pixels" in output
 
 
-def test_files_that_are_no_images_are_counted(prepared, capsys):
-    (prepared / "train" / "cat" / "notes.txt").write_text("x", encoding="utf-8")
+def test_files_that_are_no_images_are_named(prepared, capsys):
+    for number in range(7):
+        (prepared / "train" / "cat" / f"notes{number}.txt").write_text("x", encoding="utf-8")
     code, output, _ = fedlora(capsys, "data", "check", prepared)
     assert code == 0
-    assert "1 files are not images" in output
+    assert f"ignored: {prepared / 'train' / 'cat' / 'notes0.txt'}" in output
+    assert "and 2 more" in output
+    assert "notes5" not in output
+
+
+def test_the_check_says_how_unlike_the_classes_sizes_are(prepared, tmp_path, capsys):
+    assert "the largest class has 2 times" in fedlora(capsys, "data", "check", prepared)[1]
+    even = make_images(tmp_path / "even", {"cat": 10, "dog": 10})
+    assert fedlora(capsys, "data", "prepare", tmp_path / "equal", "--from", even)[0] == 0
+    assert "the same number" in fedlora(capsys, "data", "check", tmp_path / "equal")[1]
 
 
 def test_a_folder_of_another_kind_is_refused(flat, tmp_path, capsys):

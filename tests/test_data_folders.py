@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,6 +228,30 @@ def test_nothing_is_overwritten(tmp_path):
     with pytest.raises(UserError, match="exists already"):
         prepare_folder(tmp_path / "out", source=source)
     assert files_in(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_full_disk_leaves_nothing_behind(tmp_path, link, monkeypatch):
+    make_flat(tmp_path / "flat")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "mine.txt").write_text("x", encoding="utf-8")
+    module, name = (os, "link") if link else (shutil, "copy2")
+    place, calls = getattr(module, name), []
+
+    def full(source, target):
+        calls.append(target)
+        if len(calls) == 4:
+            Path(target).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return place(source, target)
+
+    monkeypatch.setattr(module, name, full)
+    for target in (tmp_path / "made", tmp_path / "new" / "deep"):
+        calls.clear()
+        with pytest.raises(UserError, match="No space left.*nothing is left behind"):
+            prepare_folder(target, source=tmp_path / "flat", ratios=(0.5, 0.0, 0.5), link=link)
+    assert [path.name for path in (tmp_path / "made").rglob("*")] == ["mine.txt"]
+    assert not (tmp_path / "new").exists()
 
 
 def test_wrong_arguments_of_preparation_are_named(tmp_path):
