@@ -10,18 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from federated.cli import main
+from tests.command import fedlora
 
 CLASSES = ("cat", "dog")
-
-
-def fedlora(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one command."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    printed = capsys.readouterr()
-    return int(ended.value.code or 0), printed.out, printed.err
 
 
 def make_images(folder: Path, counts: dict[str, int]) -> Path:

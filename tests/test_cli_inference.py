@@ -30,6 +30,7 @@ from lora.checkpoint import save_full_checkpoint, save_lora_adapters
 from lora.injection import inject_lora
 from models.clip import FederatedCLIPModel
 from models.loading import load_clip
+from tests.command import fedlora
 
 SMALL = (
     "federation.rounds=1",
@@ -41,15 +42,6 @@ SMALL = (
 )
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230)}
 CLASSES = "red,green,blue"
-
-
-def fedlora(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one command."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    printed = capsys.readouterr()
-    return int(ended.value.code or 0), printed.out, printed.err
 
 
 def records(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[dict]:

@@ -59,6 +59,16 @@ def test_captions_are_vietnamese_and_no_test_concept_is_trained_on(tmp_path: Pat
     assert len(set(data.test["concept"])) == len(data.test)  # every caption is once in the gallery
 
 
+def test_one_override_trains_on_chinese_captions(tmp_path: Path) -> None:
+    overrides = ["data.options.language=zh", "output.name=zh"]
+    config = small_config(tmp_path, overrides)
+    names = embedded.captions("zh")
+    data = build_experiment(config).data
+    assert all(names[row["concept"]] == row["caption"] for row in data.train.remove_columns("image"))
+    lines = lines_of(run_experiment(config))
+    assert lines[-1]["image_to_text_recall_at_10"] > 2 * max(lines[0]["image_to_text_recall_at_10"], 0.035)
+
+
 def test_only_text_adapters_travel_and_images_keep_their_features(tmp_path: Path) -> None:
     experiment = build_experiment(small_config(tmp_path))
     names = experiment.model.exchanged_names

@@ -1,0 +1,16 @@
+"""A command of ``fedlora`` as a test calls it."""
+
+from __future__ import annotations
+
+import pytest
+
+from federated.cli import main
+
+
+def fedlora(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of one command."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return int(ended.value.code or 0), printed.out, printed.err
