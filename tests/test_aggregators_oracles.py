@@ -41,6 +41,7 @@ from federated.aggregators import (
 )
 from federated.aggregators.residual import averaging_residual
 from federated.aggregators.stacking import stacked
+from federated.lowrank import truncate
 from lora.adapters import FactorPair
 
 COHORT = [0, 1, 3]
@@ -76,11 +77,11 @@ def global_product(fed: Federation, module: str) -> Tensor:
 
 
 @pytest.mark.parametrize("rank_stabilised", [False, True])
-def test_the_stack_equals_pefts_concatenation_of_adapters(rank_stabilised):
-    """peft's add_weighted_adapter(combination_type="cat"), with other ranks and scalings for each client.
+def test_the_stack_and_its_truncation_are_pefts_cat_and_svd_of_adapters(rank_stabilised):
+    """peft's add_weighted_adapter, "cat" and "svd", with other ranks and scalings for each client.
 
-    With rsLoRA peft 0.21.2 leaves the concatenation a scaling of sqrt(sum of ranks) instead of 1 (it sets
-    alpha to the rank and keeps `use_rslora`); the test takes that factor out again.
+    With rsLoRA peft 0.21.2 leaves the result a scaling of sqrt(its rank) instead of 1 (it sets alpha to the
+    rank and keeps `use_rslora`); the test takes that factor out again.
     """
     module, (d_out, d_in) = "layer", SHAPES["tower.first"]
     network = nn.ModuleDict({module: nn.Linear(d_in, d_out, bias=False)}).double()
@@ -107,6 +108,9 @@ def test_the_stack_equals_pefts_concatenation_of_adapters(rank_stabilised):
     assert layer.scaling["all"] == pytest.approx(math.sqrt(sum(ranks)) if rank_stabilised else 1.0)
     concatenated = layer.get_delta_weight("all").double() / layer.scaling["all"]
     torch.testing.assert_close(stacked(updates, pair).dense(), concatenated, rtol=1e-6, atol=1e-6)
+    tuner.add_weighted_adapter(names, list(shares), "best", combination_type="svd", svd_rank=3)
+    best = layer.get_delta_weight("best").double() / layer.scaling["best"]
+    torch.testing.assert_close(truncate(stacked(updates, pair), 3).dense(), best, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [(RANK,) * 5, MIXED_RANKS])
@@ -286,8 +290,9 @@ def test_flexlora_with_one_rank_is_the_papers_truncated_svd():
             torch.testing.assert_close(a @ a.T, torch.eye(RANK).double())
 
 
-def test_flexlora_with_mixed_ranks_is_the_dense_delta_form():
-    fed = federation(flexlora(), ranks=MIXED_RANKS)
+@pytest.mark.parametrize("rank_stabilised", [False, True], ids=["alpha/r", "rslora"])
+def test_flexlora_with_mixed_ranks_is_the_dense_delta_form(rank_stabilised):
+    fed = federation(flexlora(), ranks=MIXED_RANKS, rank_stabilised=rank_stabilised)
     for _ in range(3):
         before = {module: global_product(fed, module) for module in SHAPES}
         updates = play_round(fed, [0, 1, 2, 4])
@@ -339,9 +344,10 @@ def test_fedsvd_averages_b_and_refactorises_every_period(period):
 # ---- padding
 
 
+@pytest.mark.parametrize("rank_stabilised", [False, True], ids=["alpha/r", "rslora"])
 @pytest.mark.parametrize("ranks", [(RANK,) * 5, MIXED_RANKS])
-def test_hetlora_weighs_by_norm_and_pads_with_the_servers_components(ranks):
-    fed = federation(hetlora(), ranks=ranks)
+def test_hetlora_weighs_by_norm_and_pads_with_the_servers_components(ranks, rank_stabilised):
+    fed = federation(hetlora(), ranks=ranks, rank_stabilised=rank_stabilised)
     play_round(fed, COHORT)
     before = fed.server.state
     updates = play_round(fed, [0, 1, 2, 4])

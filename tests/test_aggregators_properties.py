@@ -88,6 +88,14 @@ def test_the_registry_has_every_documented_method():
     assert sorted(MIXED) == ["flexlora", "flora", "hetlora"]
 
 
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_every_method_states_its_equation_paper_bytes_and_what_it_preserves(name):
+    text = AGGREGATORS[name].__doc__ or ""
+    assert any(sign in text.splitlines()[0] for sign in ("<-", "+"))
+    assert "arXiv:" in text.partition("Source:")[2]
+    assert all(word in text.partition("Bytes:")[2] for word in ("up", "down", "Preserves:"))
+
+
 # ---- exactness
 
 
@@ -190,6 +198,15 @@ def test_one_client_gets_its_own_model_back(name, dtype):
         send(fed, client)
         assert relative_distance(client.start, wanted, fed.pretrained) < TOLERANCE[dtype]
         assert torch.equal(client.held["head.bias"], wanted_head)
+
+
+@ranked(MIXED)
+def test_ten_rounds_without_training_change_nothing_with_rslora_scalings(name, ranks):
+    fed = start(name, trained=True, ranks=ranks, rank_stabilised=True)
+    wanted = fed.global_weights()
+    for server_round in range(10):
+        play_round(fed, COHORTS[server_round % len(COHORTS)], steps=0)
+    assert relative_distance(fed.global_weights(), wanted, fed.pretrained) < 1e-11
 
 
 @both_dtypes

@@ -271,6 +271,16 @@ def test_a_client_cannot_give_itself_a_higher_rank(rank: int) -> None:
     assert server.current_ranks == {}
 
 
+def test_an_update_of_another_rank_than_the_clients_is_named_and_the_round_goes_on() -> None:
+    server = ranked()
+    requests = ask(server)
+    start = server._start_of(0).state
+    narrow = {n: t[:2] if "_A." in n else t[:, :2] if "_B." in n else t for n, t in start.items()}
+    server.aggregate_train(1, [reply(requests[0], narrow), reply(requests[1], start)])
+    assert "layout" in failed(server)[0]
+    assert sorted(server.record.clients) == [1]
+
+
 def test_a_refused_update_does_not_change_a_rank() -> None:
     server = ranked()
     requests = ask(server)

@@ -29,6 +29,7 @@ from federated.aggregators.protocol import (
     everything,
     head_names,
     nothing,
+    second_factor_and_head,
 )
 from lora.adapters import factor_pairs
 from models.errors import UserError
@@ -55,7 +56,7 @@ def ffa() -> Aggregator:
     Bytes: up b r d_o, down b r d_o, and A (b r d_i) once to each new client.
     Preserves: the product, the basis; noise added for privacy is not squared.
     """
-    return _averaging("ffa", _second_factor_and_head, exact=True)
+    return _averaging("ffa", second_factor_and_head, exact=True)
 
 
 def rolora() -> Aggregator:
@@ -169,11 +170,6 @@ def _averaging(name: str, travels: NameRule, *, exact: bool) -> Aggregator:
 
 def _average_what_travelled(server: ServerState, updates: Sequence[Update], rule: str) -> ServerState:
     return advance(server, average(of_one_rank(server, updates, rule)))
-
-
-def _second_factor_and_head(names: Iterable[str], server_round: int) -> Names:
-    names = set(names)
-    return tuple(sorted(names - {pair.a for pair in factor_pairs(names)}))
 
 
 def _alternating_factor_and_head(names: Iterable[str], server_round: int) -> Names:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from federated.aggregators.averaging import advance, average, begin_with_adapters, of_one_rank
 from federated.aggregators.downlinks import send_changed
+from federated.aggregators.fresh import torch_generator
 from federated.aggregators.protocol import (
     Aggregator,
     ClientRules,
@@ -28,6 +28,7 @@ from federated.aggregators.protocol import (
     Update,
     head_names,
     nothing,
+    second_factor_and_head,
     sorted_state,
 )
 from lora.adapters import FactorPair, factor_pairs
@@ -56,7 +57,7 @@ def fed_sb(*, seed: int = 0) -> Aggregator:
         missing = [p for p in factor_pairs(state) if core_name(p) not in state]
         values = dict(server.state)
         for index, pair in enumerate(missing):
-            generator = _generator(seed, index)
+            generator = torch_generator(seed, index)
             values |= _orthonormal_start(pair, server.state[pair.a], server.state[pair.b], generator)
         return ServerState(state=sorted_state(values), scaling=server.scaling)
 
@@ -67,7 +68,7 @@ def fed_sb(*, seed: int = 0) -> Aggregator:
         name="fed_sb",
         init=init,
         downlink=send_changed(_cores_and_head),
-        trains=_second_factor_and_head,
+        trains=_left_factor_and_head,
         uplink=_cores_and_head,
         private=nothing,
         apply=apply,
@@ -170,10 +171,10 @@ def _cores_and_head(names: Iterable[str], server_round: int = 0) -> Names:
     return tuple(sorted({*head_names(names), *(core_name(pair) for pair in factor_pairs(names))}))
 
 
-def _second_factor_and_head(names: Iterable[str], server_round: int = 0) -> Names:
+def _left_factor_and_head(names: Iterable[str], server_round: int = 0) -> Names:
     names = set(names)
-    pairs = factor_pairs(names)
-    return tuple(sorted(names - {pair.a for pair in pairs} - {core_name(pair) for pair in pairs}))
+    cores = {core_name(pair) for pair in factor_pairs(names)}
+    return second_factor_and_head(names - cores)
 
 
 def _orthonormal_start(pair: FactorPair, a: Tensor, b: Tensor, generator: torch.Generator) -> State:
@@ -194,8 +195,3 @@ def _checked_rank(pair: FactorPair, a: Tensor, b: Tensor) -> int:
             "lower lora.r, or leave the classifier out of lora.target_components"
         )
     return rank
-
-
-def _generator(seed: int, index: int) -> torch.Generator:
-    sequence = np.random.SeedSequence([seed, index])
-    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)

@@ -30,10 +30,15 @@ def fresh_factors(like: Mapping[str, Tensor], draw: FreshDraw) -> State:
     """
     fresh: State = {}
     for index, pair in enumerate(factor_pairs(like)):
-        sequence = np.random.SeedSequence([draw.seed, draw.server_round, index])
-        generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)
+        generator = torch_generator(draw.seed, draw.server_round, index)
         rank, d_in = like[pair.a].shape
         uniform = torch.rand((rank, d_in), generator=generator, dtype=torch.float32)
         fresh[pair.a] = ((2 * uniform - 1) / math.sqrt(d_in)).to(like[pair.a].dtype)
         fresh[pair.b] = torch.zeros_like(like[pair.b])
     return fresh
+
+
+def torch_generator(*key: int) -> torch.Generator:
+    """Return the random stream of a key, such as (seed, round, module)."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) >> 1)

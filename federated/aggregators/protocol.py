@@ -209,6 +209,12 @@ def head_names(names: Iterable[str]) -> Names:
     return tuple(sorted(names - factors))
 
 
+def second_factor_and_head(names: Iterable[str], server_round: int = 0) -> Names:
+    """Name rule: all but each adapter's A."""
+    names = set(names)
+    return tuple(sorted(names - {pair.a for pair in factor_pairs(names)}))
+
+
 def sorted_state(state: Mapping[str, torch.Tensor]) -> State:
     """Return a state in the order of its names."""
     return {name: state[name] for name in sorted(state)}

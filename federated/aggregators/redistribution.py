@@ -30,6 +30,7 @@ from federated.aggregators.protocol import (
     everything,
     head_names,
     nothing,
+    second_factor_and_head,
 )
 from federated.aggregators.stacking import stacked
 from federated.lowrank import LowRank, stack, svd
@@ -97,12 +98,8 @@ def fedsvd(*, period: int = 1) -> Aggregator:
     if period < 1:
         raise UserError(f"fedsvd: period is {period}; give 1 or more rounds")
 
-    def trained(names: Iterable[str], server_round: int) -> Names:
-        names = set(names)
-        return tuple(sorted(names - {pair.a for pair in factor_pairs(names)}))
-
     def changes(names: Iterable[str], server_round: int) -> Names:
-        return everything(names) if server_round % period == 0 else trained(names, server_round)
+        return everything(names) if server_round % period == 0 else second_factor_and_head(names)
 
     def apply(server: ServerState, updates: Sequence[Update]) -> ServerState:
         values = average(of_one_rank(server, updates, "fedsvd"))
@@ -116,8 +113,8 @@ def fedsvd(*, period: int = 1) -> Aggregator:
         name="fedsvd",
         init=begin_with_adapters,
         downlink=send_changed(changes),
-        trains=trained,
-        uplink=trained,
+        trains=second_factor_and_head,
+        uplink=second_factor_and_head,
         private=nothing,
         apply=apply,
         exact=True,
