@@ -89,6 +89,8 @@ def search(
     """
     if not query.strip():
         raise UserError("the query is empty; give a text, or --image and the path of an image")
+    if image and not Path(query).is_file():
+        raise UserError(f"{query}: no such file; give the path of an image, or leave --image out for a text")
     if image:
         features = embed_images(opened.model, [Path(query)]).features
     else:

@@ -74,29 +74,23 @@ def read_base_delta(folder: str | Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path} is damaged or no safetensors file ({error}); save or copy it again"
         ) from error
-    deltas = {}
+    deltas: dict[str, Tensor] = {}
     for module in sorted({name.rpartition(".")[0] for name in state}):
-        dense = state.get(f"{module}.dense")
-        deltas[module] = state[f"{module}.left"] @ state[f"{module}.right"] if dense is None else dense
+        dense, left, right = (state.get(f"{module}.{part}") for part in ("dense", "left", "right"))
+        if left is not None and right is not None:
+            deltas[module] = left @ right
+        elif dense is not None:
+            deltas[module] = dense
+        else:
+            raise UserError(f"{path}: {module} lacks 'dense', or 'left' and 'right'; copy it again")
     return deltas
 
 
-@torch.no_grad()
-def apply_base_delta(model: nn.Module, folder: str | Path) -> bool:
-    """Make the base weights the pre-trained ones plus what the folder's file says.
-
-    Of several calls the last one counts, so that an adapter may be loaded again or replaced by another; a
-    folder without such a file puts the pre-trained weights back.
-
-    Args:
-        model: A wrapper, a federated model or a bare CLIP, with adapters; changed in place.
-        folder: The adapter's folder.
-
-    Returns:
-        Whether the folder has such a file.
+def fitting_base_delta(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
+    """Return what is added to each base weight, by the model's module names; the model is not changed.
 
     Raises:
-        UserError: The file is damaged or does not fit the model, whose weights are then as before.
+        UserError: The file is damaged or does not fit the model.
     """
     root = unwrap(model)
     _, prefix = clip_of(root)
@@ -108,13 +102,28 @@ def apply_base_delta(model: nn.Module, folder: str | Path) -> bool:
                 f"{Path(folder) / BASE_DELTA_FILE} has {module} {tuple(delta.shape)}, which does not fit "
                 "this model's adapted layers; load it with the adapter it was saved with"
             )
+    return deltas
+
+
+@torch.no_grad()
+def set_base_delta(model: nn.Module, deltas: Mapping[str, Tensor]) -> None:
+    """Make the base weights the pre-trained ones plus what `fitting_base_delta` returned.
+
+    Of several calls the last one counts, so that an adapter may be loaded again or replaced by another; an
+    empty mapping puts the pre-trained weights back.
+
+    Args:
+        model: A wrapper, a federated model or a bare CLIP, with adapters; changed in place.
+        deltas: What to add to each base weight, (d_out, d_in).
+    """
+    root = unwrap(model)
+    weights = base_weights(root)
     pretrained: dict[str, Tensor] = root.__dict__.setdefault(_PRETRAINED, {})
     for module in pretrained.keys() - deltas.keys():
         weights[module].copy_(pretrained[module])
     for module, delta in deltas.items():
         start = pretrained.setdefault(module, weights[module].detach().clone())
         weights[module].copy_(start + delta.to(start))
-    return bool(deltas)
 
 
 def _full_name(module: str, prefix: str, weights: Mapping[str, Tensor]) -> str:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -181,6 +182,24 @@ def read_full_checkpoint(folder: str | Path) -> tuple[State, dict[str, Any]]:
     return _read_tensors(path)
 
 
+def saved_config(metadata: Mapping[str, Any], source: str) -> LoRAConfig | None:
+    """Our configuration in a file's metadata; None where there is none.
+
+    Raises:
+        UserError: it is not one that this version knows.
+    """
+    values = metadata.get("lora_config")
+    if not isinstance(values, dict):
+        return None
+    try:
+        return LoRAConfig(**values)
+    except ValidationError as error:
+        keys = ", ".join(".".join(map(str, detail["loc"])) for detail in error.errors())
+        raise UserError(
+            f"{source}: its LoRA configuration cannot be read ({keys}); was it saved by a newer version?"
+        ) from error
+
+
 def base_sample(model: nn.Module) -> list[float]:
     """A few values of weights that LoRA never touches (embeddings, convolutions), to recognise a base."""
     clip, _ = clip_of(model)
@@ -315,13 +334,12 @@ def _read_peft_config(folder: Path) -> LoraConfig:
 def _adapter_file(
     folder: Path, state: State, head: State, peft_config: LoraConfig | None, metadata: dict[str, Any]
 ) -> AdapterFile:
-    ours = metadata.get("lora_config")
     return AdapterFile(
         folder=folder,
         state=state,
         head=head,
         peft_config=peft_config,
-        lora_config=LoRAConfig(**ours) if isinstance(ours, dict) else None,
+        lora_config=saved_config(metadata, str(folder)),
         base_model=str(
             metadata.get("base_model") or (peft_config and peft_config.base_model_name_or_path) or ""
         ),

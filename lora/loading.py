@@ -5,9 +5,10 @@ Before round 1 (start from an adapter), or for inference. `lora.checkpoint` read
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lora.adapters import (
     scalings,
     unwrap,
 )
-from lora.base_delta import apply_base_delta
+from lora.base_delta import fitting_base_delta, set_base_delta
 from lora.biases import trained_biases
 from lora.checkpoint import (
     AdapterFile,
@@ -33,8 +34,8 @@ from lora.checkpoint import (
     expected_scaling,
     read_adapter,
     read_full_checkpoint,
+    saved_config,
 )
-from lora.config import LoRAConfig
 from lora.conversion import read_converted
 from lora.injection import BeforeLoRA, inject_from_peft, inject_lora
 from lora.switching import (
@@ -67,19 +68,10 @@ def load_lora_adapters(model: nn.Module, source: str | Path, *, check_base: bool
     found = read_any(root, source)
     if check_base:
         check_base_model(root, found)
-    if adapter_layers(root, DEFAULT_ADAPTER):
+    with _as_before_on_error(root):
+        if not adapter_layers(root, DEFAULT_ADAPTER):
+            _inject(root, found)
         _fill(root, found)
-        apply_base_delta(root, found.folder)
-        return found
-    before = BeforeLoRA.of(root)
-    try:
-        _inject(root, found)
-        _fill(root, found)
-        apply_base_delta(root, found.folder)
-    except UserError:
-        merge_and_unload(root)  # nothing was loaded: lora_B is zero, the base stays exactly as it was
-        before.restore(root)
-        raise
     return found
 
 
@@ -90,14 +82,15 @@ def load_full_checkpoint(model: nn.Module, folder: str | Path) -> dict[str, Any]
         The checkpoint's metadata.
 
     Raises:
-        UserError: the file is missing or damaged, or does not fit the model.
+        UserError: the file is missing or damaged, or does not fit the model, which is then as it was before.
     """
     root = unwrap(model)
     state, metadata = read_full_checkpoint(folder)
-    config = metadata.get("lora_config")
-    if isinstance(config, dict) and not adapter_layers(root, DEFAULT_ADAPTER):
-        inject_lora(root, LoRAConfig(**config))
-    check_same_layout(root.state_dict(), state, str(folder))
+    config = saved_config(metadata, str(folder))
+    with _as_before_on_error(root):
+        if config is not None and not adapter_layers(root, DEFAULT_ADAPTER):
+            inject_lora(root, config)
+        check_same_layout(root.state_dict(), state, str(folder))
     root.load_state_dict(state)
     return metadata
 
@@ -128,6 +121,22 @@ def check_base_model(model: nn.Module, found: AdapterFile) -> None:
         )
 
 
+@contextlib.contextmanager
+def _as_before_on_error(root: nn.Module) -> Iterator[None]:
+    """Take adapters that the block injects out again if it raises UserError.
+
+    The block must raise before it copies anything: lora_B is zero then, and the base stays exactly as it was.
+    """
+    had_adapters, before = bool(adapter_layers(root, DEFAULT_ADAPTER)), BeforeLoRA.of(root)
+    try:
+        yield
+    except UserError:
+        if not had_adapters:
+            merge_and_unload(root)
+            before.restore(root)
+        raise
+
+
 def _inject(root: nn.Module, found: AdapterFile) -> None:
     if found.lora_config is not None:
         inject_lora(root, found.lora_config)
@@ -145,8 +154,10 @@ def _fill(root: nn.Module, found: AdapterFile) -> None:
     check_same_layout(inside, found.state, str(found.folder))
     _check_scaling(root, found)
     head = _fitting_head(outside, found)
+    deltas = fitting_base_delta(root, found.folder)
     _copy(inside, found.state)
     _copy(outside, head)
+    set_base_delta(root, deltas)
 
 
 def _parameters(root: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

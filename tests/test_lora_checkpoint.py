@@ -9,10 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
+from transformers import CLIPModel
 
 from lora.adapters import adapter_layers, get_lora_state_dict, scalings, set_scaling
+from lora.base_delta import BASE_DELTA_FILE
 from lora.checkpoint import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -27,7 +29,8 @@ from lora.injection import inject_lora
 from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
-from tests.lora_models import BACKENDS, disturb, features, outputs, small_clip
+from models.state import save_state
+from tests.lora_models import BACKENDS, disturb, features, outputs, small_clip, small_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own call
 TOLERANCE = 1e-5
@@ -305,3 +308,39 @@ def test_full_checkpoints_hold_every_weight(backend: str, tmp_path: Path) -> Non
         load_full_checkpoint(adapted(LoRAConfig(r=2, layers=[0]), backend), tmp_path)
     with pytest.raises(UserError, match="is missing"):
         load_full_checkpoint(other, tmp_path / "nowhere")
+
+
+def test_a_damaged_file_beside_the_adapter_changes_nothing(saved: Path) -> None:
+    wrong = {"vision_model.encoder.layers.0.self_attn.q_proj.dense": torch.ones(3, 3)}
+    half = {"vision_model.encoder.layers.0.self_attn.q_proj.left": torch.ones(16, 1)}
+    for content, message in (
+        (b"no tensors", "damaged"),
+        (save(wrong), "does not fit"),
+        (save(half), "lacks"),
+    ):
+        (saved / BASE_DELTA_FILE).write_bytes(content)
+        fresh, injected = small_clip(), small_clip()
+        inject_lora(injected, LoRAConfig(r=2))
+        for model in (fresh, injected):
+            names, before = list(model.state_dict()), outputs(model)
+            with pytest.raises(UserError, match=message):
+                load_lora_adapters(model, saved)
+            assert list(model.state_dict()) == names
+            assert torch.equal(outputs(model), before)
+
+
+def test_a_full_checkpoint_of_another_model_changes_nothing(tmp_path: Path) -> None:
+    save_full_checkpoint(adapted(LoRAConfig(r=2)), tmp_path)
+    other = CLIPModel(small_config(hidden_size=40)).eval()
+    names, before = list(other.state_dict()), [p.requires_grad for p in other.parameters()]
+    with pytest.raises(UserError, match="base model"):
+        load_full_checkpoint(other, tmp_path)
+    assert list(other.state_dict()) == names
+    assert [p.requires_grad for p in other.parameters()] == before
+
+
+def test_a_configuration_of_a_newer_version_is_named(saved: Path) -> None:
+    state, metadata = load_file(saved / ADAPTER_FILE), {"lora_config": '{"r": 2, "sparkles": true}'}
+    save_state(state, saved / ADAPTER_FILE, metadata)
+    with pytest.raises(UserError, match="sparkles.*newer version"):
+        read_adapter(saved)
