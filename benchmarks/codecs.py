@@ -1,8 +1,9 @@
 """The uplink codecs against each other: accuracy, bytes, and what a codec loses of an update.
 
-Run with ``python -m benchmarks.codecs`` (some five minutes on one core; ``--quick`` for a look).
+Run with ``python -m benchmarks.codecs`` (some ten minutes on one core; ``--quick`` for a look).
 Fashion-MNIST split by Dirichlet(0.5) on the bundled model, ``fedavg``, AdamW clients; only the uplink is
-compressed. Writes ``docs/results/codecs.json``, ``.md`` and ``.png``.
+compressed. Then the quick start as it is shipped, with fp32 and with int8. Writes
+``docs/results/codecs.json``, ``.md`` and ``.png``.
 """
 
 from __future__ import annotations
