@@ -25,12 +25,14 @@ from federated.messages import (
     NUM_EXAMPLES,
     RANK,
     SERVER_ROUND,
+    SINCE,
     TRAIN_LOSS,
     read_state,
     write_state,
 )
 from federated.payload import CONFIG, METRICS, MetaValue, layout_of
 from federated.seeding import generator
+from models.errors import UserError
 from models.state import State, difference
 
 HELD, VERSION, CODEC_MEMORY, VARIATE = "held", "version", "codec-memory", "variate"
@@ -99,12 +101,16 @@ def take_in(
 
     What the downlink left out is what the client held before; what it brings for the base model is folded in.
     Private values are taken once: a server that never saw this client's answer may send them again.
+
+    Raises:
+        UserError: The downlink leaves out what this client should hold and does not.
     """
     config = cast(Mapping[str, int], message.content[CONFIG])
     codec = codec_from_name(experiment.config.communication.downlink)
     received = read_state(message.content, codec, experiment.downlink_layout, any_layout=True)
     values, server_variate = split_control(received)
     downlink = unpack_downlink(values, config)
+    _check_version(context, since=int(config.get(SINCE, NEVER)))
     before = recall(context, HELD)
     held = receive(downlink, before or experiment.wire_state(rank))
     held |= {name: before[name] for name in experiment.aggregator.private(before)}
@@ -147,6 +153,15 @@ def recall(context: Context, key: str) -> State:
         return {}
     record = cast(Mapping[str, Array], context.state[key])
     return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
+
+
+def _check_version(context: Context, *, since: int) -> None:
+    """Raise UserError if a downlink holds only what changed since a version that this client never had."""
+    if since > _version(context):
+        raise UserError(
+            f"client {_client_id(context)} has lost its state: it was sent what changed since round {since}, "
+            f"and holds round {_version(context)}; the server's next message to it will bring everything"
+        )
 
 
 def _version(context: Context) -> int:

@@ -31,6 +31,7 @@ NUM_EXAMPLES = "num-examples"
 CLIENT_ID = "client-id"
 TRAIN_LOSS = "train-loss"
 RANK = "rank"
+SINCE = "since"
 """Keys in the records ``config`` and ``metrics``."""
 
 

@@ -34,7 +34,7 @@ from federated.answers import Answer, Start, UnreadableReplyError, read_answer, 
 from federated.client_terms import control_names, next_control, split_control, zero_variates
 from federated.codecs import Codec, codec_from_name
 from federated.cohort import sample_cohort
-from federated.messages import RANK, SERVER_ROUND, write_state
+from federated.messages import RANK, SERVER_ROUND, SINCE, write_state
 from federated.payload import ARRAYS, layout_of
 from federated.round_record import Failure, RoundRecord
 from federated.seeding import generator
@@ -109,6 +109,7 @@ class LoRAStrategy(FedAvg):
         self._on_broadcast = on_broadcast
         self._addressed: set[int] = set()
         self._sent_version = NEVER
+        self._starts: dict[int | None, Start] = {}
 
     # ---- training
 
@@ -124,6 +125,7 @@ class LoRAStrategy(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode the updates in client order, refuse what cannot be used, apply the aggregator."""
+        self._starts.clear()
         decoded = [self._decode(reply) for reply in self._sort_out(replies)]
         answers = [answer for answer in decoded if answer is not None]
         before = self.server_state
@@ -220,6 +222,8 @@ class LoRAStrategy(FedAvg):
         state, meta = pack_downlink(self.aggregator.downlink(self.server_state, profile))
         if self._scaffold and message_type == MessageType.TRAIN:
             state |= control_names(split_control(self.server_state.memory)[1])
+        if profile.version != NEVER:  # it leaves out what the client should still hold
+            meta[SINCE] = profile.version
         rng = generator(self._seed, "codec", server_round)
         return write_state(
             state,
@@ -252,6 +256,7 @@ class LoRAStrategy(FedAvg):
             client_id = self._client_of(reply)
             if reply.has_error():
                 self.record.failed.append(Failure(client_id, str(reply.error.reason)))
+                self.versions.pop(client_id, None)  # whatever it has lost, it will receive everything
             else:
                 answered.append(reply)
                 self.versions[client_id] = self._sent_version
@@ -272,7 +277,13 @@ class LoRAStrategy(FedAvg):
 
     def _start_of(self, client_id: int) -> Start:
         """Return, in full precision, what a client started from of the names that travel up."""
-        server, profile = self.server_state, self._profile(client_id)
+        profile = self._profile(client_id)
+        if profile.rank not in self._starts:
+            self._starts[profile.rank] = self._start_at(profile)
+        return self._starts[profile.rank]
+
+    def _start_at(self, profile: ClientProfile) -> Start:
+        server = self.server_state
         uplink = self.aggregator.uplink(server.state, server.server_round + 1)
         state = server.state
         if profile.rank is not None:

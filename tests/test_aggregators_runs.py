@@ -219,6 +219,27 @@ def test_private_values_survive_a_server_that_never_saw_the_answer(experiment_fo
         assert same({n: fed.held[0][n] for n in kept}, kept)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_client_that_lost_its_state_is_named_and_then_sent_everything(
+    method: str, experiment_for: Any
+) -> None:
+    with federation(experiment_for(method)) as fed:
+        if not fed.experiment.aggregator.clients_remember:
+            pytest.skip("its clients keep nothing")
+        for server_round in (1, 2):
+            fed.play(server_round, range(NUM_CLIENTS))
+        fed.grid.context(0).state.clear()
+        fed.play(3, range(NUM_CLIENTS))
+        (failure,) = fed.strategy.record.failed
+        assert failure.client_id == 0
+        assert "has lost its state" in failure.reason
+        fed.bases[0] = dict(fed.pretrained)  # it starts again from the base model
+        fed.play(4, range(NUM_CLIENTS))
+        assert not fed.strategy.record.failed
+        if method not in ("fedsa", "dual"):  # private parts are lost for good
+            assert distance(fed.client_weights(0), fed.client_weights(1)) < 1e-5
+
+
 # ---- bytes
 
 
