@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from flwr_datasets.partitioner import IidPartitioner
 
 from federated.partition import (
     PARTITIONERS,
@@ -19,6 +20,7 @@ from federated.partition import (
     partition,
     save_partition,
 )
+from federated.partitioners import ROW, iid
 from federated.splits import split_rows, stratified_choice
 from models.errors import UserError
 
@@ -294,3 +296,13 @@ def test_groups_are_never_divided():
 
 def test_every_registered_partitioner_is_tested_for_completeness():
     assert {name for name, _, _ in COMPLETE} == set(PARTITIONERS)
+
+
+@pytest.mark.parametrize(("num_rows", "num_clients"), [(10, 3), (12, 4), (7, 7), (101, 10)])
+def test_iid_blocks_are_those_of_flowers_partitioner(num_rows: int, num_clients: int) -> None:
+    light = Dataset.from_dict({ROW: list(range(num_rows))[::-1]})
+    flower = IidPartitioner(num_clients)
+    flower.dataset = light
+    ours = iid(light, num_clients, np.random.default_rng(0))
+    for k, rows in enumerate(ours):
+        assert rows.tolist() == list(flower.load_partition(k)[ROW])
