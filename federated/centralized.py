@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from federated.early_stopping import BestSoFar
 from federated.experiment import Experiment, build_experiment
 from federated.ledger import Ledger
 from federated.report import write_report
-from federated.run_folder import RunFolder, check_free
+from federated.run_folder import RunFolder, check_free, peak_memory_bytes
 from federated.seeding import generator, scoped_torch_rng
 from federated.simulation import limited_threads
 from models.errors import UserError
@@ -253,11 +252,6 @@ def evaluate_epoch(training: Training, epoch: int) -> dict[str, float]:
         training.kept, training.kept_epoch = experiment.model.get_state(), epoch
         training.folder.save_checkpoint(training.kept, server_round=epoch)
     return {**test, **{f"validation_{key}": value for key, value in validation.items()}}
-
-
-def peak_memory_bytes() -> int:
-    """Return the most memory that this process has held so far; on Linux, where the system counts in kB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def finish(training: Training) -> None:

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Self
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from federated.console import bars_with_notes, print_notes
 from federated.progress import progress_bar
 from federated.wording import format_metric, format_seconds, metric_label
 
@@ -103,16 +103,7 @@ class EpochDisplay:
         self.console = console
         self._metric = "accuracy"
         self._num_epochs = 0
-        self._progress = Progress(
-            TextColumn("{task.description:<8}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._progress = bars_with_notes(console)
         self._steps = self._progress.add_task("steps", total=None, note="")
 
     def __enter__(self) -> Self:
@@ -131,8 +122,7 @@ class EpochDisplay:
     ) -> None:
         """Say how long it takes, which metric leads, and what is cached."""
         self._num_epochs, self._metric = num_epochs, headline_metric
-        for note in notes:
-            self.console.print(f"cache: {note}", style="dim", highlight=False, soft_wrap=True)
+        print_notes(self.console, notes)
         self._progress.update(self._steps, total=num_steps)
 
     def step_done(self, loss: float) -> None:

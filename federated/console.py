@@ -30,6 +30,26 @@ MAX_FAILURES_SHOWN = 5  # of one round, in its line; the table at the end has th
 _BYTE_KEYS = ("uplink_wire_bytes", "downlink_wire_bytes")
 
 
+def bars_with_notes(console: Console) -> Progress:
+    """Return the bars of a run: name, bar, count, time and a note; none where the output is no terminal."""
+    return Progress(
+        TextColumn("{task.description:<8}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def print_notes(console: Console, notes: Sequence[str]) -> None:
+    """Print what is cached and what is not, a line each."""
+    for note in notes:
+        console.print(f"cache: {note}", style="dim", highlight=False, soft_wrap=True)
+
+
 class RunDisplay:
     """Shows a running experiment: a context manager that the experiment tells what happens.
 
@@ -44,16 +64,7 @@ class RunDisplay:
         self._num_rounds: int | None = None
         self._wire_bytes = 0
         self._failed = 0
-        self._progress = Progress(
-            TextColumn("{task.description:<8}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
+        self._progress = bars_with_notes(self.console)
         self._rounds: TaskID = self._progress.add_task("rounds", total=None, note="")
         self._clients: TaskID = self._progress.add_task("clients", total=None, note="", visible=False)
 
@@ -69,17 +80,25 @@ class RunDisplay:
         self._progress.stop()
 
     def run_started(
-        self, num_rounds: int, *, headline_metric: str = "accuracy", rounds_done: int = 0, wire_bytes: int = 0
+        self,
+        num_rounds: int,
+        *,
+        headline_metric: str = "accuracy",
+        notes: Sequence[str] = (),
+        rounds_done: int = 0,
+        wire_bytes: int = 0,
     ) -> None:
-        """Say how many rounds there are and which metric leads.
+        """Say how many rounds there are, which metric leads, and what is cached.
 
         Args:
             num_rounds: the last round's number.
             headline_metric: key of the metric in the lines of ``round_done``.
+            notes: one for each cache, printed.
             rounds_done: rounds that a resumed run has behind it.
             wire_bytes: bytes that it had sent by then.
         """
         self._num_rounds, self._metric, self._wire_bytes = num_rounds, headline_metric, wire_bytes
+        print_notes(self.console, notes)
         self._progress.update(self._rounds, total=num_rounds, completed=rounds_done)
 
     def round_started(self, server_round: int, cohort_size: int, phase: str = "train") -> None:
@@ -194,7 +213,14 @@ def print_table(console: Console, content: TextTable, title: str) -> None:
         widest = max((len(row[number]) for row in content.rows), default=0)
         header = column if words else "\n".join(textwrap.wrap(column, max(widest, _longest_word(column))))
         justify: Literal["left", "right"] = "left" if words else "right"
-        table.add_column(Text(header), justify=justify, vertical="top", overflow="fold", no_wrap=not words)
+        table.add_column(
+            Text(header),
+            justify=justify,
+            vertical="top",
+            overflow="fold",
+            no_wrap=not words,
+            min_width=None if words else max(widest, *map(len, header.split("\n"))),
+        )
     for row in content.rows:
         table.add_row(*(Text(cell) for cell in row))
     needed = Measurement.get(console, console.options.update(width=MAX_COLUMNS), table).minimum

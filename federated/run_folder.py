@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -133,6 +134,12 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown"
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory that this process or one of its workers has held (Linux, which counts in kB)."""
+    processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(process).ru_maxrss for process in processes) * 1024
 
 
 def _commit() -> str:

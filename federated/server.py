@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -26,7 +26,7 @@ from federated.messages import CLIENT_ID, SERVER_ROUND
 from federated.payload import CONFIG, METRICS
 from federated.report import write_report
 from federated.round_record import RoundRecord
-from federated.run_folder import RunFolder
+from federated.run_folder import RunFolder, peak_memory_bytes
 from federated.savings import Bandwidth, communication_summary
 from federated.seeding import generator
 from federated.strategy import LoRAStrategy, Ranks
@@ -41,8 +41,8 @@ app = ServerApp()
 class Display(Protocol):
     """What ``serve`` tells whoever watches; ``federated.console.RunDisplay`` is one."""
 
-    def run_started(self, num_rounds: int, *, headline_metric: str) -> None:
-        """The run begins."""
+    def run_started(self, num_rounds: int, *, headline_metric: str, notes: Sequence[str]) -> None:
+        """The run begins; the notes say what is cached and what is not."""
 
     def round_started(self, server_round: int, cohort_size: int, phase: str) -> None:
         """Messages of a round are about to be sent."""
@@ -90,7 +90,11 @@ def serve(
     strategy = build_strategy(experiment, clients, display)
     served = Served(experiment, strategy, folder, ledger, display)
     if display is not None:
-        display.run_started(config.federation.rounds, headline_metric=experiment.headline_metric)
+        display.run_started(
+            config.federation.rounds,
+            headline_metric=experiment.headline_metric,
+            notes=experiment.caches.notes,
+        )
     strategy.start(
         MeteredGrid(grid, ledger, client_of.__getitem__),
         initial_arrays=strategy.packed_state(),
@@ -198,6 +202,8 @@ def finish(served: Served) -> dict[str, Any]:
         "best": max(values),
         "rounds": served.lines[-1]["server_round"],
         "seconds": round(time.perf_counter() - served.started, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "caches": list(experiment.caches.notes),
         "parameters": experiment.parameter_counts(),
         "communication": communication_summary(served.ledger, experiment.model_sizes(), bandwidth),
     }
