@@ -23,14 +23,13 @@ class LinearLoRA(Linear):  # PEFT's class: its file format and adapter bookkeepi
         plain = not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant)
         if not plain or x.dim() < 2 or not all(self._is_plain(name, x.dtype) for name in names):
             return super().forward(x, *args, **kwargs)
-        result = self.base_layer(x)
+        base: Any = self.base_layer
+        result = base(x)
         for name in names:
             hidden = self.lora_A[name](self.lora_dropout[name](x))  # (..., r)
+            last: Any = self.lora_B[name]
             rows = torch.addmm(
-                result.flatten(0, -2),
-                hidden.flatten(0, -2),
-                self.lora_B[name].weight.t(),
-                alpha=self.scaling[name],
+                result.flatten(0, -2), hidden.flatten(0, -2), last.weight.t(), alpha=self.scaling[name]
             )
             result = rows.view_as(result)
         return result
