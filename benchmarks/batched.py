@@ -76,7 +76,7 @@ class Stopwatch:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         """Nothing to close."""
 
-    def run_started(self, num_rounds: int, *, headline_metric: str) -> None:
+    def run_started(self, num_rounds: int, *, headline_metric: str, notes: Sequence[str]) -> None:
         """Not timed."""
 
     def round_started(self, server_round: int, cohort_size: int, phase: str) -> None:

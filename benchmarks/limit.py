@@ -1,35 +1,37 @@
 """How close a simulation comes to the same local steps in a plain PyTorch loop: `python -m benchmarks.limit`.
 
 Each workload is run by a loop that knows nothing of federation (copy the global values in, a new AdamW, local
-steps on tensors already in memory, copy out, weighted mean), by the sequential engine with its caches off, by
-the engine with its caches, and by two forked workers. All of them take turns, round by round, in one process;
-figures are medians of rounds, and ratios are medians of the ratios within a turn: by the clock, and by CPU
-time of the process and its workers, which other programs on the machine disturb less. Models start from the
-same values and see batches of the same rows' number; evaluation is left out everywhere.
+steps through transformers and PEFT's own layers on tensors already in memory, copy out, weighted mean), by
+the sequential engine with its caches off, by the engine with its caches, and by two forked workers. All of
+them take turns, round by round, in one process; figures are medians of rounds, and ratios are medians of the
+ratios within a turn: by the clock, and by CPU time of the process and its workers, which other programs on
+the machine disturb less. Models start from the same values and see batches of the same rows' number;
+evaluation is left out everywhere.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord
+from peft.tuners.lora.layer import Linear as PeftLinear
 
 import federated.client
+from benchmarks.machine import Row, write_results
 from federated.client import app
 from federated.config import dump_config, load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.experiment import CONFIG_KEY, Experiment, build_experiment
 from federated.server import build_strategy
+from lora.linear import LinearLoRA
 from models.training import Batch
 
 
@@ -94,7 +96,14 @@ WORKLOADS = {
 }
 CACHES_OFF = tuple(
     f"cache.{key}=false"
-    for key in ("image_features", "text_features", "class_embeddings", "activations", "deduplicate_captions")
+    for key in (
+        "image_features",
+        "text_features",
+        "class_embeddings",
+        "activations",
+        "deduplicate_captions",
+        "trim_prompts",
+    )
 )
 
 
@@ -130,6 +139,9 @@ def plain_loop(workload: Workload) -> Callable[[], None]:
     client, model = experiment.config.client, experiment.model
     loss_of = model.task.loss
     inner = getattr(model, "federated_model", model)
+    for layer in model.modules():
+        if isinstance(layer, LinearLoRA):
+            layer.forward = partial(PeftLinear.forward, layer)
     trainable = [p for p in model.parameters() if p.requires_grad]
     shards: list[list[Batch]] = [
         list(experiment.local_batches(i, 8, np.random.default_rng(i), server_round=0))
@@ -165,8 +177,8 @@ def plain_loop(workload: Workload) -> Callable[[], None]:
     return one_round
 
 
-def measure(workload: Workload) -> dict[str, object]:
-    """Run all contenders in turn; seconds a round and the ratio to the plain loop of the same turn."""
+def measure(workload: Workload) -> list[Row]:
+    """Run all contenders in turn; medians of a round's seconds and of the ratios within a turn."""
     contenders = {
         "plain loop": plain_loop(workload),
         "engine, caches off": engine(workload, CACHES_OFF),
@@ -180,8 +192,7 @@ def measure(workload: Workload) -> dict[str, object]:
             one_round()
             if turn >= 0:  # two rounds to warm up
                 times[name].append((clocks()[0] - before[0], clocks()[1] - before[1]))
-    rows = {name: summary(values, times["plain loop"]) for name, values in times.items()}
-    return {"workload": workload.name, "turns": workload.num_turns, "rows": rows}
+    return [row_of(workload.name, name, values, times["plain loop"]) for name, values in times.items()]
 
 
 def clocks() -> tuple[float, float]:
@@ -189,33 +200,44 @@ def clocks() -> tuple[float, float]:
     return time.perf_counter(), sum(os.times()[:4])
 
 
-def summary(values: Sequence[tuple[float, float]], base: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Medians of seconds and of the ratios to the plain loop in the same turn."""
-    wall, cpu = ([pair[i] for pair in values] for i in (0, 1))
-    ratios = [[a[i] / b[i] for a, b in zip(values, base, strict=True)] for i in (0, 1)]
+def row_of(
+    title: str, name: str, values: Sequence[tuple[float, float]], base: Sequence[tuple[float, float]]
+) -> Row:
+    """Return a row of the table: medians of seconds and of the ratios to the plain loop in the same turn."""
+    seconds = statistics.median(wall for wall, _ in values)
+    ratios = [statistics.median(a[i] / b[i] for a, b in zip(values, base, strict=True)) for i in (0, 1)]
     return {
-        "seconds_per_round": round(statistics.median(wall), 4),
-        "cpu_seconds_per_round": round(statistics.median(cpu), 4),
-        "ratio_to_plain_loop": round(statistics.median(ratios[0]), 3),
-        "cpu_ratio_to_plain_loop": round(statistics.median(ratios[1]), 3),
+        "workload": title,
+        "contender": name,
+        "time": f"{seconds:.3f} s a round",
+        "ratio": f"{ratios[0]:.2f}",
+        "against": "plain loop",
+        "by CPU time": f"{ratios[1]:.2f}",
     }
 
 
-def machine() -> dict[str, object]:
-    """Name the machine."""
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = [
-            line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")
-        ]
-        model = lines[0].partition(":")[2].strip() if lines else model
-    load = Path("/proc/loadavg")
+def added_milliseconds(workload: Workload) -> Row:
+    """Return what one more client costs beside its local steps: rounds in which a step does nothing."""
+    one_round = engine(workload, CACHES_OFF)
+    model = next(reversed(EXPERIMENTS.values())).model
+    num_clients = next(reversed(EXPERIMENTS.values())).num_clients
+    inner = getattr(model, "federated_model", model)
+    inner.train_step = lambda batch, labels=None: 0.5
+    times = []
+    for turn in range(3 * workload.num_turns):
+        started = time.perf_counter()
+        one_round()
+        if turn > 1:
+            times.append(time.perf_counter() - started)
+    del inner.train_step
+    per_client = 1e3 * statistics.median(times) / num_clients
     return {
-        "cpu": model,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "load": load.read_text(encoding="utf-8").split()[0] if load.is_file() else "",
+        "workload": workload.name,
+        "contender": "engine, local steps left out",
+        "time": f"{per_client:.2f} ms a client",
+        "ratio": "",
+        "against": "",
+        "by CPU time": "",
     }
 
 
@@ -223,27 +245,18 @@ def main() -> None:
     """Run the workloads named on the command line, all by default."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workloads", nargs="*", metavar="workload", help=", ".join(WORKLOADS))
-    parser.add_argument("--json", type=Path, help="also write the results there")
-    options = parser.parse_args()
+    chosen = parser.parse_args().workloads or list(WORKLOADS)
     torch.set_num_threads(1)
     # The ClientApp remembers one experiment a process; here several take turns.
     federated.client.experiment_of = lambda run_config: EXPERIMENTS[str(run_config[CONFIG_KEY])]
-    host = machine()
-    print(host)
-    results = []
-    for key in options.workloads or WORKLOADS:
-        result = measure(WORKLOADS[key])
-        results.append(result)
-        print(
-            f"\n{result['workload']}\n{'':24}{'s a round':>12}{'CPU s':>10}{'x plain loop':>14}{'by CPU':>10}"
-        )
-        for name, row in result["rows"].items():
-            seconds, cpu, ratio, cpu_ratio = row.values()
-            print(f"{name:24}{seconds:12.4f}{cpu:10.4f}{ratio:10.3f}{cpu_ratio:10.3f}")
-    if options.json:
-        options.json.write_text(
-            json.dumps({"machine": host, "results": results}, indent=1) + "\n", encoding="utf-8"
-        )
+    rows: list[Row] = []
+    for key in chosen:
+        rows += measure(WORKLOADS[key])
+        print(rows[-4:], flush=True)
+        EXPERIMENTS.clear()
+    if "tiny-one-step" in chosen:
+        rows.append(added_milliseconds(WORKLOADS["tiny-one-step"]))
+    print(write_results("limit", "python -m benchmarks.limit", rows))
 
 
 if __name__ == "__main__":

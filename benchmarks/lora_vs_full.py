@@ -32,7 +32,7 @@ RANKS = (4, 8, 16, 32, 64)
 VARIANTS = ("full", "vision_and_projection", *(f"r{rank}" for rank in RANKS))
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 BATCH_SIZE = 8
-TIMED_STEPS = 3
+TIMED_STEPS = 7
 LEARNING_RATES = {"full": 5e-4, "vision_and_projection": 5e-4}
 ADAPTER_LEARNING_RATE = 2e-3
 

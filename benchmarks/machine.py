@@ -13,6 +13,9 @@ import torch
 
 from federated.run_folder import cpu_name, write_json, write_text
 
+Row = Mapping[str, str]
+"""A line of a table: column -> text."""
+
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 

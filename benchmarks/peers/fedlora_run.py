@@ -1,0 +1,55 @@
+"""This project, by its public entry point: messages, ledger, run folder and report included."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from benchmarks.peers.prepared import CONFIG
+from benchmarks.peers.timing import Timings
+from federated.config import parse_config
+from federated.simulation import run_experiment
+
+
+class Watch:
+    """A display that notes when rounds end and shows nothing."""
+
+    def __init__(self, timings: Timings) -> None:
+        self._timings, self._started = timings, time.perf_counter()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        """Nothing to close."""
+
+    def run_started(self, num_rounds: int, *, headline_metric: str, notes: Sequence[str]) -> None:
+        """Not noted."""
+
+    def round_started(self, server_round: int, cohort_size: int, phase: str) -> None:
+        """Not noted."""
+
+    def client_done(self, client_id: int, status: str) -> None:
+        """Not noted."""
+
+    def round_done(self, metrics: Mapping[str, Any]) -> None:
+        """Enter a round; round 0 only starts the clock."""
+        if "train_loss" in metrics:
+            self._timings.add(self._started, float(metrics["train_loss"]))
+        self._started = time.perf_counter()
+
+
+def fedlora_run(folder: Path, engine: Mapping[str, Any]) -> Timings:
+    """Run the workload's configuration with these settings of ``engine``."""
+    logging.getLogger("federated").setLevel(logging.ERROR)
+    tree = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    tree["engine"] = {**tree.get("engine", {}), **engine}
+    tree["output"] = {"root": str(folder), "name": "run"}
+    timings = Timings()
+    run_experiment(parse_config(tree, source=CONFIG), overwrite=True, display=Watch(timings))  # type: ignore[arg-type]
+    return timings

@@ -1,0 +1,116 @@
+"""What every contender gets: the same weights, images, and rows of each local step, in one folder.
+
+Written once a workload by ``prepare``, outside all timings. Only the contender that is this project reads the
+configuration instead, decodes the images itself and draws the same rows from the same seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Rows = list[int]
+
+CONFIG, PLAN, IMAGES, START, CLIP = (
+    "config.json",
+    "plan.json",
+    "images.safetensors",
+    "start.safetensors",
+    "clip",
+)
+"""Names of the files and of the folder with the frozen CLIP."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A workload's files, read.
+
+    Attributes:
+        folder: Where they are; contenders write their results there.
+        settings: "num_clients", "learning_rate", "rank", "alpha", "targets" (a pattern of module names) and
+            "num_classes".
+        rounds: For each round, client id -> the rows of each of its local steps.
+        pixel_values: Preprocessed images, (N, 3, H, W).
+        labels: (N,).
+        start: Initial adapters and head by wire name.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    rounds: list[dict[int, list[Rows]]]
+    pixel_values: Tensor
+    labels: Tensor
+    start: dict[str, Tensor]
+
+
+def prepare(name: str, overrides: Sequence[str], folder: Path) -> None:
+    """Write a workload's files.
+
+    Args:
+        name: A shipped configuration: classification with adapters on the vision tower.
+        overrides: Its changes; all clients must get equally many rows.
+        folder: Where to.
+    """
+    from federated.batch_order import local_index_batches
+    from federated.cohort import sample_cohort
+    from federated.config import load_config
+    from federated.experiment import build_experiment
+    from federated.seeding import generator, scoped_torch_rng
+    from models.loading import load_clip
+
+    config = load_config(name, list(overrides))
+    experiment = build_experiment(config)
+    client, clients = config.client, experiment.num_clients
+    rounds = []
+    for server_round in range(1, config.federation.rounds + 1):
+        of_client = {}
+        for client_id in sample_cohort(config.seed, server_round, clients, config.cohort_size):
+            rng = generator(config.seed, "client", server_round, client_id)
+            with scoped_torch_rng(rng):
+                rows = experiment.shards[client_id].train
+                steps = local_index_batches(rows, client.batch_size, client.local_steps, rng)
+                of_client[client_id] = [[int(row) for row in step] for step in steps]
+        rounds.append(of_client)
+    images = experiment.train_images
+    rows = np.arange(len(images))
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        "pixel_values": images.pixel_values(rows),
+        "labels": images.batch(rows, pixels=False)["labels"],
+    }
+    save_file(tensors, folder / IMAGES)
+    save_file(experiment.initial_state, folder / START)
+    clip = load_clip(config.model.model_name, pretrained=config.model.pretrained, seed=config.seed).clip
+    clip.save_pretrained(folder / CLIP)
+    (folder / CONFIG).write_text(config.model_dump_json(exclude_none=True), encoding="utf-8")
+    settings = {
+        "num_clients": clients,
+        "learning_rate": client.learning_rate,
+        "rank": config.lora.r,
+        "alpha": config.lora.lora_alpha,
+        "targets": rf"vision_model\..*\.({'|'.join(config.lora.target_modules)})",
+        "num_classes": experiment.model.num_classes,
+    }
+    (folder / PLAN).write_text(json.dumps({"settings": settings, "rounds": rounds}), encoding="utf-8")
+
+
+def read_prepared(folder: Path) -> Prepared:
+    """Read what ``prepare`` wrote."""
+    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    rounds = [{int(client): steps for client, steps in of_client.items()} for of_client in plan["rounds"]]
+    tensors = load_file(folder / IMAGES)
+    return Prepared(
+        folder,
+        plan["settings"],
+        rounds,
+        tensors["pixel_values"],
+        tensors["labels"],
+        load_file(folder / START),
+    )
