@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("svd", "limit", "batched", "lora_vs_full", "codecs", "aggregators")
+NAMES = ("svd", "speed", "lora_vs_full", "codecs", "aggregators")
 
 
 def main() -> None:

@@ -1,31 +1,27 @@
 """Batched clients against the sequential engine and against a plain PyTorch loop without federation.
 
-Run with ``python -m benchmarks.batched``; prints a table and writes ``batched.json``. The workload is the one
-on which overhead weighs most: many clients that take one small local step a round, on the bundled tiny CLIP
-with rank-8 adapters on the vision tower's q and v projections and a 10-class head.
+Run with ``python -m benchmarks.batched``. The workload is the one on which overhead weighs most: many clients
+that take one small local step a round, on the bundled tiny CLIP with rank-8 adapters on the vision tower's q
+and v projections and a 10-class head.
 
 All ways train the same clients on the same images from the same start, and the table says how far their
 results are apart. The plain loop is what one would write without a framework: transformers, PEFT's adapters,
 one fused AdamW whose state is cleared for each client, values copied in and out, an average; no messages, no
 bytes counted, nothing written. The engine's rounds hold all of that. Start-up, decoding of images and the
 server's evaluation are left out on all sides. The ways take turns, one run each, and the medians over the
-repeats of the time of a whole run's rounds are compared, by the process's CPU time (others may be using the
-machine) and by the clock.
+repeats of the time of a whole run's rounds are compared, by the clock and by the process's CPU time.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import logging
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -37,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel
 
+from benchmarks.machine import Row, write_results
 from federated.batch_order import local_index_batches
 from federated.config import ExperimentConfig, dump_config, load_config
 from federated.experiment import CONFIG_KEY, Experiment, experiment_of
@@ -198,30 +195,26 @@ def _relative(state: State, reference: State) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def table(timings: Sequence[Timing], num_steps: int) -> str:
-    """Return the comparison as Markdown: medians, and ratios to the first two ways by CPU time."""
-    lines = [
-        "| way | CPU s | wall s | CPU ms a step | / plain loop | / one by one | result differs by |",
-        "|---|---|---|---|---|---|---|",
+def rows_of(title: str, timings: Sequence[Timing]) -> list[Row]:
+    """Return the table's rows: medians, and ratios to the plain loop and to one by one."""
+    medians = [
+        [statistics.median(values) for values in (timing.wall_seconds, timing.cpu_seconds)]
+        for timing in timings
     ]
-    medians = [statistics.median(timing.cpu_seconds) for timing in timings]
-    for timing, cpu in zip(timings, medians, strict=True):
-        wall = statistics.median(timing.wall_seconds)
-        lines.append(
-            f"| {timing.name} | {cpu:.2f} | {wall:.2f} | {1e3 * cpu / num_steps:.1f} "
-            f"| {cpu / medians[0]:.2f} | {cpu / medians[1]:.2f} | {timing.difference:.1e} |"
-        )
-    return "\n".join(lines)
-
-
-def machine() -> dict[str, str | int]:
-    """Say where the figures are from."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text(encoding="utf-8").splitlines() if "model name" in line]
-        cpu = f"{len(names)} x {names[0].partition(':')[2].strip()}" if names else cpu
-    return {"cpu": cpu, "torch": torch.__version__, "python": platform.python_version(), "threads": 1}
+    (plain_wall, plain_cpu), (alone_wall, _) = medians[:2]
+    return [
+        {
+            "workload": title,
+            "contender": timing.name,
+            "time": f"{wall:.2f} s",
+            "ratio": f"{wall / plain_wall:.2f}",
+            "against": "plain loop",
+            "by CPU time": f"{cpu / plain_cpu:.2f}",
+            "to one by one": f"{wall / alone_wall:.2f}",
+            "result differs by": f"{timing.difference:.1e}",
+        }
+        for timing, (wall, cpu) in zip(timings, medians, strict=True)
+    ]
 
 
 def main() -> None:
@@ -229,20 +222,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--groups", type=int, nargs="+", default=[8], help="clients at once, one or more values"
-    )
+    parser.add_argument("--groups", type=int, nargs="+", default=[8], help="clients at once, some values")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("batched.json"))
     arguments = parser.parse_args()
     logging.getLogger("federated").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     timings = compare(arguments.clients, arguments.rounds, arguments.groups, repeats=arguments.repeats)
-    size = {"clients": arguments.clients, "rounds": arguments.rounds, "local_steps": 1, "batch_size": 16}
-    print(json.dumps({**size, **machine()}))
-    print(table(timings, arguments.clients * arguments.rounds))
-    content = {"workload": size, "machine": machine(), "timings": [asdict(timing) for timing in timings]}
-    arguments.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    title = f"tiny, {arguments.clients} clients x {arguments.rounds} rounds x 1 step of 16, rounds alone"
+    print(write_results("batched", "python -m benchmarks.batched", rows_of(title, timings)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import write_results
+from benchmarks.machine import Row, write_results
 from benchmarks.peers.memory import PeakMemory
 
 _TINY = (
@@ -142,32 +142,30 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     return {"wall_seconds": wall_seconds, "peak_bytes": peak_bytes, **found}
 
 
-def rows_of(title: str, measured: Mapping[str, dict[str, Any]]) -> list[dict[str, str]]:
-    """Return the table's rows of one workload; ratios above 1: this project is faster, on as many cores."""
-    best = {
-        cores: min(
-            r["wall_seconds"] for n, r in measured.items() if _is_ours(n) and CONTENDERS[n].cores == cores
+def rows_of(title: str, measured: Mapping[str, dict[str, Any]]) -> list[Row]:
+    """Return the table's rows of one workload; a ratio above 1: this project is faster on as many cores."""
+    ours = {name: result for name, result in measured.items() if CONTENDERS[name].way == "fedlora"}
+    best: dict[int, float] = {}
+    for name, result in ours.items():
+        cores = CONTENDERS[name].cores
+        best[cores] = min(best.get(cores, result["wall_seconds"]), result["wall_seconds"])
+    rows = []
+    for name, result in measured.items():
+        cores = CONTENDERS[name].cores
+        rows.append(
+            {
+                "workload": title,
+                "contender": name,
+                "time": f"{result['wall_seconds']:.1f} s",
+                "ratio": f"{result['wall_seconds'] / best[cores]:.2f}" if cores in best else "",
+                "against": f"fedlora's best on {cores} core{'s' if cores > 1 else ''}",
+                "first round": f"{result['seconds'][0]:.2f} s",
+                "steady round": f"{_steady(result):.2f} s",
+                "peak memory": f"{result['peak_bytes'] / 1e9:.2f} GB",
+                "last loss": f"{result['losses'][-1]:.4f}",
+            }
         )
-        for cores in {CONTENDERS[name].cores for name in measured}
-    }
-    return [
-        {
-            "workload": title,
-            "contender": name,
-            "cores": str(CONTENDERS[name].cores),
-            "whole run": f"{result['wall_seconds']:.1f} s",
-            "first round": f"{result['seconds'][0]:.2f} s",
-            "steady round": f"{_steady(result):.2f} s",
-            "peak memory": f"{result['peak_bytes'] / 1e9:.2f} GB",
-            "last loss": f"{result['losses'][-1]:.4f}",
-            "/ fedlora's best": f"{result['wall_seconds'] / best[CONTENDERS[name].cores]:.2f} x",
-        }
-        for name, result in measured.items()
-    ]
-
-
-def _is_ours(name: str) -> bool:
-    return CONTENDERS[name].way == "fedlora"
+    return rows
 
 
 def _steady(result: Mapping[str, Any]) -> float:
@@ -192,7 +190,7 @@ def main() -> None:
 
     names = [n for n in arguments.only if CONTENDERS[n].needs is None or _installed(CONTENDERS[n].needs)]
     missing = sorted(set(arguments.only) - set(names))
-    table: list[dict[str, str]] = []
+    table: list[Row] = []
     for key in arguments.workloads or WORKLOADS:
         title, overrides = WORKLOADS[key]
         with tempfile.TemporaryDirectory() as folder:
