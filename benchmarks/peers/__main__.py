@@ -3,7 +3,8 @@
 Every contender runs in a process of its own, from start to exit, on the same model, rows, clients and steps;
 peak memory is that of the process and all it starts. Files are prepared outside the timings, and only this
 project decodes its images and writes a run folder, ledger and report within them. Needs, beside the project,
-``pip install 'fedlora[peers]'``; a peer that is not installed is left out and named.
+``pip install 'fedlora[peers]'``; a peer that is not installed is left out and named. Workloads that are not
+named keep the rows of an earlier run.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import Row, write_results
+from benchmarks.machine import RESULTS, Row, write_results
 from benchmarks.peers.memory import PeakMemory
 
 _TINY = (
@@ -168,6 +169,16 @@ def rows_of(title: str, measured: Mapping[str, dict[str, Any]]) -> list[Row]:
     return rows
 
 
+def with_others(table: Sequence[Row]) -> list[Row]:
+    """Return the rows, and before them those that earlier runs left of other workloads."""
+    earlier = RESULTS / "peers.json"
+    if not earlier.is_file():
+        return list(table)
+    measured = {row["workload"] for row in table}
+    rows = json.loads(earlier.read_text(encoding="utf-8"))["rows"]
+    return [*(row for row in rows if row["workload"] not in measured), *table]
+
+
 def _steady(result: Mapping[str, Any]) -> float:
     later = sorted(result["seconds"][1:] or result["seconds"])
     return later[len(later) // 2]
@@ -201,7 +212,7 @@ def main() -> None:
                 print(title, "|", name, measured[name], flush=True)
         table += rows_of(title, measured)
     notes = f"Not installed, so left out: {', '.join(missing)}." if missing else ""
-    print(write_results("peers", "python -m benchmarks.peers", table, notes=notes))
+    print(write_results("peers", "python -m benchmarks.peers", with_others(table), notes=notes))
 
 
 def _installed(module: str | None) -> bool:
