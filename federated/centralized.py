@@ -30,7 +30,6 @@ from federated.data import ImageTensors, image_tensors, steps_per_epoch
 from federated.early_stopping import BestSoFar
 from federated.experiment import Experiment, build_experiment
 from federated.ledger import Ledger
-from federated.report import write_report
 from federated.run_folder import RunFolder, check_free, peak_memory_bytes
 from federated.seeding import generator, scoped_torch_rng
 from federated.simulation import limited_threads
@@ -285,4 +284,7 @@ def finish(training: Training) -> None:
             },
         }
     )
-    write_report(folder.path)
+    if experiment.config.output.report:
+        from federated.report import write_report  # with the plotting library, which takes half a second
+
+        write_report(folder.path)

@@ -233,6 +233,8 @@ class OutputSection(Section):
     root: str = "runs"
     name: str | None = None
     """Folder name under ``root``; the configuration's own name when not given."""
+    report: bool = True
+    """Draw ``report.html`` and ``plots/`` at the end, in some seconds; ``fedlora report`` does it later."""
 
 
 class ExperimentConfig(Section):

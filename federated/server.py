@@ -24,7 +24,6 @@ from federated.global_model import bring_base_up_to_date, global_metrics, load_g
 from federated.ledger import Ledger
 from federated.messages import CLIENT_ID, SERVER_ROUND
 from federated.payload import CONFIG, METRICS
-from federated.report import write_report
 from federated.round_record import RoundRecord
 from federated.run_folder import RunFolder, peak_memory_bytes
 from federated.savings import Bandwidth, communication_summary
@@ -216,7 +215,10 @@ def finish(served: Served) -> dict[str, Any]:
     )
     folder.write_summary(summary)
     folder.close()
-    write_report(folder.path)
+    if experiment.config.output.report:
+        from federated.report import write_report  # with the plotting library, which takes half a second
+
+        write_report(folder.path)
     return summary
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import federated.centralized
+import federated.report
 from federated.augment import CLIP_DEVIATION, CLIP_MEAN
 from federated.augmented_batches import augment_batch, colour_range, training_augmentation
 from federated.centralized import train_centrally
@@ -216,7 +217,7 @@ def train_in_one_place(watch: Watch, overrides: list[str], folder: Path, patch: 
     patch.setattr(
         federated.centralized, "build_experiment", lambda config: watch.look_at(build_experiment(config))
     )
-    patch.setattr(federated.centralized, "write_report", lambda path: path)
+    patch.setattr(federated.report, "write_report", lambda path: path)
     overrides = [*SMALL, f"train.steps={NUM_STEPS}", f"output.root={folder}", *overrides]
     train_centrally(load_config("quickstart", overrides))
 

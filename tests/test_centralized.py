@@ -48,8 +48,7 @@ def summary_of(run: Path) -> dict[str, Any]:
 @pytest.fixture
 def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the pictures, which take longer than these trainings."""
-    for module in ("centralized", "server"):
-        monkeypatch.setattr(f"federated.{module}.write_report", lambda path: path)
+    monkeypatch.setattr("federated.report.write_report", lambda path: path)
 
 
 @pytest.fixture(scope="module")

@@ -147,3 +147,10 @@ def test_a_round_in_which_all_clients_fail_is_skipped(
     lines = lines_without_times(run_experiment(small_config(tmp_path)))
     assert lines[1]["skipped"] is True
     assert lines[1]["accuracy"] == lines[0]["accuracy"]
+
+
+def test_a_run_without_its_report_leaves_everything_else(tmp_path: Path) -> None:
+    path = run_experiment(small_config(tmp_path, overrides=["output.report=false", "federation.rounds=1"]))
+    assert not (path / "report.html").exists()
+    assert (path / "summary.json").is_file()
+    assert (path / "adapter").is_dir()

@@ -2,7 +2,8 @@
 
 Every contender runs in a process of its own, from start to exit, on the same model, rows, clients and steps;
 peak memory is that of the process and all it starts. Files are prepared outside the timings, and only this
-project decodes its images and writes a run folder, ledger and report within them. Needs, beside the project,
+project decodes its images and writes a run folder with ledger, checkpoints and adapter within them (no peer
+draws a report, and here it is left out, too). Needs, beside the project,
 ``pip install 'fedlora[peers]'``; a peer that is not installed is left out and named. Workloads that are not
 named keep the rows of an earlier run.
 """

@@ -49,7 +49,7 @@ def fedlora_run(folder: Path, engine: Mapping[str, Any]) -> Timings:
     logging.getLogger("federated").setLevel(logging.ERROR)
     tree = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     tree["engine"] = {**tree.get("engine", {}), **engine}
-    tree["output"] = {"root": str(folder), "name": "run"}
+    tree["output"] = {"root": str(folder), "name": "run", "report": False}
     timings = Timings()
     run_experiment(parse_config(tree, source=CONFIG), overwrite=True, display=Watch(timings))  # type: ignore[arg-type]
     return timings
