@@ -88,15 +88,16 @@ def group_losses(model: FederatedCLIPModel, batch: GroupBatch, class_tokens: Bat
     """Return each client's mean loss over its own rows, (K,); 0 for one that has no step left.
 
     Args:
-        model: With the clients' stacks installed.
+        model: With the clients' stacks installed; where each trains its own, the temperature is one of them.
         batch: Their rows.
         class_tokens: Tokens of the class prompts; needed where the text tower trains on them.
     """
-    if model.task.name == "classification":
-        return _mean_cross_entropy(model.logits(batch.tensors), batch)
     num_clients = len(batch.sizes)
     features = F.normalize(model.image_features(batch.tensors), dim=-1)
-    images = model.temperature_scale() * features.view(num_clients, -1, features.shape[-1])  # (K, n, D)
+    scale = model.temperature_scale().view(-1, 1, 1)  # (1, 1, 1), or (K, 1, 1)
+    images = scale * features.view(num_clients, -1, features.shape[-1])  # (K, n, D)
+    if model.head is not None:
+        return _mean_cross_entropy(model.head(images.flatten(0, 1)), batch)
     if model.task.name == "zero_shot":
         classes = _class_embeddings(model, num_clients, class_tokens)  # (K, C, D)
         return _mean_cross_entropy(torch.bmm(images, classes.mT).flatten(0, 1), batch)

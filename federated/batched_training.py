@@ -115,6 +115,7 @@ class JointTrainer:
             clip_gradients(trained, stacks.num_clients, self._settings.clip_norm)
         with _kept(trained, stacks.num_clients, batch.idle):
             optimizer.step()
+        self._model.clamp_temperature()
         for parameter in trained:
             parameter.grad = None
         return losses.detach()

@@ -21,7 +21,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from lora.biases import trained_biases
+from lora.biases import trained_in_base
 from lora.config import LoRAConfig
 from models.errors import UserError
 from models.loading import HUGGINGFACE_TOWERS
@@ -189,7 +189,8 @@ def check_same_layout(
     if missing or extra:
         raise UserError(
             f"{source} does not fit this model: {len(missing)} missing {missing[:3]}, {len(extra)} not in "
-            f"the model {extra[:3]}; give both the same target_modules, target_components and layers"
+            f"the model {extra[:3]}; give both the same target_modules, target_components, layers, bias and "
+            "train_temperature"
         )
     for name in sorted(wanted):
         if wanted[name].shape != given[name].shape:
@@ -258,9 +259,9 @@ def init_adapters(model: nn.Module, generator: torch.Generator, adapter_name: st
 
 
 def exchanged_names(model: nn.Module) -> tuple[str, ...]:
-    """Wire names of what travels: adapters, trained biases, and the head if it trains itself; sorted."""
+    """Wire names of what travels, sorted: adapters, trained biases, temperature, and a head that trains."""
     root = unwrap(model)
-    names = {*adapter_parameters(root), *trained_biases(root)}
+    names = {*adapter_parameters(root), *trained_in_base(root)}
     if head_trains(root):
         names |= {f"head.{name}" for name, _ in root.head.named_parameters()}
     return tuple(sorted(names))

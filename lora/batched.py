@@ -29,6 +29,7 @@ from lora.adapters import (
     unwrap,
     wire_name,
 )
+from lora.biases import trained_temperature
 from models.state import State
 
 
@@ -82,12 +83,12 @@ class StackedHead(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A layer of the model and what stands in its place while several clients train."""
+    """A layer of the model, or its temperature, and what stands in its place while several clients train."""
 
     parent: nn.Module
     leaf: str
-    own: nn.Module
-    stacked: nn.Module
+    own: nn.Module | nn.Parameter
+    stacked: nn.Module | nn.Parameter
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +98,7 @@ class Stacks:
     Attributes:
         num_clients: K.
         values: Wire name -> (K, *shape); a vector's stack is flat, (K * n,), so that a weight decay that
-            spares vectors spares it.
+            spares vectors spares it. The temperature's is (K,).
         shapes: Wire name -> shape for one client.
         places: Where the stacks act in the model.
     """
@@ -164,7 +165,7 @@ def build_stacks(model: nn.Module, num_clients: int) -> Stacks:
         values[name] = nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
         return values[name]
 
-    places = []
+    places: list[Place] = []
     for name, layer in adapter_layers(root, DEFAULT_ADAPTER):
         a = stack(f"{name}.lora_A.weight", layer.lora_A[DEFAULT_ADAPTER].weight)
         b = stack(f"{name}.lora_B.weight", layer.lora_B[DEFAULT_ADAPTER].weight)
@@ -174,6 +175,9 @@ def build_stacks(model: nn.Module, num_clients: int) -> Stacks:
     if head_trains(root):
         head = StackedHead(stack("head.weight", root.head.weight), stack("head.bias", root.head.bias))
         places.append(Place(root, "head", root.head, head))
+    for name, own in trained_temperature(root).items():
+        parent, _, leaf = name.rpartition(".")
+        places.append(Place(root.get_submodule(parent), leaf, own, stack(name, own)))
     return Stacks(num_clients, values, shapes, tuple(places))
 
 
@@ -186,7 +190,7 @@ def obstacle(model: nn.Module) -> str | None:
         if reason := _layer_obstacle(layer):
             return f"{name} {reason}"
     known = {f"head.{name}" for name, _ in root.head.named_parameters()} if head_trains(root) else set()
-    known |= set(adapter_parameters(root))
+    known |= {*adapter_parameters(root), *trained_temperature(root)}
     moving = {wire_name(name) for name, parameter in root.named_parameters() if parameter.requires_grad}
     if others := sorted((moving | set(root.exchanged_names)) - known):
         return f"{others[0]} trains or travels, and only adapters and a linear head can be stacked"

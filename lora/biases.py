@@ -1,8 +1,9 @@
-"""Trained biases (`bias: lora_only` or `all`), with the base values kept so that disabling LoRA is exact.
+"""What trains in the base model beside the adapters: biases (`bias: lora_only` or `all`) and the temperature.
 
-PEFT leaves trained biases in place when its adapters are disabled, so its disabled model is not the base
-model. Here a module that owns a trained bias keeps the base values in a buffer, and `use_base_biases` swaps
-them in. Used when adapters are injected and when they are switched on and off.
+The base values are kept, so that disabling LoRA is exact: PEFT leaves trained biases in place when its
+adapters are disabled, and its disabled model is not the base model. Here a module that owns a trained
+parameter keeps the base values in a buffer, and `use_base_values` swaps them in. Used when adapters are
+injected and when they are switched on and off.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-_STASH = "_trained_biases"
+_BIASES = ("bias", "in_proj_bias")
+_TEMPERATURE = "logit_scale"
+_STASH = "_trained_in_base"
 
 
 def _buffer_name(leaf: str) -> str:
@@ -21,27 +24,42 @@ def _buffer_name(leaf: str) -> str:
 
 def is_bias(name: str) -> bool:
     """Whether a parameter name is that of a bias (`in_proj_bias` of a fused attention included)."""
-    return name.rsplit(".", 1)[-1] in {"bias", "in_proj_bias"}
+    return name.rsplit(".", 1)[-1] in _BIASES
 
 
-def train_biases(root: nn.Module, names: Iterable[str]) -> None:
-    """Let the named biases train and remember their present values as the base model's."""
+def is_temperature(name: str) -> bool:
+    """Whether a parameter name is that of a CLIP's log-temperature."""
+    return name.rsplit(".", 1)[-1] == _TEMPERATURE
+
+
+def train_in_base(root: nn.Module, names: Iterable[str]) -> None:
+    """Let the named biases and temperature train and remember their present values as the base model's.
+
+    A temperature of half precision becomes float32, as adapters are: small updates would be lost.
+    """
     for name in names:
         owner, leaf = _owner(root, name)
         parameter = getattr(owner, leaf)
-        parameter.requires_grad_(True)
         owner.register_buffer(_buffer_name(leaf), parameter.detach().clone(), persistent=False)
+        if is_temperature(name):
+            parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
 
 
-def trained_biases(root: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter of every bias that trains, whether or not the base values are swapped in just now."""
+def trained_in_base(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of what `train_in_base` named, whether or not base values are swapped in just now."""
     found = {}
     for name, owner, leaf in _trained(root):
         found[name] = getattr(owner, _STASH, {}).get(leaf, getattr(owner, leaf))
     return found
 
 
-def use_base_biases(root: nn.Module) -> None:
+def trained_temperature(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of the temperature if it trains beside the adapters; else empty."""
+    return {name: parameter for name, parameter in trained_in_base(root).items() if is_temperature(name)}
+
+
+def use_base_values(root: nn.Module) -> None:
     """Swap the base values in; the trained parameters wait, untouched, on their modules."""
     for _, owner, leaf in _trained(root):
         stash = owner.__dict__.setdefault(_STASH, {})
@@ -50,7 +68,7 @@ def use_base_biases(root: nn.Module) -> None:
             setattr(owner, leaf, nn.Parameter(getattr(owner, _buffer_name(leaf)), requires_grad=False))
 
 
-def use_trained_biases(root: nn.Module) -> None:
+def use_trained_values(root: nn.Module) -> None:
     """Put the trained parameters back."""
     for _, owner, leaf in _trained(root):
         stash = owner.__dict__.get(_STASH, {})
@@ -58,16 +76,18 @@ def use_trained_biases(root: nn.Module) -> None:
             setattr(owner, leaf, stash.pop(leaf))
 
 
-def forget_base_biases(root: nn.Module) -> None:
-    """Keep the trained values for good (after unloading): drop the copies of the base values."""
-    use_trained_biases(root)
+def forget_base_values(root: nn.Module) -> None:
+    """Keep the trained values for good (after unloading), frozen and in the base's dtype; drop the copies."""
+    use_trained_values(root)
     for _, owner, leaf in list(_trained(root)):
+        parameter = getattr(owner, leaf).requires_grad_(False)
+        parameter.data = parameter.data.to(getattr(owner, _buffer_name(leaf)).dtype)
         delattr(owner, _buffer_name(leaf))
 
 
 def _trained(root: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for module_name, module in root.named_modules():
-        for leaf in ("bias", "in_proj_bias"):
+        for leaf in (*_BIASES, _TEMPERATURE):
             if isinstance(module._buffers.get(_buffer_name(leaf)), torch.Tensor):
                 yield f"{module_name}.{leaf}" if module_name else leaf, module, leaf
 

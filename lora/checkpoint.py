@@ -3,7 +3,8 @@
 Written after a run (and by the server between rounds); read before round 1 or for inference. A folder holds
 
     adapter_config.json         PEFT's configuration
-    adapter_model.safetensors   factors under `base_model.model.` + path inside the CLIP, and trained biases
+    adapter_model.safetensors   factors under `base_model.model.` + path inside the CLIP, and, so named too,
+                                trained biases and temperature
     head.safetensors            what lies outside the CLIP: the head, or its adapter
 
 The first two load in plain `peft.PeftModel.from_pretrained` on the CLIP. The safetensors metadata carry the
@@ -41,7 +42,7 @@ from lora.adapters import (
     scalings,
     unwrap,
 )
-from lora.biases import is_bias, trained_biases
+from lora.biases import is_bias, is_temperature, trained_in_base
 from lora.config import LoRAConfig
 from models.errors import UserError
 from models.state import State, save_state
@@ -59,7 +60,7 @@ class AdapterFile:
 
     Attributes:
         folder: Where it was read from.
-        state: Factors and trained biases by their names inside the CLIP.
+        state: Factors, trained biases and temperature by their names inside the CLIP.
         head: What lies outside the CLIP, by wire name ("head.weight").
         peft_config: PEFT's configuration; None if only the head has an adapter.
         lora_config: Our configuration; None for files that plain PEFT wrote.
@@ -85,7 +86,7 @@ def save_lora_adapters(
     metrics: Mapping[str, float] | None = None,
     adapter_name: str = DEFAULT_ADAPTER,
 ) -> Path:
-    """Write one adapter, the trained biases and the head as a PEFT folder.
+    """Write one adapter, trained biases, temperature and head as a PEFT folder.
 
     Args:
         model: A wrapper, a federated model or a bare CLIP with adapters.
@@ -142,7 +143,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     peft_config = _read_peft_config(folder)
     tensors, metadata = _read_tensors(folder / ADAPTER_FILE)
     state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-    foreign = [n for n in state if factor_of(n) is None and not is_bias(n)]
+    foreign = [n for n in state if factor_of(n) is None and not (is_bias(n) or is_temperature(n))]
     if foreign:
         raise UserError(
             f"{folder}: {len(foreign)} arrays are not plain LoRA, first {foreign[0]}; merge it in PEFT first"
@@ -243,7 +244,7 @@ def _metadata(root: nn.Module, **extra: Any) -> dict[str, str]:
 def _split_state(root: nn.Module, adapter_name: str) -> tuple[State, State]:
     """What lies inside the CLIP (by name there) and outside it (by wire name), detached on the CPU."""
     _, prefix = clip_of(root)
-    parameters: dict[str, nn.Parameter] = {**adapter_parameters(root, adapter_name), **trained_biases(root)}
+    parameters: dict[str, nn.Parameter] = {**adapter_parameters(root, adapter_name), **trained_in_base(root)}
     head = getattr(root, "head", None)
     if isinstance(head, nn.Module) and not adapter_layers(head):
         parameters |= {f"head.{name}": parameter for name, parameter in head.named_parameters()}

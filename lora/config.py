@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Component = Literal["encoder", "vision", "text", "classifier"]
 Bias = Literal["none", "all", "lora_only"]
@@ -41,6 +41,7 @@ class LoRAConfig(BaseModel):
             the backend's default (`Towers.default_targets`; q_proj and v_proj for Hugging Face models).
         bias: "none", "lora_only" (biases of the adapted layers train and travel too) or "all" (every bias of
             the adapted towers).
+        train_temperature: CLIP's log-temperature (logit_scale) trains, travels and is averaged too.
         save_only_trainable: Saved models hold adapters and head only, not the base model.
         target_components: "encoder" (both towers), "vision", "text", "classifier" (the head gets an adapter).
         enabled: False leaves the model as it is; the wrapper then only delegates.
@@ -57,6 +58,7 @@ class LoRAConfig(BaseModel):
     lora_dropout: float = Field(default=0.1, ge=0, lt=1)
     target_modules: list[str] | None = None
     bias: Bias = "none"
+    train_temperature: bool = False
     save_only_trainable: bool = True
     target_components: list[Component] = Field(default=["encoder"], min_length=1)
     enabled: bool = True
@@ -71,6 +73,15 @@ class LoRAConfig(BaseModel):
         if value is not None and not value:
             raise ValueError("target_modules is an empty list; leave it out to take the model's default")
         return value
+
+    @model_validator(mode="after")
+    def _temperature_goes_with_a_tower(self) -> LoRAConfig:
+        if self.train_temperature and not self.tower_names:
+            raise ValueError(
+                "train_temperature goes with adapters in a tower (a head alone scales its own logits): add "
+                "vision, text or encoder to target_components, or leave train_temperature out"
+            )
+        return self
 
     @property
     def tower_names(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from lora.adapters import (
     unwrap,
 )
 from lora.attention import FusedAttentionLoRA
-from lora.biases import is_bias, train_biases
+from lora.biases import is_bias, train_in_base
 from lora.config import LoRAConfig
 from lora.linear import LinearLoRA
 from lora.targets import TowerPlan, plan_towers
@@ -100,17 +100,24 @@ def inject_lora(
     if config.adapts_head:
         _inject_head(root, config.for_tower("head"))
     init_adapters(root, generator or torch.Generator().manual_seed(seed))
-    train_biases(
+    train_in_base(
         root, _biases_to_train(root, [prefix + name for plan in plans for name in plan.modules], config)
     )
+    if config.train_temperature:
+        train_in_base(root, [f"{prefix}logit_scale"])
     root.lora_config = config
     _name_what_trains_and_travels(root)
     _warn_of_idle_text_adapters(root, config)
     logger.info("injected %d adapted layers", len(adapter_layers(root)))
 
 
-def inject_from_peft(model: nn.Module, peft_config: LoraConfig, bias_names: Sequence[str] = ()) -> None:
-    """Add the default adapter as a PEFT configuration says, with the named biases (names inside the CLIP).
+def inject_from_peft(model: nn.Module, peft_config: LoraConfig, base_names: Sequence[str] = ()) -> None:
+    """Add the default adapter as a PEFT configuration says; biases and temperature so named train too.
+
+    Args:
+        model: A federated model or a bare CLIP; changed in place.
+        peft_config: What to adapt.
+        base_names: Names inside the CLIP of what else trains.
 
     Raises:
         UserError: the configuration matches no layer of the model.
@@ -119,7 +126,7 @@ def inject_from_peft(model: nn.Module, peft_config: LoraConfig, bias_names: Sequ
     clip, prefix = clip_of(root)
     root.requires_grad_(False)
     inject_peft(clip, peft_config, DEFAULT_ADAPTER)
-    train_biases(root, [prefix + name for name in bias_names])
+    train_in_base(root, [prefix + name for name in base_names])
     _name_what_trains_and_travels(root)
 
 

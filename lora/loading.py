@@ -26,7 +26,7 @@ from lora.adapters import (
     unwrap,
 )
 from lora.base_delta import fitting_base_delta, set_base_delta
-from lora.biases import trained_biases
+from lora.biases import is_temperature, trained_in_base
 from lora.checkpoint import (
     AdapterFile,
     base_model_name,
@@ -48,9 +48,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_lora_adapters(model: nn.Module, source: str | Path, *, check_base: bool = True) -> AdapterFile:
-    """Load the default adapter, trained biases and the head from a PEFT folder or a `.pt` file.
+    """Load the default adapter, trained biases, temperature and head from a PEFT folder or a `.pt` file.
 
-    A model without adapters gets them injected as the file says; one that has them must match the file.
+    A model without adapters gets them injected as the file says; one that has them must match the file. What
+    the file lacks of head and temperature stays as it is in the model.
 
     Args:
         model: A wrapper, a federated model or a bare CLIP; changed in place.
@@ -151,6 +152,9 @@ def _inject(root: nn.Module, found: AdapterFile) -> None:
 def _fill(root: nn.Module, found: AdapterFile) -> None:
     """Check everything, then copy everything."""
     inside, outside = _parameters(root)
+    if temperature := [name for name in inside if is_temperature(name) and name not in found.state]:
+        logger.info("%s holds no temperature; the model keeps its own", found.folder)
+        del inside[temperature[0]]
     check_same_layout(inside, found.state, str(found.folder))
     _check_scaling(root, found)
     head = _fitting_head(outside, found)
@@ -163,7 +167,7 @@ def _fill(root: nn.Module, found: AdapterFile) -> None:
 def _parameters(root: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Where the values go: by name inside the CLIP, and by wire name outside it."""
     _, prefix = clip_of(root)
-    both = {**adapter_parameters(root), **trained_biases(root)}
+    both = {**adapter_parameters(root), **trained_in_base(root)}
     inside = {n.removeprefix(prefix): p for n, p in both.items() if not n.startswith("head.")}
     outside = {n: p for n, p in both.items() if n.startswith("head.")}
     head = getattr(root, "head", None)

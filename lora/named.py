@@ -1,8 +1,8 @@
 """Several adapters on one base model, for inference: load, list, switch, compare.
 
 Not part of a round: the adapter that trains and travels is "default". Others are loaded under names of their
-own, frozen, and chosen in milliseconds; memory is one base model plus the adapters. Heads are not switched:
-what is compared and served are embeddings.
+own, frozen, and chosen in milliseconds; memory is one base model plus the adapters. Heads and temperatures
+are not switched: what is compared and served are embeddings.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lora.adapters import (
     unwrap,
 )
 from lora.base_delta import BASE_DELTA_FILE
+from lora.biases import is_temperature
 from lora.injection import inject_peft
 from lora.loading import check_base_model, read_any
 from lora.switching import (
@@ -68,10 +69,11 @@ def load_named_adapter(model: nn.Module, source: str | Path, name: str, *, check
     inject_peft(clip, found.peft_config, name)
     wanted = adapter_parameters(clip, name)
     try:
-        check_same_layout(wanted, found.state, str(source))
+        factors = {key: value for key, value in found.state.items() if not is_temperature(key)}
+        check_same_layout(wanted, factors, str(source))
         with torch.no_grad():
             for key, parameter in wanted.items():
-                parameter.requires_grad_(False).copy_(found.state[key])
+                parameter.requires_grad_(False).copy_(factors[key])
     except UserError:
         remove_adapter(root, name)
         raise

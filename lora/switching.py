@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lora.adapters import FACTORS, adapter_layers, clip_of, exchanged_names, unwrap
-from lora.biases import forget_base_biases, use_base_biases, use_trained_biases
+from lora.biases import forget_base_values, use_base_values, use_trained_values
 from models.errors import UserError
 
 
@@ -34,7 +34,7 @@ def enable_lora(model: nn.Module) -> None:
     with trainability_kept(layers):
         for _, layer in layers:
             layer.enable_adapters(True)
-    use_trained_biases(unwrap(model))
+    use_trained_values(unwrap(model))
 
 
 def disable_lora(model: nn.Module) -> None:
@@ -48,7 +48,7 @@ def disable_lora(model: nn.Module) -> None:
             if layer.merged:
                 layer.unmerge()
             layer.enable_adapters(False)
-    use_base_biases(unwrap(model))
+    use_base_values(unwrap(model))
 
 
 def is_enabled(model: nn.Module) -> bool:
@@ -101,15 +101,15 @@ def unmerge_lora(model: nn.Module) -> None:
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Merge, then put plain layers back: the model without any trace of LoRA, changed in place and returned.
 
-    The active adapter is merged; other loaded adapters are dropped. What trains does not change; of what
-    travels, the head remains.
+    The active adapter is merged; other loaded adapters are dropped. Trained biases and temperature keep their
+    values and are frozen again; of what travels, the head remains.
     """
     root = unwrap(model)
     merge_lora(root)
     for name, layer in sorted(adapter_layers(root), key=lambda item: -item[0].count(".")):
         parent, _, leaf = name.rpartition(".")
         setattr(root.get_submodule(parent), leaf, layer.base_layer)
-    forget_base_biases(root)
+    forget_base_values(root)
     for owner in {root, clip_of(root)[0]}:
         for attribute in ("peft_config", "lora_config"):
             owner.__dict__.pop(attribute, None)

@@ -23,7 +23,7 @@ from lora.adapters import (
     unwrap,
     wire_name,
 )
-from lora.biases import trained_biases
+from lora.biases import trained_in_base, trained_temperature
 from lora.targets import block_of, plan_towers
 
 
@@ -32,7 +32,8 @@ class ParameterCounts(TypedDict):
 
     `total` counts everything, adapters included; `base` is `total` without adapters; `trainable` is what
     requires a gradient; `adapter` the default adapter's factors. `by_tower` splits `adapter` into vision,
-    text and head; `by_kind` splits what LoRA trains into lora_A, lora_B, head (without an adapter) and bias.
+    text and head; `by_kind` splits what LoRA trains into lora_A, lora_B, head (without an adapter), bias and
+    temperature.
     """
 
     total: int
@@ -52,12 +53,14 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     trainable = {name: p for name, p in named.items() if p.requires_grad}
     total = _size(named)
     by_tower = {"vision": 0, "text": 0, "head": 0}
-    by_kind = {"lora_A": 0, "lora_B": 0, "head": 0, "bias": _size(trained_biases(root))}
+    in_base, temperature = trained_in_base(root), _size(trained_temperature(root))
+    by_kind = {"lora_A": 0, "lora_B": 0, "head": 0}
+    by_kind |= {"bias": _size(in_base) - temperature, "temperature": temperature}
     for name, parameter in factors.items():
         by_tower[_tower_of(root, name)] += parameter.numel()
         by_kind[factor_of(name) or ""] += parameter.numel()
     plain_head = {n: p for n, p in trainable.items() if n.startswith("head.") and not is_adapter_parameter(n)}
-    by_kind["head"] = _size({n: p for n, p in plain_head.items() if n not in trained_biases(root)})
+    by_kind["head"] = _size({n: p for n, p in plain_head.items() if n not in in_base})
     return {
         "total": total,
         "base": total - _size({n: p for n, p in named.items() if is_adapter_parameter(n)}),

@@ -128,7 +128,7 @@ class FederatedCLIPModel(nn.Module):
     # What trains and what travels
 
     def _apply_strategy(self) -> None:
-        check_strategy(self.strategy, self.task, self.logit_scale.dtype, train_head=self.train_head)
+        check_strategy(self.strategy, self.task, self.dtype, train_head=self.train_head)
         choice = STRATEGIES[self.strategy]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trains(choice, name, self.towers, train_head=self.train_head))
@@ -270,9 +270,7 @@ class FederatedCLIPModel(nn.Module):
                 loss = self._trainer.step(partial(self.task.loss, self), batch)
         finally:
             self._set_training_mode(training=False)
-        if self.logit_scale.requires_grad:
-            with torch.no_grad():
-                self.logit_scale.clamp_(max=MAX_LOG_TEMPERATURE)
+        self.clamp_temperature()
         return loss
 
     @torch.no_grad()
@@ -332,14 +330,25 @@ class FederatedCLIPModel(nn.Module):
         """The CLIP's log-temperature, a scalar."""
         return cast(nn.Parameter, self.clip.logit_scale)
 
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Keep exp(logit_scale) at 100 or below where it trains; called after every optimizer step."""
+        if self.logit_scale.requires_grad:
+            self.logit_scale.clamp_(max=MAX_LOG_TEMPERATURE)
+
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
         return self.logit_scale.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the CLIP's weights; a temperature that trains beside adapters is float32 whatever they are."""
+        return next(parameter.dtype for parameter in self.clip.parameters() if parameter.ndim > 1)
+
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Project images: (B, 3, H, W) -> (B, D) float32, not normalised."""
-        pixel_values = pixel_values.to(self.device, self.logit_scale.dtype)
+        pixel_values = pixel_values.to(self.device, self.dtype)
         with self._lean_without_gradients():
             return self._encode_image(self.clip, pixel_values).float()
 

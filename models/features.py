@@ -30,7 +30,7 @@ def image_features(model: FederatedCLIPModel, batch: Batch) -> Tensor:
     if IMAGE_FEATURES in batch:
         return batch[IMAGE_FEATURES]
     if (hidden := batch.get(ACTIVATIONS["vision"])) is not None:
-        hidden = hidden.to(model.logit_scale.dtype)
+        hidden = hidden.to(model.dtype)
         with run_from(_transformer(model, "vision"), model.moving.first_blocks["vision"], hidden):
             return model.encode_image(hidden)
     if "pixel_values" not in batch:
@@ -90,7 +90,7 @@ def _encode_captions(model: FederatedCLIPModel, captions: Batch) -> Tensor:
     hidden = captions.pop(ACTIVATIONS["text"], None)
     if hidden is None:
         return model.encode_text(captions)
-    hidden = hidden.to(model.logit_scale.dtype)
+    hidden = hidden.to(model.dtype)
     with run_from(_transformer(model, "text"), model.moving.first_blocks["text"], hidden):
         return model.encode_text(captions)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from conftest import CLASS_NAMES, IMAGE_SIZE
 from torch import nn
 
-import federated.server
+import federated.report
 from federated.batched_clients import batched_clients, measured_group_size, one_by_one_because, split_evenly
 from federated.batched_losses import gather
 from federated.batched_training import JointTrainer
@@ -42,11 +43,12 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-def build_model(folder: Path, task: str = "classification", towers: Sequence[str] = ("vision",)) -> Any:
+def build_model(
+    folder: Path, task: str = "classification", towers: Sequence[str] = ("vision",), **changes: Any
+) -> Any:
     model = FederatedCLIPModel(str(folder), 3, class_names=CLASS_NAMES, task=task, strategy="lora")
-    config = LoRAConfig(
-        r=2, lora_alpha=4, lora_dropout=0.0, target_components=list(towers), target_modules=TARGETS
-    )
+    settings = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": TARGETS, **changes}
+    config = LoRAConfig(target_components=list(towers), **settings)
     return CLIPLoRAWrapper(model, config).apply_lora_to_federated_model()
 
 
@@ -219,6 +221,18 @@ def test_every_task_trains_together_as_alone(small_clip_folder: Path, task: str,
     check_equal(model, TrainingSettings(), [[4, 3], [4, 4], [2, 4]])
 
 
+@pytest.mark.parametrize("task", ["classification", "zero_shot", "retrieval"])
+def test_every_client_of_a_group_trains_a_temperature_of_its_own(small_clip_folder: Path, task: str) -> None:
+    model = build_model(small_clip_folder, task, ["vision"], train_temperature=True)
+    assert obstacle(model) is None
+    settings = TrainingSettings(weight_decay=0.1, clip_norm=0.05)
+    check_equal(model, settings, [[4, 3], [4, 4], [2]])
+    states = [{**s, "clip.logit_scale": torch.tensor(4.7)} for s in random_states(model)]  # above ln 100
+    batches = random_batches(model, [[2]] * NUM_CLIENTS)
+    joint = JointTrainer(model, settings).train(states, batches, [1] * NUM_CLIENTS, model.exchanged_names)
+    assert all(state["clip.logit_scale"] <= math.log(100) + 1e-6 for state in joint.states)
+
+
 def test_frozen_factors_stay_and_have_no_gradient(small_clip_folder: Path) -> None:
     model = build_model(small_clip_folder)
     names = [name for name in model.exchanged_names if "lora_A" not in name]
@@ -286,7 +300,7 @@ def small_run_config(folder: Path, clip: Path, batched: int | str, *overrides: s
 
 @pytest.fixture
 def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(federated.server, "write_report", lambda path: None)
+    monkeypatch.setattr(federated.report, "write_report", lambda path: None)
 
 
 def run_lines(config: Any) -> list[dict[str, Any]]:

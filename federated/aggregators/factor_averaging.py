@@ -84,7 +84,7 @@ def fedsa(*, private_head: bool = True) -> Aggregator:
     Preserves: the basis of A.
 
     Args:
-        private_head: Whether head and biases stay with the client (the reference configuration).
+        private_head: Whether head, biases and temperature stay with the client (the reference configuration).
     """
 
     def shared(names: Iterable[str], server_round: int = 0) -> Names:

@@ -203,7 +203,7 @@ def nothing(names: Iterable[str]) -> Names:
 
 
 def head_names(names: Iterable[str]) -> Names:
-    """Return the names that are no factors: head and biases, averaged by every rule."""
+    """Return the names that are no factors: head, biases and temperature, averaged by every rule."""
     names = set(names)
     factors = {name for pair in factor_pairs(names) for name in (pair.a, pair.b)}
     return tuple(sorted(names - factors))
