@@ -34,8 +34,8 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 
 from benchmarks.machine import Row, write_results
-from federated.batch_order import local_index_batches
 from federated.config import ExperimentConfig, dump_config, load_config
+from federated.data.batch_order import local_index_batches
 from federated.experiment import CONFIG_KEY, Experiment, experiment_of
 from federated.seeding import generator, scoped_torch_rng
 from federated.simulation import run_experiment

@@ -89,7 +89,7 @@ def measure_cost(variant: str) -> dict[str, Any]:
 
 def measure_accuracy(variant: str) -> dict[str, Any]:
     """Train the bundled CLIP for one pass over the training images; test accuracy in per cent."""
-    from federated.data import image_tensors, load_data
+    from federated.data.loading import image_tensors, load_data
     from federated.seeding import generator
 
     data = load_data("fashion_mnist")

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from federated import cli_data, cli_inference, cli_training
+from federated.commands import data, inference, training
 from models.errors import UserError
 
 app = typer.Typer(
@@ -52,8 +52,8 @@ def run(
     Example: fedlora run quickstart federation.rounds=3 output.name=short
     """
     from federated.config import load_config
-    from federated.console import RunDisplay, print_results
-    from federated.run_record import read_run
+    from federated.reporting.console import RunDisplay, print_results
+    from federated.reporting.run_record import read_run
     from federated.simulation import run_experiment
 
     loaded = load_config(config, overrides or [])
@@ -82,8 +82,8 @@ def info(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     Example: fedlora info clip_lora model.pretrained=false
     """
     from federated.config import load_config
-    from federated.console import print_table
     from federated.inspection import describe_run, description_tables
+    from federated.reporting.console import print_table
 
     console = Console()
     for title, table in description_tables(describe_run(load_config(config, overrides or []))):
@@ -96,15 +96,15 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The f
 
     Example: fedlora report runs/quickstart
     """
-    from federated.report import write_report
+    from federated.reporting.report import write_report
 
     typer.echo(write_report(run_folder))
 
 
-app.command()(cli_training.train)
-app.command()(cli_training.evaluate)
-cli_inference.register(app)
-app.add_typer(cli_data.app, name="data")
+app.command()(training.train)
+app.command()(training.evaluate)
+inference.register(app)
+app.add_typer(data.app, name="data")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

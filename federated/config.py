@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from federated.augment import augmentation_from
+from federated.data.augment import augmentation_from
 from lora.config import LoRAConfig
 from models.errors import UserError
 
@@ -111,7 +111,7 @@ class ClientSection(Section):
     scaffold: bool = False
     """SCAFFOLD: correct gradients by control variates, which double the payload both ways."""
     augmentation: dict[str, Any] = Field(default_factory=dict)
-    """Options of ``federated.augment.Augmentation``, such as ``flip_probability``; none: all stays as is."""
+    """Options of ``federated.data.augment.Augmentation``, such as ``flip_probability``; none: all stays."""
     ranks: list[int] | None = Field(None, min_length=1)
     """Adapter rank of each client, for aggregators that mix ranks; a shorter list is repeated (groups). The
     largest is ``lora.r``."""
@@ -188,7 +188,7 @@ class EvaluationSection(Section):
 
 
 class CacheSection(Section):
-    """Frozen work that is done once (``federated.feature_cache``); a switch acts where its cache is valid."""
+    """Frozen work done once (``federated.speed.feature_cache``); a switch acts where its cache is valid."""
 
     image_features: bool = True
     """Features of the images, where the vision tower is frozen."""

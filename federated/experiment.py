@@ -18,19 +18,19 @@ import yaml
 from torch import nn
 
 from federated.aggregators import Aggregator, ServerState, cut_to_rank
-from federated.augment import Augmentation
-from federated.augmented_batches import augment_batch, training_augmentation
 from federated.base_weights import BaseWeights
 from federated.codecs import codec_from_name
 from federated.compatibility import build_aggregator, check_client_ranks
 from federated.config import ExperimentConfig, load_config, parse_config
-from federated.data import FederatedData, ImageTensors, image_tensors, load_data
-from federated.feature_cache import FeatureCaches, build_feature_caches
+from federated.data.augment import Augmentation
+from federated.data.augmented_batches import augment_batch, training_augmentation
+from federated.data.loading import FederatedData, ImageTensors, image_tensors, load_data
+from federated.data.splits import IntArray, column_values, hold_out
 from federated.partition import Partition, partition, save_partition
 from federated.payload import Layout, layout_of, num_values
 from federated.savings import ModelSizes
 from federated.seeding import generator
-from federated.splits import IntArray, column_values, hold_out
+from federated.speed.feature_cache import FeatureCaches, build_feature_caches
 from lora.adapters import factor_pairs, scalings, unwrap
 from lora.checkpoint import save_full_checkpoint, save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
@@ -80,8 +80,8 @@ class Experiment:
         training_settings: How clients train.
         augmentation: What is done to the images and captions that clients train on.
         caches: What of the frozen towers is computed once.
-        prepared: (round, client id) -> gives the result of local training that ``federated.batched_clients``
-            does in groups; empty where clients train one by one.
+        prepared: (round, client id) -> gives the result of local training that
+            ``federated.speed.batched_clients`` does in groups; empty where clients train one by one.
     """
 
     config: ExperimentConfig

@@ -18,8 +18,8 @@ from federated.compatibility import build_aggregator, check_client_ranks
 from federated.config import ExperimentConfig
 from federated.experiment import BYTES_PER_FP32, build_model, load_run_data
 from federated.payload import layout_of, num_values
-from federated.round_table import TextTable
-from federated.wording import format_bytes, format_percent
+from federated.reporting.round_table import TextTable
+from federated.reporting.wording import format_bytes, format_percent
 from lora.adapters import scalings, unwrap
 from lora.verify import count_parameters
 from models.exchange import find_parameters

@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
 
-from federated.partitioners import DOMAIN, LABEL, PARTITIONERS, ROW
+from federated.data.partitioners import DOMAIN, LABEL, PARTITIONERS, ROW
+from federated.data.splits import IntArray, column_values, hold_out
 from federated.registry import look_up
 from federated.seeding import generator
-from federated.splits import IntArray, column_values, hold_out
 from models.errors import UserError
 
 __all__ = [

@@ -38,7 +38,7 @@ app = ServerApp()
 
 
 class Display(Protocol):
-    """What ``serve`` tells whoever watches; ``federated.console.RunDisplay`` is one."""
+    """What ``serve`` tells whoever watches; ``federated.reporting.console.RunDisplay`` is one."""
 
     def run_started(self, num_rounds: int, *, headline_metric: str, notes: Sequence[str]) -> None:
         """The run begins; the notes say what is cached and what is not."""
@@ -216,7 +216,7 @@ def finish(served: Served) -> dict[str, Any]:
     folder.write_summary(summary)
     folder.close()
     if experiment.config.output.report:
-        from federated.report import write_report  # with the plotting library, which takes half a second
+        from federated.reporting.report import write_report  # imports the plotting library
 
         write_report(folder.path)
     return summary

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from federated.batched_clients import batched_clients
 from federated.client import app as client_app
 from federated.config import ExperimentConfig, dump_config
-from federated.console import RunDisplay
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.experiment import CONFIG_KEY, experiment_of
+from federated.reporting.console import RunDisplay
 from federated.run_folder import RunFolder, check_free
 from federated.server import serve
+from federated.speed.batched_clients import batched_clients
 
 
 def run_experiment(

@@ -1,9 +1,9 @@
 """The adapters of several clients in one forward pass: grouped matrix products beside one frozen base.
 
-Used in a round by ``federated.batched_training``: the rows of a batch are K equal blocks, block k belongs to
-client k, and every adapted layer adds to block k the product of client k's own factors. Rows of different
-clients never meet (LayerNorm and attention act within a sample), so each slice of a stack's gradient is what
-that client would have computed alone.
+Used in a round by ``federated.speed.batched_training``: the rows of a batch are K equal blocks, block k
+belongs to client k, and every adapted layer adds to block k the product of client k's own factors. Rows of
+different clients never meet (LayerNorm and attention act within a sample), so each slice of a stack's
+gradient is what that client would have computed alone.
 
 Sources: Chen et al., Punica, arXiv:2310.18547, and Sheng et al., S-LoRA, arXiv:2311.03285, group adapters in
 this way for inference; here gradients flow as well.

@@ -27,7 +27,7 @@ from real_federation import (
 )
 
 import federated.client
-import federated.report
+import federated.reporting.report
 from federated.checkpoint import ServerCheckpoint, load_server_checkpoint, save_server_checkpoint
 from federated.cli import main
 from federated.client import CODEC_MEMORY, recall
@@ -492,7 +492,7 @@ def test_a_refused_run_exits_with_code_2_and_leaves_no_folder(
 def test_adapter_and_base_delta_together_are_the_trained_model(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(federated.report, "write_report", lambda folder: None)  # plots take seconds
+    monkeypatch.setattr(federated.reporting.report, "write_report", lambda folder: None)  # plots take seconds
     config = small_config(
         f"aggregation.name={method}",
         f"output.root={tmp_path}",

@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-import federated.centralized
-import federated.report
-from federated.augment import CLIP_DEVIATION, CLIP_MEAN
-from federated.augmented_batches import augment_batch, colour_range, training_augmentation
-from federated.centralized import train_centrally
+import federated.reporting.report
+import federated.standalone.centralized
 from federated.config import dump_config, load_config
+from federated.data.augment import CLIP_DEVIATION, CLIP_MEAN
+from federated.data.augmented_batches import augment_batch, colour_range, training_augmentation
 from federated.experiment import Experiment, build_experiment, experiment_of
 from federated.local_training import Assignment, train_locally
 from federated.seeding import generator
+from federated.standalone.centralized import train_centrally
 from lora.adapters import unwrap
 from models.errors import UserError
 from models.images import ImageProcessor
@@ -215,9 +215,11 @@ def train_a_client(watch: Watch, overrides: list[str], folder: Path, patch: pyte
 
 def train_in_one_place(watch: Watch, overrides: list[str], folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        federated.centralized, "build_experiment", lambda config: watch.look_at(build_experiment(config))
+        federated.standalone.centralized,
+        "build_experiment",
+        lambda config: watch.look_at(build_experiment(config)),
     )
-    patch.setattr(federated.report, "write_report", lambda path: path)
+    patch.setattr(federated.reporting.report, "write_report", lambda path: path)
     overrides = [*SMALL, f"train.steps={NUM_STEPS}", f"output.root={folder}", *overrides]
     train_centrally(load_config("quickstart", overrides))
 

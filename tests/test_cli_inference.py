@@ -16,14 +16,14 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch.nn import functional
 
-import federated.image_search
+import federated.standalone.image_search
 from federated.cli import main
 from federated.config import dump_config, load_config
-from federated.embedding_files import weights_sha256
 from federated.experiment import load_run_data
-from federated.image_search import nearest_rows
 from federated.simulation import run_experiment
-from federated.trained_models import open_model
+from federated.standalone.embedding_files import weights_sha256
+from federated.standalone.image_search import nearest_rows
+from federated.standalone.trained_models import open_model
 from lora import LoRAConfig
 from lora.adapters import adapter_parameters, factor_of, scalings, set_scaling
 from lora.checkpoint import save_full_checkpoint, save_lora_adapters
@@ -467,7 +467,7 @@ def test_faiss_and_torch_find_the_same_rows_also_among_equal_ones():
 
 def test_search_prints_the_same_without_faiss(index, capsys, monkeypatch):
     before = fedlora(capsys, "search", index, "a blue square", "--format", "csv")
-    monkeypatch.setattr(federated.image_search, "default_engine", lambda: "torch")
+    monkeypatch.setattr(federated.standalone.image_search, "default_engine", lambda: "torch")
     assert fedlora(capsys, "search", index, "a blue square", "--format", "csv") == before
 
 

@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from federated.console import MAX_FAILURES_SHOWN, RunDisplay, print_results
-from federated.round_table import failure_table, round_table, saving_table
-from federated.wording import (
+from federated.reporting.console import MAX_FAILURES_SHOWN, RunDisplay, print_results
+from federated.reporting.round_table import failure_table, round_table, saving_table
+from federated.reporting.wording import (
     format_bytes,
     format_megabytes,
     format_metric,

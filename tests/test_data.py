@@ -7,9 +7,9 @@ import hashlib
 import numpy as np
 import pytest
 
-from federated.data import SOURCES, load_data
-from federated.data_form import split_off
-from federated.splits import column_values
+from federated.data.form import split_off
+from federated.data.loading import SOURCES, load_data
+from federated.data.splits import column_values
 from models.errors import UserError
 
 

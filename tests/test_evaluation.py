@@ -14,20 +14,20 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from federated.centralized import train_centrally
 from federated.cli import main
 from federated.config import load_config
-from federated.detailed_metrics import (
+from federated.reporting.plot_style import save_png
+from federated.simulation import run_experiment
+from federated.standalone.centralized import train_centrally
+from federated.standalone.detailed_metrics import (
     Predictions,
     chance_recall,
     describe_classes,
     describe_retrieval,
     embed_pairs,
 )
-from federated.evaluation import evaluate_source
-from federated.evaluation_plots import MAX_BARS, ClassFigures, class_performance, confusion_matrix
-from federated.plot_style import save_png
-from federated.simulation import run_experiment
+from federated.standalone.evaluation import evaluate_source
+from federated.standalone.evaluation_plots import MAX_BARS, ClassFigures, class_performance, confusion_matrix
 from models.errors import UserError
 
 SMALL = ("data.max_train_samples=96", "data.max_validation_samples=60", "data.max_test_samples=80")

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import federated.experiment
-from federated.captions import Captions
 from federated.config import ExperimentConfig, load_config
-from federated.data import FederatedData
+from federated.data.captions import Captions
+from federated.data.loading import FederatedData
 from federated.experiment import Experiment, build_experiment, load_run_data
-from federated.row_cache import RowCache
+from federated.speed.row_cache import RowCache
 from models.loading import load_clip
 
 ALL_OFF = tuple(

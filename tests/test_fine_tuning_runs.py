@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from federated.config import ExperimentConfig
-from federated.run_record import RunRecord, read_run
+from federated.reporting.run_record import RunRecord, read_run
 from federated.simulation import run_experiment
 from tests.small_run import small_config
 

@@ -12,6 +12,8 @@ import torch
 from datasets import Dataset
 from flwr_datasets.partitioner import IidPartitioner
 
+from federated.data.partitioners import ROW, iid
+from federated.data.splits import split_rows, stratified_choice
 from federated.partition import (
     PARTITIONERS,
     class_counts,
@@ -20,8 +22,6 @@ from federated.partition import (
     partition,
     save_partition,
 )
-from federated.partitioners import ROW, iid
-from federated.splits import split_rows, stratified_choice
 from models.errors import UserError
 
 NUM_ROWS = 1000

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from federated import plots
-from federated.compare import compare_runs, to_csv, to_json, to_markdown, write_comparison
-from federated.plot_style import inline_svg
-from federated.report import write_report
-from federated.round_table import round_table
-from federated.run_record import read_run
-from federated.wording import format_bytes, format_megabytes, format_percent
+from federated.reporting import plots
+from federated.reporting.compare import compare_runs, to_csv, to_json, to_markdown, write_comparison
+from federated.reporting.plot_style import inline_svg
+from federated.reporting.report import write_report
+from federated.reporting.round_table import round_table
+from federated.reporting.run_record import read_run
+from federated.reporting.wording import format_bytes, format_megabytes, format_percent
 from models.errors import UserError
 from tests.fake_run import ACCURACIES, EXCHANGED, OVERHEAD_BYTES, TOTAL, FakeRun
 
@@ -59,8 +59,8 @@ def page(folder: Path) -> ET.Element:
 @pytest.fixture
 def words_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw, but do not render: for what is about the page's words."""
-    monkeypatch.setattr("federated.report.save_png", lambda figure, path: None)
-    monkeypatch.setattr("federated.report.inline_svg", lambda figure, name, title: "<svg/>")
+    monkeypatch.setattr("federated.reporting.report.save_png", lambda figure, path: None)
+    monkeypatch.setattr("federated.reporting.report.inline_svg", lambda figure, name, title: "<svg/>")
 
 
 def parse(folder: Path) -> ET.Element:

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from federated.config import load_config
 from federated.experiment import Experiment, build_experiment
 from federated.inspection import describe_run
-from federated.run_record import read_run
+from federated.reporting.run_record import read_run
 from federated.simulation import run_experiment
-from federated.trained_models import open_model
+from federated.standalone.trained_models import open_model
 from lora.adapters import adapter_layers
 from lora.checkpoint import ADAPTER_FILE, save_full_checkpoint, save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper

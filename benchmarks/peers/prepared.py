@@ -58,9 +58,9 @@ def prepare(name: str, overrides: Sequence[str], folder: Path) -> None:
         overrides: Its changes; all clients must get equally many rows.
         folder: Where to.
     """
-    from federated.batch_order import local_index_batches
     from federated.cohort import sample_cohort
     from federated.config import load_config
+    from federated.data.batch_order import local_index_batches
     from federated.experiment import build_experiment
     from federated.seeding import generator, scoped_torch_rng
     from models.loading import load_clip

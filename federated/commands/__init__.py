@@ -1,0 +1,1 @@
+"""The commands beside ``fedlora run``; ``federated.cli`` registers them."""

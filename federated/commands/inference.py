@@ -1,0 +1,281 @@
+"""The commands that use what runs left behind: predict, encode, search, compare.
+
+Stands after the rounds. ``federated.cli`` registers them; each reads its arguments, calls one function of the
+package and prints. Results go to standard output, progress and remarks to standard error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from federated.progress import progress_bar
+from models.errors import UserError
+
+if TYPE_CHECKING:
+    from federated.reporting.round_table import TextTable
+    from federated.standalone.trained_models import OpenedModel
+
+
+class Format(StrEnum):
+    """How results are written."""
+
+    table = "table"
+    csv = "csv"
+    json = "json"
+
+
+InputsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="[RUN|ADAPTER|MODEL] INPUT",
+        help="What to use, then what to use it on. With --model the first may be left out.",
+        show_default=False,
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="Base model: tiny, a hub name, a folder, or open_clip:<architecture>."),
+]
+AdapterOption = Annotated[
+    str | None, typer.Option("--adapter", metavar="FOLDER", help="Adapter to put on a model given by name.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1 …")]
+BatchSizeOption = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Images or texts that pass through the model at once.")
+]
+SkipCorruptOption = Annotated[
+    bool, typer.Option("--skip-corrupt", help="Leave out images that cannot be decoded, and name them.")
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a file of the same name.")]
+FormatOption = Annotated[
+    Format | None,
+    typer.Option("--format", help="By default csv or json by --output's suffix, otherwise a table."),
+]
+
+
+def predict(  # noqa: PLR0913 - the command's options
+    inputs: InputsArgument,
+    *,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes to show for each image.")] = 5,
+    classes: Annotated[
+        str | None,
+        typer.Option("--classes", metavar="A,B,C", help="Classify by prompts for these classes instead."),
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option("--template", help="Prompt with {} for the class; repeat for several."),
+    ] = None,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Write a .csv or .json file.")] = None,
+    output_format: FormatOption = None,
+    overwrite: OverwriteOption = False,
+    skip_corrupt: SkipCorruptOption = False,
+    batch_size: BatchSizeOption = 64,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Classify an image, or all images of a folder, with a run's model or with class prompts.
+
+    Example: fedlora predict runs/quickstart photos --top-k 3
+
+    Example: fedlora predict --model tiny --classes "boots,a bag" photos/1.png
+    """
+    from federated.standalone.embeddings import InputOptions
+    from federated.standalone.inference import make_classifier
+    from federated.standalone.inference import predict as predict_images
+    from federated.standalone.output_files import check_output
+    from federated.standalone.result_tables import prediction_records, prediction_table
+
+    chosen = _format(output_format, output)
+    if output is not None:
+        check_output(output, overwrite=overwrite)
+    source, path = _source_and_input(inputs, model)
+    names = None if classes is None else [name.strip() for name in classes.split(",")]
+    opened = _open(source, adapter, model, device)
+    classifier = make_classifier(opened, names, template)
+    with progress_bar("images") as report:
+        options = InputOptions(batch_size, skip_corrupt, report)
+        found = predict_images(opened, path, classifier, top_k=top_k, options=options)
+    _name_corrupt([str(file) for file, _ in found.corrupt])
+    title = f"Predictions by {found.method}"
+    _deliver(chosen, prediction_records(found), prediction_table(found), title, output)
+
+
+def encode(  # noqa: PLR0913 - the command's options
+    inputs: InputsArgument,
+    *,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="File ending in .safetensors or .npy.", show_default=False)
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="INPUT is a text file, one text a line.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Keep the rows' lengths instead of making them 1.")
+    ] = False,
+    compare_base: Annotated[
+        bool, typer.Option("--compare-base", help="Print the mean cosine with the base model's embeddings.")
+    ] = False,
+    model: ModelOption = None,
+    adapter: AdapterOption = None,
+    overwrite: OverwriteOption = False,
+    skip_corrupt: SkipCorruptOption = False,
+    batch_size: BatchSizeOption = 64,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Write the embeddings of a folder of images, or of the lines of a text file, and a manifest beside them.
+
+    Example: fedlora encode runs/quickstart photos --output photos.safetensors
+
+    Example: fedlora encode tiny captions.txt --text --output captions.npy
+    """
+    from federated.standalone.embedding_files import check_array_output, encode_to_file
+    from federated.standalone.embeddings import InputOptions
+    from federated.standalone.inference import compare_with_base
+
+    if output is None and not compare_base:
+        raise UserError("name the file to write with --output FILE.safetensors (or .npy)")
+    if output is not None:
+        check_array_output(output, overwrite=overwrite)
+    source, path = _source_and_input(inputs, model)
+    opened = _open(source, adapter, model, device)
+    kind = "texts" if text else "images"
+    if output is not None:
+        with progress_bar(kind) as report:
+            options = InputOptions(batch_size, skip_corrupt, report)
+            manifest = encode_to_file(
+                opened, path, output, texts=text, normalised=not raw, overwrite=overwrite, options=options
+            )
+        _name_corrupt(manifest.corrupt)
+        typer.echo(f"{len(manifest.rows)} {kind}, {manifest.dimension} dimensions: {output}")
+    if compare_base:
+        with progress_bar("both models") as report:
+            options = InputOptions(batch_size, skip_corrupt, report)
+            moved = compare_with_base(opened, path, texts=text, options=options)
+        typer.echo(
+            f"cosine with the base model over {moved.num_rows} {kind}: "
+            f"mean {moved.mean:.6f}, least {moved.least:.6f}"
+        )
+
+
+def search(
+    index: Annotated[str, typer.Argument(metavar="INDEX", help="A file that `fedlora encode` wrote.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="A text, or with --image an image file.")],
+    *,
+    image: Annotated[bool, typer.Option("--image", help="QUERY is an image file.")] = False,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Rows to show.")] = 10,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Run or model that made INDEX, if it is not where it was then."),
+    ] = None,
+    adapter: AdapterOption = None,
+    output_format: Annotated[Format, typer.Option("--format", help="How to print the rows.")] = Format.table,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Find the images (or texts) of an encoded folder that are most like a text or an image.
+
+    Example: fedlora search photos.safetensors "a red bag" --top-k 3
+
+    Example: fedlora search photos.safetensors photos/1.png --image --format json
+    """
+    from federated.standalone.embedding_files import read_index
+    from federated.standalone.image_search import open_query_model
+    from federated.standalone.image_search import search as search_index
+    from federated.standalone.result_tables import hit_records, hit_table
+
+    found = read_index(index)
+    opened = open_query_model(found, model, adapter=adapter, device=device)
+    hits = search_index(found, opened, query, image=image, top_k=top_k)
+    title = f"Most like {query}"
+    _deliver(output_format, hit_records(found, hits), hit_table(found, hits), title, None)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)],
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FOLDER", help="Write comparison.md, .json, .csv and .png there."),
+    ] = None,
+    target: Annotated[
+        float | None, typer.Option("--target", help="Value of the metric that the bytes to reach refer to.")
+    ] = None,
+) -> None:
+    """Put runs side by side: what each reached, and the bytes it sent for it.
+
+    Example: fedlora compare runs/quickstart runs/full_finetune --output comparison
+    """
+    from federated.reporting.compare import compare_runs, terminal_tables, write_comparison
+    from federated.reporting.console import print_table
+
+    if output is not None and output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; --output takes a folder")
+    for title, table in terminal_tables(compare_runs(runs, target=target)).items():
+        print_table(Console(), table, title)
+    if output is not None:
+        typer.echo(f"written: {write_comparison(runs, output, target=target)}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file to the application."""
+    for command in (predict, encode, search, compare):
+        app.command()(command)
+
+
+def _source_and_input(inputs: Sequence[str], model: str | None) -> tuple[str, str]:
+    """What to open and what to use it on; ``--model`` alone stands for the first."""
+    if len(inputs) > 2:
+        raise UserError(f"{len(inputs)} arguments given; give one model and one image, folder or file")
+    if len(inputs) == 2:
+        return inputs[0], inputs[1]
+    if model is None:
+        raise UserError(
+            f"only {inputs[0]} is given; say what to use on it: a run, an adapter, or --model NAME"
+        )
+    return model, inputs[0]
+
+
+def _open(source: str, adapter: str | None, model: str | None, device: str) -> OpenedModel:
+    from federated.standalone.trained_models import open_model
+
+    return open_model(source, adapter=adapter, base_model=None if source == model else model, device=device)
+
+
+def _format(chosen: Format | None, output: Path | None) -> Format:
+    """The format asked for, or the one that the output's suffix says; a table is for the terminal."""
+    by_suffix = {".csv": Format.csv, ".json": Format.json}
+    if output is None:
+        return chosen or Format.table
+    if chosen is None and output.suffix not in by_suffix:
+        raise UserError(f"{output}: say --format csv or json, or give a name that ends in .csv or .json")
+    if chosen is Format.table:
+        raise UserError("a table goes to the terminal; write a file with --format csv or json")
+    return chosen or by_suffix[output.suffix]
+
+
+def _deliver(
+    chosen: Format, records: Sequence[dict[str, Any]], table: TextTable, title: str, output: Path | None
+) -> None:
+    """Print the results, or write them to a file."""
+    from federated.reporting.console import print_table
+    from federated.standalone.output_files import write_output
+    from federated.standalone.result_tables import records_to_csv, records_to_json
+
+    if chosen is Format.table:
+        print_table(Console(), table, title)
+        return
+    text = (records_to_json if chosen is Format.json else records_to_csv)(records)
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        write_output(output, text)
+        typer.echo(f"written: {output}")
+
+
+def _name_corrupt(files: Sequence[str]) -> None:
+    if files:
+        typer.echo(f"left out {len(files)} that cannot be decoded: {', '.join(files)}", err=True)

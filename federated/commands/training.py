@@ -1,0 +1,159 @@
+"""The commands ``fedlora train`` and ``fedlora evaluate``; ``federated.cli`` registers them.
+
+They read arguments, call one function of the package and print, as every command does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any, Self
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from federated.progress import progress_bar
+from federated.reporting.console import bars_with_notes, print_notes
+from federated.reporting.wording import format_metric, format_seconds, metric_label
+
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Overrides such as train.epochs=3 client.learning_rate=1e-4."
+    ),
+]
+
+
+def train(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped name such as quickstart.")
+    ],
+    overrides: OverridesArgument = None,
+    *,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run folder of the same name.")
+    ] = False,
+) -> None:
+    """Train centrally: one client with all the data, the upper bound of a federated run.
+
+    The folder is NAME-central unless the configuration names it (output.name).
+
+    Example: fedlora train quickstart train.epochs=5 train.early_stopping.patience=2
+    """
+    from federated.config import load_config
+    from federated.standalone.centralized import train_centrally
+
+    loaded = load_config(config, overrides or [], name_suffix="-central")
+    console = Console()
+    with EpochDisplay(console) as display:
+        folder = train_centrally(loaded, overwrite=overwrite, display=display)
+    console.print(closing_line(folder), highlight=False, soft_wrap=True)
+    console.print(f"run folder: {folder}\nreport:     {folder / 'report.html'}", highlight=False)
+
+
+def evaluate(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN|CONFIG", help="The folder of a run, or a configuration.")
+    ],
+    overrides: OverridesArgument = None,
+    *,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Evaluate with this adapter instead of the run's.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="test or validation.")] = "test",
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where to write; RUN/evaluation_SPLIT by default.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier evaluation.")] = False,
+) -> None:
+    """Evaluate a trained model: per-class report, confusion matrix, or recalls for retrieval.
+
+    A configuration without --adapter is evaluated untrained (zero-shot).
+
+    Example: fedlora evaluate runs/quickstart --split validation
+    """
+    from federated.standalone.evaluation import evaluate_source
+
+    with progress_bar("images") as report_progress:
+        folder, report = evaluate_source(
+            source,
+            overrides or [],
+            adapter=adapter,
+            split=split,
+            output=output,
+            overwrite=overwrite,
+            report=report_progress,
+        )
+    typer.echo(report)
+    for path in sorted(folder.iterdir()):
+        typer.echo(str(path))
+
+
+class EpochDisplay:
+    """Shows a central training: bars in a terminal, and a line an epoch everywhere.
+
+    Args:
+        console: Where to print.
+    """
+
+    def __init__(self, console: Console) -> None:
+        """Prepare the bars; nothing is shown before ``with``."""
+        self.console = console
+        self._metric = "accuracy"
+        self._num_epochs = 0
+        self._progress = bars_with_notes(console)
+        self._steps = self._progress.add_task("steps", total=None, note="")
+
+    def __enter__(self) -> Self:
+        """Show the bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the bar away, also after an error or an interrupt; the lines stay."""
+        self._progress.stop()
+
+    def training_started(
+        self, num_epochs: int, num_steps: int, *, headline_metric: str, notes: Sequence[str] = ()
+    ) -> None:
+        """Say how long it takes, which metric leads, and what is cached."""
+        self._num_epochs, self._metric = num_epochs, headline_metric
+        print_notes(self.console, notes)
+        self._progress.update(self._steps, total=num_steps)
+
+    def step_done(self, loss: float) -> None:
+        """Move the bar by a step."""
+        self._progress.update(self._steps, advance=1, note=f"loss {format_metric('loss', loss)}")
+
+    def epoch_done(self, metrics: Mapping[str, Any]) -> None:
+        """Print an epoch's line."""
+        epoch = metrics["server_round"]
+        line = Text(f"epoch {epoch:>{len(str(self._num_epochs))}}/{self._num_epochs}", style="bold")
+        label = metric_label(self._metric)
+        for key, words in (
+            (self._metric, label),
+            (f"validation_{self._metric}", f"validation {label}"),
+            ("train_loss", "train loss"),
+        ):
+            if metrics.get(key) is not None:
+                line.append(f"  {words} {format_metric(key, metrics[key])}", style="not bold")
+        line.append(f"  {format_seconds(metrics['seconds'])}", style="not bold")
+        self.console.print(line, highlight=False, soft_wrap=True)
+        self._progress.update(self._steps, description=f"epoch {epoch}")
+
+
+def closing_line(folder: Path) -> Text:
+    """Return the last line of a central training: before, after, and which epoch was kept."""
+    from federated.reporting.run_record import read_run
+
+    record = read_run(folder)
+    metric, headline, training = record.metric, record.headline, record.summary["training"]
+    line = Text(f"{metric_label(metric)} {format_metric(metric, headline['zero_shot'])} → ")
+    line.append(format_metric(metric, headline["final"]), style="bold")
+    line.append(f" (weights of epoch {training['kept_epoch']}")
+    line.append(f", stopped early after {headline['rounds']})" if training["stopped_early"] else ")")
+    return line

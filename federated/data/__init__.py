@@ -1,0 +1,1 @@
+"""Data and shards: sources, splits, partitioners, tensors, augmentation."""

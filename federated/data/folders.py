@@ -1,0 +1,255 @@
+"""Image folders on disk, ``train/ val/ test/<class>/*``: check them and prepare them.
+
+Stands before round 0, as a tool of its own: ``check_folder`` says all that is wrong with a folder before a
+run is started, and ``prepare_folder`` makes one, empty or from a flat ``<class>/*`` folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from federated.data.folder_scan import (
+    SPLITS,
+    content_hash,
+    image_error,
+    pixel_hash,
+    scan_classes,
+    scan_folder,
+)
+from federated.progress import Report, quiet
+from federated.seeding import generator
+from models.errors import UserError
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """All that is known about an image folder before it is used.
+
+    Attributes:
+        path: the folder.
+        counts: split -> class -> number of image files.
+        problems: as in ``FolderScan``.
+        corrupt: (file, why it cannot be decoded).
+        same_content: groups of byte-identical files that lie in more than one split.
+        same_pixels: groups of files in more than one split that decode to the same pixels, the
+            byte-identical ones aside.
+        ignored: files that are not images by their suffix.
+    """
+
+    path: Path
+    counts: Mapping[str, Mapping[str, int]]
+    problems: tuple[str, ...]
+    corrupt: tuple[tuple[Path, str], ...]
+    same_content: tuple[tuple[Path, ...], ...]
+    same_pixels: tuple[tuple[Path, ...], ...]
+    ignored: tuple[Path, ...]
+
+    @property
+    def usable(self) -> bool:
+        """Whether the ``imagefolder`` source takes the folder as it is."""
+        return not self.problems and not self.corrupt
+
+    @property
+    def leaks(self) -> bool:
+        """Whether an image lies in more than one split, so that test results would be too good."""
+        return bool(self.same_content or self.same_pixels)
+
+    def imbalance(self, split: str = "train") -> float:
+        """Size of the largest class over that of the smallest; infinite with an empty class."""
+        counts = list(self.counts.get(split, {}).values())
+        if not counts or min(counts) == 0:
+            return float("inf")
+        return max(counts) / min(counts)
+
+
+def check_folder(path: Path | str, *, report: Report = quiet) -> FolderReport:
+    """Look at every file of an image folder: structure, corrupt images, balance, leaks between splits.
+
+    Args:
+        path: a folder with ``train/<class>/*``, ``test/<class>/*`` and, if wanted, ``val/<class>/*``.
+        report: told about the progress, after each image.
+
+    Returns:
+        The report; nothing is changed and nothing raised about what is in the folder.
+
+    Raises:
+        UserError: the path is no folder.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError(
+            f"{root} is no folder; give one with train/<class>/*, val/<class>/* and test/<class>/*"
+        )
+    scan = scan_folder(root)
+    corrupt: list[tuple[Path, str]] = []
+    by_content: dict[str, list[Path]] = defaultdict(list)
+    by_pixels: dict[str, list[Path]] = defaultdict(list)
+    images = [file for classes in scan.files.values() for files in classes.values() for file in files]
+    for number, image in enumerate(images, start=1):
+        by_content[content_hash(image)].append(image)
+        error = image_error(image)
+        if error is None:
+            by_pixels[pixel_hash(image)].append(image)
+        else:
+            corrupt.append((image, error))
+        report(number, len(images))
+    same_content = _across_splits(by_content, root)
+    known = set(same_content)
+    return FolderReport(
+        path=root,
+        counts={split: {name: len(images) for name, images in c.items()} for split, c in scan.files.items()},
+        problems=scan.problems,
+        corrupt=tuple(corrupt),
+        same_content=same_content,
+        same_pixels=tuple(group for group in _across_splits(by_pixels, root) if group not in known),
+        ignored=scan.ignored,
+    )
+
+
+def prepare_folder(
+    target: Path | str,
+    *,
+    class_names: Sequence[str] | None = None,
+    source: Path | str | None = None,
+    ratios: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    seed: int = 0,
+    link: bool = False,
+    report: Report = quiet,
+) -> dict[str, dict[str, int]]:
+    """Make an image folder: empty class folders to fill, or a split of a flat ``<class>/*`` folder.
+
+    The split is drawn class by class with the seed; byte-identical files stay in one split, so the result
+    has no leaks of that kind. Nothing is ever overwritten or moved.
+
+    Args:
+        target: the folder to make ``train/``, ``val/`` and ``test/`` in.
+        class_names: for a skeleton: the classes.
+        source: for a split: a folder with one folder of images per class.
+        ratios: shares of train, val and test; a share of 0 leaves that split out.
+        seed: the same seed gives the same split.
+        link: make hard links instead of copies (same file system only).
+        report: told about the progress, after each file.
+
+    Returns:
+        split -> class -> number of files placed.
+
+    Raises:
+        UserError: neither or both of ``class_names`` and ``source``; bad names or ratios; a class with too
+            few images for the splits; a file that exists already or cannot be linked.
+    """
+    if (class_names is None) == (source is None):
+        raise UserError("give either class_names (an empty skeleton) or source (a flat folder to split)")
+    root = Path(target)
+    if source is None:
+        return _make_skeleton(root, tuple(class_names or ()))
+    shares = dict(zip(SPLITS, ratios, strict=True))
+    if min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6 or shares["train"] == 0 or shares["test"] == 0:
+        raise UserError(
+            f"ratios {ratios} must be shares of train, val and test that sum to 1; only val may be 0"
+        )
+    plan: list[tuple[Path, Path]] = []
+    counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS if shares[split] > 0}
+    classes, _ = scan_classes(_existing_folder(Path(source)))
+    if not classes:
+        raise UserError(f"{source} has no class folders; it must hold <class>/*")
+    for number, (name, images) in enumerate(classes.items()):
+        for split, chosen in _split_class(images, shares, generator(seed, "split", number, 1), name).items():
+            counts[split][name] = len(chosen)
+            plan.extend((image, root / split / name / image.name) for image in chosen)
+    _place(plan, link=link, report=report)
+    return counts
+
+
+def _across_splits(groups: Mapping[str, list[Path]], root: Path) -> tuple[tuple[Path, ...], ...]:
+    return tuple(
+        tuple(files)
+        for files in groups.values()
+        if len({file.relative_to(root).parts[0] for file in files}) > 1
+    )
+
+
+def _existing_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder; give one that holds <class>/*")
+    return path
+
+
+def _make_skeleton(root: Path, class_names: tuple[str, ...]) -> dict[str, dict[str, int]]:
+    bad = [name for name in class_names if not name or name.startswith(".") or Path(name).name != name]
+    if not class_names or bad or len(set(class_names)) != len(class_names):
+        raise UserError(f"class names must be distinct plain folder names; got {list(class_names)}")
+    for split in SPLITS:
+        for name in class_names:
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+    return {split: dict.fromkeys(class_names, 0) for split in SPLITS}
+
+
+def _split_class(
+    images: tuple[Path, ...], shares: Mapping[str, float], rng: np.random.Generator, name: str
+) -> dict[str, list[Path]]:
+    """Divide one class's files; every split gets at least one distinct image."""
+    hashes = [content_hash(image) for image in images]
+    wanted = [split for split, share in shares.items() if share > 0]
+    if len(set(hashes)) < len(wanted):
+        raise UserError(
+            f"class {name!r} has {len(set(hashes))} distinct images, too few for {len(wanted)} splits; "
+            "add images, remove the class, or set the share of val to 0"
+        )
+    _, first, group_of = np.unique(hashes, return_index=True, return_inverse=True)
+    order = rng.permutation(len(first))
+    sizes = {split: max(1, round(shares[split] * len(first))) for split in wanted if split != "train"}
+    while sum(sizes.values()) >= len(first):  # rounding up small shares must leave training one image
+        sizes[max(sizes, key=lambda split: sizes[split])] -= 1
+    chosen: dict[str, list[Path]] = {}
+    start = 0
+    for split in wanted:
+        stop = start + sizes.get(split, len(first) - sum(sizes.values()))
+        rows = np.flatnonzero(np.isin(group_of, order[start:stop]))
+        chosen[split] = [images[row] for row in rows]
+        start = stop
+    return chosen
+
+
+def _place(plan: Sequence[tuple[Path, Path]], *, link: bool, report: Report) -> None:
+    """Copy or link every file, or none: what was made before a failure is taken away again."""
+    for _, target in plan:
+        if os.path.lexists(target):
+            raise UserError(f"{target} exists already and is not overwritten; choose another target folder")
+    made: list[Path] = []
+    try:
+        for number, (source, target) in enumerate(plan, start=1):
+            _make_folders(target.parent, made)
+            made.append(target)
+            (os.link if link else shutil.copy2)(source, target)
+            report(number, len(plan))
+    except OSError as error:
+        _take_away(made)
+        remedy = "copy instead (link off)" if link else "make room, or choose another target folder"
+        raise UserError(
+            f"cannot {'link' if link else 'copy'} {source} to {target} ({error}); nothing is left behind: "
+            f"{remedy}"
+        ) from error
+    except BaseException:  # Ctrl-C: half a folder would look like a whole one
+        _take_away(made)
+        raise
+
+
+def _make_folders(folder: Path, made: list[Path]) -> None:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    made.extend(reversed(missing))
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _take_away(made: Sequence[Path]) -> None:
+    """Remove files and folders in the reverse order of their making."""
+    for path in reversed(made):
+        with contextlib.suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)

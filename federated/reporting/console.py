@@ -1,0 +1,240 @@
+"""What a run shows in the terminal: bars while it runs, a line a round, and tables at the end.
+
+Where it stands in a round: the experiment calls ``round_started`` when the cohort is known, ``client_done``
+as replies arrive and ``round_done`` with the round's line of ``metrics.jsonl``. Where the output is no
+terminal (a file, CI), the bars are left out and the lines stay. Only this file and the command line print.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from federated.ledger import Ledger
+from federated.reporting.round_table import TextTable, failure_table, round_table, saving_table
+from federated.reporting.wording import (
+    format_bytes,
+    format_metric,
+    format_percent,
+    format_seconds,
+    metric_label,
+)
+from federated.savings import FULL_MODEL
+
+MAX_COLUMNS = 1000  # of a table that is not cut
+MAX_FAILURES_SHOWN = 5  # of one round, in its line; the table at the end has them all
+_BYTE_KEYS = ("uplink_wire_bytes", "downlink_wire_bytes")
+
+
+def bars_with_notes(console: Console) -> Progress:
+    """Return the bars of a run: name, bar, count, time and a note; none where the output is no terminal."""
+    return Progress(
+        TextColumn("{task.description:<8}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def print_notes(console: Console, notes: Sequence[str]) -> None:
+    """Print what is cached and what is not, a line each."""
+    for note in notes:
+        console.print(f"cache: {note}", style="dim", highlight=False, soft_wrap=True)
+
+
+class RunDisplay:
+    """Shows a running experiment: a context manager that the experiment tells what happens.
+
+    Args:
+        console: where to print; standard output by default.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        """Prepare the bars; nothing is shown before ``with``."""
+        self.console = console or Console()
+        self._metric = "accuracy"
+        self._num_rounds: int | None = None
+        self._wire_bytes = 0
+        self._failed = 0
+        self._progress = bars_with_notes(self.console)
+        self._rounds: TaskID = self._progress.add_task("rounds", total=None, note="")
+        self._clients: TaskID = self._progress.add_task("clients", total=None, note="", visible=False)
+
+    def __enter__(self) -> Self:
+        """Show the bars."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the bars away, also after an error or an interrupt; the lines stay."""
+        self._progress.stop()
+
+    def run_started(
+        self,
+        num_rounds: int,
+        *,
+        headline_metric: str = "accuracy",
+        notes: Sequence[str] = (),
+        rounds_done: int = 0,
+        wire_bytes: int = 0,
+    ) -> None:
+        """Say how many rounds there are, which metric leads, and what is cached.
+
+        Args:
+            num_rounds: the last round's number.
+            headline_metric: key of the metric in the lines of ``round_done``.
+            notes: one for each cache, printed.
+            rounds_done: rounds that a resumed run has behind it.
+            wire_bytes: bytes that it had sent by then.
+        """
+        self._num_rounds, self._metric, self._wire_bytes = num_rounds, headline_metric, wire_bytes
+        print_notes(self.console, notes)
+        self._progress.update(self._rounds, total=num_rounds, completed=rounds_done)
+
+    def round_started(self, server_round: int, cohort_size: int, phase: str = "train") -> None:
+        """Start counting the replies of a round's cohort; ``phase`` names what the clients do."""
+        self._failed = 0
+        self._progress.reset(self._clients, total=cohort_size, description=phase, visible=True, note="")
+        self._progress.update(self._rounds, description=f"round {server_round}")
+
+    def client_done(self, client_id: int, status: str) -> None:
+        """Count one client's reply; ``status`` is ``ok`` or ``failed``."""
+        if status != "ok":
+            self._failed += 1
+            self._progress.update(self._clients, note=f"{self._failed} failed, last: client {client_id}")
+        self._progress.advance(self._clients)
+
+    def round_done(self, metrics: Mapping[str, Any]) -> None:
+        """Print a round's line, and move the bar of rounds."""
+        self._wire_bytes += sum(metrics.get(key) or 0 for key in _BYTE_KEYS)
+        server_round = metrics["server_round"]
+        self.console.print(self._line(metrics), highlight=False, soft_wrap=True)
+        value = metrics.get(self._metric)
+        shown = (
+            f"{metric_label(self._metric)} {format_metric(self._metric, value)}  "
+            if value is not None
+            else ""
+        )
+        self._progress.update(
+            self._rounds, completed=server_round, note=f"{shown}{format_bytes(self._wire_bytes)} sent"
+        )
+        self._progress.update(self._clients, visible=False)
+
+    def _line(self, metrics: Mapping[str, Any]) -> Text:
+        of = f"/{self._num_rounds}" if self._num_rounds is not None else ""
+        width = len(str(self._num_rounds or ""))
+        line = Text(f"round {metrics['server_round']:>{width}}{of}", style="bold")
+        parts = []
+        for key in (self._metric, "train_loss"):
+            if metrics.get(key) is not None:
+                parts.append((f"{metric_label(key)} {format_metric(key, metrics[key])}", ""))
+        cohort, failed = metrics.get("cohort"), metrics.get("failed") or []
+        if cohort:
+            parts.append((f"{len(cohort)} clients", ""))
+        if failed:
+            parts.append((f"{len(failed)} failed", "red"))
+        parts.append((f"{format_bytes(self._wire_bytes)} sent", ""))
+        if metrics.get("seconds") is not None:
+            parts.append((format_seconds(metrics["seconds"]), ""))
+        for text, style in parts:
+            line.append("  ").append(text, style=style or "not bold")
+        for failure in failed[:MAX_FAILURES_SHOWN]:
+            reason = str(failure.get("reason", "no reason given")).strip().splitlines() or [""]
+            line.append(f"\n  client {failure['client_id']}: {reason[0]}", style="not bold red")
+        if len(failed) > MAX_FAILURES_SHOWN:
+            line.append(f"\n  and {len(failed) - MAX_FAILURES_SHOWN} more", style="not bold red")
+        return line
+
+
+def print_results(
+    console: Console,
+    metrics: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    ledger: Ledger | None = None,
+) -> None:
+    """Print the tables of a finished run: rounds, failed clients, what was sent and saved.
+
+    Args:
+        console: where to print.
+        metrics: the lines of ``metrics.jsonl``.
+        summary: the content of ``summary.json``.
+        ledger: the transfers; without them bytes come from ``metrics``.
+    """
+    metric = str(summary.get("headline_metric", "accuracy"))
+    print_table(console, round_table(metrics, metric, ledger), "Rounds")
+    failures = failure_table(metrics, ledger)
+    if failures.rows:
+        print_table(console, failures, "Failed clients")
+    communication = summary.get("communication") or {}
+    rows = communication.get("comparison") or []
+    if rows:
+        print_table(console, saving_table(rows), f"What travels (saved: against {FULL_MODEL})")
+    console.print(_closing_line(metric, summary, rows), highlight=False, soft_wrap=True)
+
+
+def _closing_line(metric: str, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Text:
+    line = Text(f"{metric_label(metric)} {format_metric(metric, summary.get('zero_shot'))} → ")
+    line.append(format_metric(metric, summary.get("final")), style="bold")
+    sent = (summary.get("communication") or {}).get("total_wire_bytes")
+    if sent is not None:
+        line.append(f", {format_bytes(sent)} sent")
+    if rows:
+        line.append(f", {format_percent(rows[0]['saving'], 2)} saved against {FULL_MODEL}")
+        line.append(f" ({format_percent(rows[0]['saving_with_base'], 2)} with the base model counted)")
+    return line
+
+
+def print_table(console: Console, content: TextTable, title: str) -> None:
+    """Print a table of text; where it needs more columns than the console has, it is not cut but runs over.
+
+    Nothing in the table is read as markup.
+    """
+    table = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for number, column in enumerate(content.columns):
+        words = number in content.words
+        widest = max((len(row[number]) for row in content.rows), default=0)
+        header = column if words else "\n".join(textwrap.wrap(column, max(widest, _longest_word(column))))
+        justify: Literal["left", "right"] = "left" if words else "right"
+        table.add_column(
+            Text(header),
+            justify=justify,
+            vertical="top",
+            overflow="fold",
+            no_wrap=not words,
+            min_width=None if words else max(widest, *map(len, header.split("\n"))),
+        )
+    for row in content.rows:
+        table.add_row(*(Text(cell) for cell in row))
+    needed = Measurement.get(console, console.options.update(width=MAX_COLUMNS), table).minimum
+    if needed > console.width:
+        table.width = needed
+    console.print(table, crop=False, overflow="ignore", no_wrap=True)
+    console.print()
+
+
+def _longest_word(text: str) -> int:
+    return max((len(word) for word in re.split(r"[\s-]", text)), default=0) + 1

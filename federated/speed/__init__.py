@@ -1,0 +1,1 @@
+"""Speed, with equal results: caches of frozen work, several clients in one pass."""

@@ -1,0 +1,1 @@
+"""One machine: central training, evaluation, and the use of trained models."""
