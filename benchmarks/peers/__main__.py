@@ -1,8 +1,8 @@
 """Whole simulations against other simulators: ``python -m benchmarks.peers [workload ...]``.
 
 Every contender runs in a process of its own, from start to exit, on the same model, rows, clients and steps;
-peak memory is that of the process and all it starts. Files are prepared outside the timings, and only this
-project decodes its images and writes a run folder with ledger, checkpoints and adapter within them (no peer
+peak memory is that of the process and all it starts. Files are prepared outside the timings, images are
+decoded within them, and only this project writes a run folder with ledger, checkpoints and adapter (no peer
 draws a report, and here it is left out, too). Needs, beside the project,
 ``pip install 'fedlora[peers]'``; a peer that is not installed is left out and named. Workloads that are not
 named keep the rows of an earlier run.
@@ -177,7 +177,8 @@ def with_others(table: Sequence[Row]) -> list[Row]:
         return list(table)
     measured = {row["workload"] for row in table}
     rows = json.loads(earlier.read_text(encoding="utf-8"))["rows"]
-    return [*(row for row in rows if row["workload"] not in measured), *table]
+    kept = [row for row in rows if row["workload"] not in measured]
+    return [{column: row[column] for column in table[0]} for row in [*kept, *table]]
 
 
 def _steady(result: Mapping[str, Any]) -> float:
