@@ -35,6 +35,17 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def with_earlier(name: str, rows: Sequence[Row]) -> list[Row]:
+    """Return the rows, and before them those that an earlier run of the benchmark left of other workloads."""
+    file = RESULTS / f"{name}.json"
+    if not file.is_file():
+        return list(rows)
+    measured = {row["workload"] for row in rows}
+    earlier = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    kept = [row for row in earlier if row["workload"] not in measured]
+    return [{column: row[column] for column in rows[0]} for row in [*kept, *rows]]
+
+
 def write_results(name: str, command: str, rows: Sequence[Mapping[str, Any]], *, notes: str = "") -> str:
     """Write ``docs/results/<name>.json`` and ``.md``; return the Markdown."""
     RESULTS.mkdir(parents=True, exist_ok=True)

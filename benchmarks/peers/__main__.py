@@ -18,12 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS, Row, write_results
+from benchmarks.machine import Row, with_earlier, write_results
 from benchmarks.peers.memory import PeakMemory
 
 _TINY = (
@@ -170,17 +170,6 @@ def rows_of(title: str, measured: Mapping[str, dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def with_others(table: Sequence[Row]) -> list[Row]:
-    """Return the rows, and before them those that earlier runs left of other workloads."""
-    earlier = RESULTS / "peers.json"
-    if not earlier.is_file():
-        return list(table)
-    measured = {row["workload"] for row in table}
-    rows = json.loads(earlier.read_text(encoding="utf-8"))["rows"]
-    kept = [row for row in rows if row["workload"] not in measured]
-    return [{column: row[column] for column in table[0]} for row in [*kept, *table]]
-
-
 def _steady(result: Mapping[str, Any]) -> float:
     later = sorted(result["seconds"][1:] or result["seconds"])
     return later[len(later) // 2]
@@ -214,7 +203,7 @@ def main() -> None:
                 print(title, "|", name, measured[name], flush=True)
         table += rows_of(title, measured)
     notes = f"Not installed, so left out: {', '.join(missing)}." if missing else ""
-    print(write_results("peers", "python -m benchmarks.peers", with_others(table), notes=notes))
+    print(write_results("peers", "python -m benchmarks.peers", with_earlier("peers", table), notes=notes))
 
 
 def _installed(module: str | None) -> bool:
