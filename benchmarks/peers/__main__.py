@@ -32,6 +32,7 @@ _TINY = (
     "partition.local_test_fraction=0",
     "data.max_test_samples=20",
     "evaluation.every=1000",
+    "evaluation.max_samples=2",
     "evaluation.clients=false",
     "federation.cohort_size=null",
 )
