@@ -29,7 +29,9 @@ from benchmarks.machine import Row, with_earlier, write_results
 from federated.client import app
 from federated.config import dump_config, load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
+from federated.engines.metered import MeteredGrid
 from federated.experiment import CONFIG_KEY, Experiment, build_experiment
+from federated.ledger import Ledger
 from federated.server import build_strategy
 from lora.linear import LinearLoRA
 from models.training import Batch
@@ -118,7 +120,9 @@ def engine(workload: Workload, overrides: Sequence[str] = (), num_workers: int =
     experiment = EXPERIMENTS[text] = build_experiment(config)
     experiment.train_images.pixel_values(np.arange(len(experiment.train_images)))  # decoded, as in the loop
     clients = {client_id: node_id_of(client_id) for client_id in range(experiment.num_clients)}
-    grid = InProcessGrid(app, len(clients), run_config={CONFIG_KEY: text}, num_workers=num_workers)
+    inner = InProcessGrid(app, len(clients), run_config={CONFIG_KEY: text}, num_workers=num_workers)
+    client_of = {node_id: client_id for client_id, node_id in clients.items()}
+    grid = MeteredGrid(inner, Ledger(), client_of.__getitem__)
     strategy = build_strategy(experiment, clients)
     server_round = 0
 

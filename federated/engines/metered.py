@@ -40,8 +40,9 @@ class MeteredGrid(Grid):
         sent = sorted(messages, key=lambda message: self._client_of(message.metadata.dst_node_id))
         if not sent:
             return []
-        # The records of a broadcast are shared between its messages: serialise each record once.
-        sizes = {id(message.content): wire_bytes(message.content) for message in sent}
+        # The records of a broadcast are shared between its messages: serialise them once.
+        contents = {id(message.content): message.content for message in sent}
+        sizes = {key: wire_bytes(content) for key, content in contents.items()}
         replies = list(self._grid.send_and_receive(sent, timeout=timeout))
         answered = {reply.metadata.src_node_id: reply for reply in replies}
         for message in sent:
