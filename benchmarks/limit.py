@@ -72,7 +72,7 @@ FAST = (
 )
 WORKLOADS = {
     "tiny-one-step": Workload(
-        "tiny, 25 clients x 1 step of 16",
+        "tiny, 25 clients x 1 step of 14",
         "quickstart",
         (*FAST, *ONE_STEP, "partition.num_clients=25"),
         15,

@@ -42,11 +42,11 @@ WORKLOADS = {
         "client.local_steps=12", "client.batch_size=32",
     )),
     "one-step": ("tiny, 100 clients x 5 rounds x 1 step of 16", (
-        "data.max_train_samples=4800", "partition.num_clients=100", "federation.rounds=5",
+        "data.max_train_samples=3200", "partition.num_clients=100", "federation.rounds=5",
         "client.local_steps=1", "client.batch_size=16",
     )),
-    "many-clients": ("tiny, 50 of 1,000 clients x 5 rounds x 1 step of 6", (
-        "data.max_train_samples=6000", "partition.num_clients=1000", "federation.rounds=5",
+    "many-clients": ("tiny, 50 of 1,000 clients x 5 rounds x 1 step of 4", (
+        "data.max_train_samples=4000", "partition.num_clients=1000", "federation.rounds=5",
         "federation.cohort_size=50", "client.local_steps=1", "client.batch_size=16",
     )),
     "vit": ("ViT-B/32 shape, 4 clients x 2 rounds x 2 steps of 16", (
