@@ -102,7 +102,7 @@ def workload(num_clients: int, num_rounds: int) -> ExperimentConfig:
             f"partition={{name: iid, num_clients: {num_clients}, local_test_fraction: 0}}",
             f"federation.rounds={num_rounds}",
             "client={local_steps: 1, batch_size: 16, learning_rate: 2.0e-3}",
-            "data={max_train_samples: 6000, max_test_samples: 10}",
+            "data={max_train_samples: 3200, max_test_samples: 10}",
             "evaluation={every: 1000, clients: false}",
             "engine.threads=1",
         ],
