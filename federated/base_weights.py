@@ -4,8 +4,8 @@ Where it stands in a round: before a client trains or anybody evaluates, what th
 base is folded in. All clients simulated in one process share one base with the server: it stands at one
 version, which the server sets before it sends, and a client whose downlink repeats what the base already
 contains changes nothing. The server's weight is always the pre-trained one plus the sum of everything merged,
-so that it depends neither on the order of clients nor on where a run was resumed. Weights are float32 and
-nothing is ever merged that would have to be undone.
+so that it does not depend on the order of clients. Weights are float32 and nothing is ever merged that would
+have to be undone.
 """
 
 from __future__ import annotations

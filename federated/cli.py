@@ -1,7 +1,8 @@
 """The command ``fedlora``: run, show-config, info, report.
 
-Everything a person types ends up here; the commands only read arguments, call one function of the package
-and print. Bad input ends with a one-line message and exit code 2.
+Everything a person types ends up here; the other commands (``federated.commands``) are registered below.
+Commands only read arguments, call one function of the package and print. Bad input ends with one message
+and exit code 2.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class PartitionSection(Section):
     """How the training images are split into one shard a client."""
 
     name: str = "dirichlet"
-    """A partitioner of ``federated.partition.PARTITIONERS``: iid, dirichlet, natural, shard …"""
+    """A partitioner of ``federated.data.partitioners.PARTITIONERS``: iid, dirichlet, natural, shard …"""
     num_clients: int = Field(10, ge=1)
     options: dict[str, Any] = Field(default_factory=dict)
     """The partitioner's own arguments, such as ``alpha`` and ``min_samples`` of dirichlet."""
@@ -111,7 +111,7 @@ class ClientSection(Section):
     scaffold: bool = False
     """SCAFFOLD: correct gradients by control variates, which double the payload both ways."""
     augmentation: dict[str, Any] = Field(default_factory=dict)
-    """Options of ``federated.data.augment.Augmentation``, such as ``flip_probability``; none: all stays."""
+    """Options of ``federated.data.augment.Augmentation``, such as ``flip_probability``; empty: none."""
     ranks: list[int] | None = Field(None, min_length=1)
     """Adapter rank of each client, for aggregators that mix ranks; a shorter list is repeated (groups). The
     largest is ``lora.r``."""

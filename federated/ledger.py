@@ -2,8 +2,8 @@
 
 The metered grid appends a row for each message that crosses it, downlink and uplink, failed ones included; at
 the end of a round the new rows go to ``communication.csv``. Every byte count that people see comes from these
-rows (``federated.savings`` says what they mean). Three counts are kept apart: ``parameters``
-(values sent), ``payload_bytes`` (those values after the codec) and ``wire_bytes`` (the serialised message).
+rows (``federated.savings`` says what they mean). Three counts are kept apart: ``parameters`` (values sent),
+``payload_bytes`` (those values after the codec) and ``wire_bytes`` (the serialised message).
 """
 
 from __future__ import annotations

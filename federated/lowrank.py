@@ -4,6 +4,7 @@ Where it stands in a round: under ``federated.aggregators``. An adapter's weight
 sum of many of them, and the difference between two such sums are all ``left @ right`` with few columns in
 ``left``; this file takes their SVD, norm and distance through QR factorisations of the two thin factors
 ("QR core"), which costs O((d_out + d_in) q^2) for q columns instead of O(d_out d_in min(d_out, d_in)).
+The distance alone forms the product, and only where that is no larger than its factors.
 
 The algebra runs in float64 and results return in the dtype that came in: the server's factors are small,
 and a float32 QR core already loses the sixth digit at q = 160.

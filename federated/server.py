@@ -216,7 +216,7 @@ def finish(served: Served) -> dict[str, Any]:
     folder.write_summary(summary)
     folder.close()
     if experiment.config.output.report:
-        from federated.reporting.report import write_report  # imports the plotting library
+        from federated.reporting.report import write_report  # here: it imports the plotting library
 
         write_report(folder.path)
     return summary

@@ -45,7 +45,7 @@ def hetlora(*, gamma: float = 0.99, penalty_weight: float = 5e-3, min_rank: int 
     components instead of the paper's zeros: padding with zeros means "remove", and shrinks what the low-rank
     clients never received, trained or not. While all products are zero, p_k = w_k.
 
-    Source: HetLoRA, Cho et al., EMNLP 2024, arXiv:2401.06432; padding: this project (methods 1.5.2).
+    Source: HetLoRA, Cho et al., EMNLP 2024, arXiv:2401.06432; padding: this project.
     Bytes: up b r_k (d_i + d_o), down the same.
     Preserves: the rank; not the sum of products (the factors are averaged apart).
 

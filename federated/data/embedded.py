@@ -1,6 +1,6 @@
 """Readers of the data that ships with the package: Fashion-MNIST subset and emoji of four vendors.
 
-Where it stands in a round: before the first one. `federated/data/loading.py` takes these datasets, the
+Where it stands in a round: before the first one. `federated.data.sources` takes these datasets, the
 partitioner splits them into shards. Nothing is downloaded and nothing is written to a cache folder. The files
 are made by `scripts/build_data.py`; licences lie beside them.
 """

@@ -1,7 +1,7 @@
 """The one form that every data source is brought into: ``FederatedData`` over Hugging Face ``datasets``.
 
-Stands before round 0: the sources (``federated.data.sources``) fill it, and
-partitioning, training and evaluation read it.
+Stands before round 0: the sources (``federated.data.sources``) fill it, and partitioning, training and
+evaluation read it.
 """
 
 from __future__ import annotations

@@ -285,6 +285,6 @@ def finish(training: Training) -> None:
         }
     )
     if experiment.config.output.report:
-        from federated.reporting.report import write_report  # imports the plotting library
+        from federated.reporting.report import write_report  # here: it imports the plotting library
 
         write_report(folder.path)
