@@ -80,7 +80,7 @@ def test_terms_that_a_shared_base_already_contains_are_not_added_twice():
 
 
 def test_twenty_small_merges_are_not_lost_in_float32():
-    """methods 1.5.4: 29 % of such an update are lost in fp16 and 85 % in bf16."""
+    """In half precision they are: 29 % of such an update in fp16 and 85 % in bf16 (docs/aggregation.md)."""
     weight = normal(3, 64, 48, dtype=torch.float32)
     step = LowRank(normal(4, 64, 2, dtype=torch.float32) * 1e-3, normal(5, 2, 48, dtype=torch.float32) / 2)
     delta, held = BaseDelta(), weight

@@ -1,4 +1,4 @@
-"""The numbers that travel are those of the formulas in the docstrings (methods 1.1)."""
+"""The numbers that travel are those of the formulas in the docstrings of the rules."""
 
 from __future__ import annotations
 

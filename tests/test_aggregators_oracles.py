@@ -115,7 +115,7 @@ def test_the_stack_and_its_truncation_are_pefts_cat_and_svd_of_adapters(rank_sta
 
 @pytest.mark.parametrize("ranks", [(RANK,) * 5, MIXED_RANKS])
 def test_flora_merges_the_ideal_and_nothing_rescales_the_stack(ranks):
-    """methods 1.5.1: alpha / (K r) recomputed on the stack is 87.5 % wrong with 8 clients."""
+    """A scaling of alpha / (K r), taken anew on the stack, would be 87.5 % wrong with 8 clients."""
     fed = federation(flora(seed=3), ranks=ranks)
     updates = play_round(fed, COHORT)
     for module in SHAPES:

@@ -212,7 +212,7 @@ def test_ten_rounds_without_training_change_nothing_with_rslora_scalings(name, r
 @both_dtypes
 @ranked(list(CASES))
 def test_ten_rounds_without_training_change_nothing(name, ranks, dtype):
-    """No rank band fades (methods 1.5.2), although low-rank clients never hold the upper ones."""
+    """No rank band fades, although low-rank clients never hold the upper ones."""
     fed = start(name, dtype=dtype, trained=True, ranks=ranks)
     wanted, head = fed.global_weights(), fed.server.state["head.bias"].clone()
     for server_round in range(10):

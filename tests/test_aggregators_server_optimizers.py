@@ -102,7 +102,7 @@ def test_float32_stays_float32_and_no_training_means_no_step(name):
 
 @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
 def test_the_default_step_suits_adapters(name):
-    """Flower's defaults turn a change of 1e-3 into one of about 7e-3 in round 1 (methods 3.1)."""
+    """Flower's defaults turn a change of 1e-3 into one of about 7e-3 in round 1."""
     optimizer = server_optimizer_from_name(name, {})
     rule = with_server_optimizer(fedavg(), optimizer)
     server = rule.init({"x": torch.zeros(3)}, {})

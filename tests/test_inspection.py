@@ -8,9 +8,9 @@ from federated.inspection import describe_run
 
 def test_vit_b32_with_q_and_v_in_both_towers_at_rank_8_sends_the_documented_bytes() -> None:
     description = describe_run(load_config("clip_lora"))
-    assert description.counts["adapter"] == description.uplink_values == 491_520  # methods.md 4.5
+    assert description.counts["adapter"] == description.uplink_values == 491_520  # docs/lora.md
     assert description.uplink_bytes == description.downlink_bytes == 4 * 491_520 == 1_966_080
-    assert description.full_model_bytes == 605_109_252  # methods.md 4.2, state dict measured
+    assert description.full_model_bytes == 605_109_252  # 4 bytes for each of 151,277,313
 
 
 def test_the_codec_decides_the_expected_bytes() -> None:

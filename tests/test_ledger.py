@@ -234,7 +234,7 @@ def test_transfers_cannot_change() -> None:
         random_ledger(1).rows[0].wire_bytes = 0  # type: ignore[misc]
 
 
-# methods.md 4.4: the table of seconds, MB and kB being powers of ten.
+# num_bytes * 8 / (mbps * 1e6), rounded.
 @pytest.mark.parametrize(
     ("num_bytes", "mbps", "seconds"),
     [
@@ -276,7 +276,7 @@ def test_more_clients_send_more_bytes_in_the_same_time() -> None:
     assert parallel_seconds(many, Bandwidth()) == parallel_seconds(few, Bandwidth())
 
 
-# methods.md 4.4, text q, k, v, out at r=16 in fp32 against full-model FedAvg in fp32.
+# Text q, k, v, out at r=16 in fp32 against full-model FedAvg in fp32, rounded to two digits.
 @pytest.mark.parametrize(
     ("num_clients", "cohort_size", "num_rounds", "saving_with_base"),
     [(10, 10, 10, 94.48), (10, 10, 50, 98.48), (100, 10, 50, 89.48), (100, 10, 200, 96.98)],
