@@ -121,10 +121,10 @@ def table(measured: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
         {
             "variant": variant,
             "trainable (ViT-B/32)": f"{row['trainable']:,}",
-            "backward": f"{full['backward_seconds'] / row['backward_seconds']:.2f}x faster",
-            "step": f"{full['step_seconds'] / row['step_seconds']:.2f}x faster",
+            "backward": f"{full['backward_seconds'] / row['backward_seconds']:.2f} x",
+            "step": f"{full['step_seconds'] / row['step_seconds']:.2f} x",
             "peak memory": f"{row['peak_bytes'] / 1e9:.2f} GB",
-            "full / this": f"{full['peak_bytes'] / row['peak_bytes']:.2f}x",
+            "full / this": f"{full['peak_bytes'] / row['peak_bytes']:.2f} x",
             "checkpoint": f"{row['checkpoint_bytes'] / 1e6:.2f} MB",
             "epoch (tiny)": f"{row['epoch_seconds']:.1f} s",
             "accuracy (tiny)": f"{row['zero_shot']:.1f} -> {row['accuracy']:.1f} %",

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from federated.run_folder import cpu_name, write_json, write_text
+from federated.run_folder import cpu_name
+from models.files import write_json, write_text
 
 Row = Mapping[str, str]
 """A line of a table: column -> text."""

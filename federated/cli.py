@@ -53,7 +53,7 @@ def run(
     Example: fedlora run quickstart federation.rounds=3 output.name=short
     """
     from federated.config import load_config
-    from federated.reporting.console import RunDisplay, print_results
+    from federated.reporting.console import RunDisplay, print_results, print_where
     from federated.reporting.run_record import read_run
     from federated.simulation import run_experiment
 
@@ -62,7 +62,7 @@ def run(
     folder = run_experiment(loaded, overwrite=overwrite, display=RunDisplay(console))
     record = read_run(folder)
     print_results(console, record.metrics, record.summary, record.ledger)
-    console.print(f"run folder: {folder}\nreport:     {folder / 'report.html'}", highlight=False)
+    print_where(console, folder)
 
 
 @app.command("show-config")

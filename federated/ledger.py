@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from models.errors import UserError
+from models.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +96,6 @@ class Ledger:
         """All transfers, oldest first."""
         return tuple(self._rows)
 
-    def up_to(self, server_round: int) -> Ledger:
-        """Return a new ledger without the rows after ``server_round``: what a resumed run starts from."""
-        return Ledger(row for row in self._rows if row.server_round <= server_round)
-
     def clients(self) -> tuple[int, ...]:
         """Return the clients that took part at least once, sorted."""
         return tuple(sorted({row.client_id for row in self._rows}))
@@ -135,16 +132,14 @@ class Ledger:
     def write_csv(self, path: str | Path) -> None:
         """Bring ``path`` up to date.
 
-        The first call replaces the file as a whole (so a resumed run drops the rows it will make again);
-        later calls append the new rows in one write, and take a write that fell short back.
+        The first call replaces the file as a whole; later calls append the new rows in one write, and take a
+        write that fell short back.
         """
         path = Path(path).resolve()
         if path in self._written and path.exists():
             _append_all_or_nothing(path, _csv_text(self._rows[self._written[path] :], header=False))
         else:
-            temporary = path.with_name(path.name + ".partial")
-            temporary.write_text(_csv_text(self._rows, header=True), encoding="utf-8")
-            os.replace(temporary, path)
+            write_text(path, _csv_text(self._rows, header=True))
         self._written[path] = len(self._rows)
 
     @classmethod

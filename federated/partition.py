@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from federated.data.splits import IntArray, column_values, hold_out
 from federated.registry import look_up
 from federated.seeding import generator
 from models.errors import UserError
+from models.files import write_text
 
 __all__ = [
     "PARTITIONERS",
@@ -168,10 +168,7 @@ def save_partition(
             for k, rows in enumerate(partition.indices)
         ],
     }
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(json.dumps(document), encoding="utf-8")
-    os.replace(partial, target)
+    write_text(Path(path), json.dumps(document))
 
 
 def load_partition(path: Path | str) -> Partition:

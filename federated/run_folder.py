@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from federated.config import ExperimentConfig, dump_config
 from models.errors import UserError
+from models.files import write_json, write_text
 from models.state import State, save_state
 
 _MARKER = "config.yaml"
@@ -77,18 +78,6 @@ class RunFolder:
         """Finish the TensorBoard events."""
         if self._writer is not None:
             self._writer.close()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def describe_environment(config: ExperimentConfig) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from lora.config import LoRAConfig
 from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
+from models.files import write_text
 
 MODEL_TYPES = ("clip", "clip_lora")
 LATER_MODEL_TYPES = ("vqa", "vqa_lora")
@@ -112,9 +113,7 @@ class LoRAConfigManager:
         """Write a configuration; an older one of the same name is replaced."""
         path = self.root / f"{_checked(name)}.yaml"
         self.root.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".yaml.saving")
-        fresh.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-        fresh.replace(path)
+        write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         return path
 
     def load_config(self, name: str) -> LoRAConfig:

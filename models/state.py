@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from models.files import written_whole
+
 State = dict[str, torch.Tensor]
 """Wire name -> tensor, in sorted order of the names."""
 
@@ -38,12 +40,10 @@ def save_state(
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
+    with written_whole(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(_LENGTH_BYTES, "little"))
         file.write(text)
         file.write(memoryview(content)[end:])
-    temporary.replace(path)
 
 
 def difference(after: State, before: State, names: Iterable[str]) -> State:

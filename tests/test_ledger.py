@@ -181,19 +181,6 @@ def test_a_write_that_falls_short_is_taken_back(tmp_path: Path, monkeypatch: pyt
     assert Ledger.read_csv(path).rows == ledger.rows
 
 
-def test_a_resumed_run_drops_the_rounds_it_will_make_again(tmp_path: Path) -> None:
-    path = tmp_path / "communication.csv"
-    whole = FakeRun().ledger()
-    whole.write_csv(path)
-    resumed = Ledger.read_csv(path).up_to(3)
-    resumed.write_csv(path)
-    for row in whole.rows:
-        if row.server_round > 3:
-            resumed.append(row)
-    resumed.write_csv(path)
-    assert Ledger.read_csv(path).rows == whole.rows
-
-
 def test_half_a_last_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "communication.csv"
     ledger = random_ledger(20)

@@ -262,8 +262,8 @@ def _deliver(
 ) -> None:
     """Print the results, or write them to a file."""
     from federated.reporting.console import print_table
-    from federated.standalone.output_files import write_output
     from federated.standalone.result_tables import records_to_csv, records_to_json
+    from models.files import write_text
 
     if chosen is Format.table:
         print_table(Console(), table, title)
@@ -272,7 +272,7 @@ def _deliver(
     if output is None:
         typer.echo(text, nl=False)
     else:
-        write_output(output, text)
+        write_text(output, text)
         typer.echo(f"written: {output}")
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from federated.progress import progress_bar
-from federated.reporting.console import bars_with_notes, print_notes
+from federated.reporting.console import bars_with_notes, print_notes, print_where
 from federated.reporting.wording import format_metric, format_seconds, metric_label
 
 OverridesArgument = Annotated[
@@ -50,7 +50,7 @@ def train(
     with EpochDisplay(console) as display:
         folder = train_centrally(loaded, overwrite=overwrite, display=display)
     console.print(closing_line(folder), highlight=False, soft_wrap=True)
-    console.print(f"run folder: {folder}\nreport:     {folder / 'report.html'}", highlight=False)
+    print_where(console, folder)
 
 
 def evaluate(

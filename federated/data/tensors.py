@@ -21,8 +21,8 @@ from torch import Tensor
 
 from federated.data.batch_order import index_batches, local_index_batches
 from federated.data.folder_scan import DECODE_ERRORS
+from federated.data.row_cache import shared_zeros
 from federated.data.splits import IntArray, column_values
-from federated.speed.row_cache import shared_zeros
 from models.errors import UserError
 
 logger = logging.getLogger(__name__)

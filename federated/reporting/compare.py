@@ -28,6 +28,7 @@ from federated.reporting.wording import (
     metric_label,
 )
 from models.errors import UserError
+from models.files import write_text
 
 COST_COLUMNS = ("parameters sent", "time", "peak memory")
 """Columns of a comparison that have a table of their own in the terminal."""
@@ -104,10 +105,10 @@ def write_comparison(
     if curves:
         save_png(plots.metric_by_bytes_of_runs(curves, rows[0].metric), folder / "comparison.png")
         text += "\n![metric against bytes sent](comparison.png)\n"
-    (folder / "comparison.json").write_text(to_json(rows), encoding="utf-8")
-    (folder / "comparison.csv").write_text(to_csv(rows), encoding="utf-8")
+    write_text(folder / "comparison.json", to_json(rows))
+    write_text(folder / "comparison.csv", to_csv(rows))
     path = folder / "comparison.md"
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 

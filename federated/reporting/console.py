@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -91,8 +92,6 @@ class RunDisplay:
         *,
         headline_metric: str = "accuracy",
         notes: Sequence[str] = (),
-        rounds_done: int = 0,
-        wire_bytes: int = 0,
     ) -> None:
         """Say how many rounds there are, which metric leads, and what is cached.
 
@@ -100,12 +99,10 @@ class RunDisplay:
             num_rounds: the last round's number.
             headline_metric: key of the metric in the lines of ``round_done``.
             notes: one for each cache, printed.
-            rounds_done: rounds that a resumed run has behind it.
-            wire_bytes: bytes that it had sent by then.
         """
-        self._num_rounds, self._metric, self._wire_bytes = num_rounds, headline_metric, wire_bytes
+        self._num_rounds, self._metric, self._wire_bytes = num_rounds, headline_metric, 0
         print_notes(self.console, notes)
-        self._progress.update(self._rounds, total=num_rounds, completed=rounds_done)
+        self._progress.update(self._rounds, total=num_rounds)
 
     def round_started(self, server_round: int, cohort_size: int, phase: str = "train") -> None:
         """Start counting the replies of a round's cohort; ``phase`` names what the clients do."""
@@ -186,6 +183,13 @@ def print_results(
     if rows:
         print_table(console, saving_table(rows), f"What travels (saved: against {FULL_MODEL})")
     console.print(_closing_line(metric, summary, rows), highlight=False, soft_wrap=True)
+
+
+def print_where(console: Console, folder: Path) -> None:
+    """Say where a run's folder is, and its report if it has one."""
+    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+    if (folder / "report.html").is_file():
+        console.print(f"report:     {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _closing_line(metric: str, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Text:

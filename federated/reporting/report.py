@@ -23,6 +23,7 @@ from federated.reporting.round_table import failure_table, round_table, saving_t
 from federated.reporting.run_record import RunRecord, read_run
 from federated.reporting.wording import MISSING, metric_label
 from federated.savings import FULL_MODEL
+from models.files import write_text
 
 _IN_CARDS = ("zero_shot", "final", "best", "rounds", "seconds", "peak_memory_bytes", "parameters")
 _SHOWN_ELSEWHERE = frozenset({"headline_metric", "communication", *_IN_CARDS})
@@ -70,9 +71,7 @@ def write_report(run_dir: str | Path) -> Path:
         )
     )
     path = run.directory / "report.html"
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page)
     return path
 
 

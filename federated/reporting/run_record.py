@@ -115,7 +115,7 @@ def read_run(run_dir: str | Path) -> RunRecord:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read one mapping a line, sorted by round; of a round that a resumed run made again, the later line."""
+    """Read one mapping a line, sorted by round; of two lines of one round, the later."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     by_round: dict[int, dict[str, Any]] = {}
     for number, text in enumerate(lines, start=1):

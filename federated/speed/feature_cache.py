@@ -19,9 +19,9 @@ from torch import Tensor
 from federated.config import CacheSection
 from federated.data.augment import Augmentation
 from federated.data.captions import Captions
+from federated.data.row_cache import RowCache
 from federated.data.splits import IntArray
 from federated.data.tensors import ImageTensors
-from federated.speed.row_cache import RowCache
 from models.clip import FederatedCLIPModel
 from models.features import ACTIVATIONS, CAPTION_ID, IMAGE_FEATURES, TEXT_FEATURES, activations
 from models.training import Batch

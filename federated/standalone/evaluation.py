@@ -22,7 +22,6 @@ from federated.experiment import Experiment, build_experiment
 from federated.global_model import load_global_state
 from federated.progress import Report, quiet
 from federated.reporting.plot_style import save_png
-from federated.run_folder import write_json, write_text
 from federated.simulation import limited_threads
 from federated.standalone.centralized import one_shard
 from federated.standalone.detailed_metrics import (
@@ -35,6 +34,7 @@ from federated.standalone.detailed_metrics import (
 from lora.checkpoint import FULL_FILE
 from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.errors import UserError
+from models.files import write_json, write_text
 from models.training import Batch
 
 log = logging.getLogger(__name__)
