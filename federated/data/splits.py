@@ -129,6 +129,8 @@ def hold_out(
         raise UserError("a shard without samples cannot be split; use fewer clients or more data")
     wanted = max(1, round(fraction * len(rows))) if fraction > 0 else 0
     num_test = min(wanted, len(rows) - 1)
+    if num_test == 0:
+        return rows, rows[:0]
     shard_labels = np.zeros(len(rows)) if labels is None else np.asarray(labels)[rows]
     shard_groups = None if groups is None else np.asarray(groups)[rows]
     train, test = split_rows(shard_labels, num_test, rng, groups=shard_groups)
