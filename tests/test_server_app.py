@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import tomllib
 from pathlib import Path
 
+import pytest
 from flwr.app import Context, RecordDict
 from flwr.common import Message
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -29,12 +31,14 @@ class ShuffledIdentities(InProcessGrid):
         return list(reversed(list(super().send_and_receive(messages, timeout=timeout))))
 
 
-def test_the_components_that_flower_loads_are_these_apps() -> None:
-    components = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
-    assert components["components"] == {
-        "serverapp": "federated.server:app",
-        "clientapp": "federated.client:app",
-    }
+def test_the_components_that_flower_loads_are_these_apps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower runs the app from a copy of ``flower/`` alone, so its modules must need nothing beside them."""
+    project = tomllib.loads((ROOT / "flower" / "pyproject.toml").read_text(encoding="utf-8"))
+    monkeypatch.syspath_prepend(ROOT / "flower")
+    apps = project["tool"]["flwr"]["app"]["components"]
+    for component, expected in (("serverapp", server_app), ("clientapp", client_app)):
+        module, _, name = apps[component].partition(":")
+        assert getattr(importlib.import_module(module), name) is expected
 
 
 def test_the_server_app_on_a_grid_with_arbitrary_node_order_gives_the_run_of_the_inprocess_engine(

@@ -1,0 +1,1 @@
+"""The two apps of fedlora under the names that `flwr run flower` looks for."""
