@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 
 from benchmarks.machine import Row, write_results
+from benchmarks.silent import SilentDisplay
 from federated.config import ExperimentConfig, dump_config, load_config
 from federated.data.batch_order import local_index_batches
 from federated.experiment import CONFIG_KEY, Experiment, experiment_of
@@ -61,26 +61,11 @@ class Timing:
     difference: float
 
 
-class Stopwatch:
+class Stopwatch(SilentDisplay):
     """A display that notes when round 0 and the last round were done; shows nothing."""
 
     def __init__(self) -> None:
         self.times: list[tuple[float, float]] = []
-
-    def __enter__(self) -> Stopwatch:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        """Nothing to close."""
-
-    def run_started(self, num_rounds: int, *, headline_metric: str, notes: Sequence[str]) -> None:
-        """Not timed."""
-
-    def round_started(self, server_round: int, cohort_size: int, phase: str) -> None:
-        """Not timed."""
-
-    def client_done(self, client_id: int, status: str) -> None:
-        """Not timed."""
 
     def round_done(self, metrics: Mapping[str, Any]) -> None:
         """Note the time."""

@@ -1,41 +1,26 @@
-"""This project, by its public entry point: messages, ledger, run folder and report included."""
+"""This project, by its public entry point: messages, ledger and run folder included, the report left out."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from benchmarks.peers.prepared import CONFIG
 from benchmarks.peers.timing import Timings
+from benchmarks.silent import SilentDisplay
 from federated.config import parse_config
 from federated.simulation import run_experiment
 
 
-class Watch:
+class Watch(SilentDisplay):
     """A display that notes when rounds end and shows nothing."""
 
     def __init__(self, timings: Timings) -> None:
         self._timings, self._started = timings, time.perf_counter()
-
-    def __enter__(self) -> Watch:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        """Nothing to close."""
-
-    def run_started(self, num_rounds: int, *, headline_metric: str, notes: Sequence[str]) -> None:
-        """Not noted."""
-
-    def round_started(self, server_round: int, cohort_size: int, phase: str) -> None:
-        """Not noted."""
-
-    def client_done(self, client_id: int, status: str) -> None:
-        """Not noted."""
 
     def round_done(self, metrics: Mapping[str, Any]) -> None:
         """Enter a round; round 0 only starts the clock."""

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from federated.progress import progress_bar
-from federated.reporting.console import bars_with_notes, print_notes, print_where
+from federated.reporting.console import BarsDisplay, print_notes, print_where
 from federated.reporting.wording import format_metric, format_seconds, metric_label
 
 OverridesArgument = Annotated[
@@ -91,7 +90,7 @@ def evaluate(
         typer.echo(str(path))
 
 
-class EpochDisplay:
+class EpochDisplay(BarsDisplay):
     """Shows a central training: bars in a terminal, and a line an epoch everywhere.
 
     Args:
@@ -100,22 +99,9 @@ class EpochDisplay:
 
     def __init__(self, console: Console) -> None:
         """Prepare the bars; nothing is shown before ``with``."""
-        self.console = console
-        self._metric = "accuracy"
+        super().__init__(console)
         self._num_epochs = 0
-        self._progress = bars_with_notes(console)
         self._steps = self._progress.add_task("steps", total=None, note="")
-
-    def __enter__(self) -> Self:
-        """Show the bar."""
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Take the bar away, also after an error or an interrupt; the lines stay."""
-        self._progress.stop()
 
     def training_started(
         self, num_epochs: int, num_steps: int, *, headline_metric: str, notes: Sequence[str] = ()

@@ -37,7 +37,7 @@ MAX_FAILURES_SHOWN = 5  # of one round, in its line; the table at the end has th
 _BYTE_KEYS = ("uplink_wire_bytes", "downlink_wire_bytes")
 
 
-def bars_with_notes(console: Console) -> Progress:
+def _bars_with_notes(console: Console) -> Progress:
     """Return the bars of a run: name, bar, count, time and a note; none where the output is no terminal."""
     return Progress(
         TextColumn("{task.description:<8}"),
@@ -57,23 +57,18 @@ def print_notes(console: Console, notes: Sequence[str]) -> None:
         console.print(f"cache: {note}", style="dim", highlight=False, soft_wrap=True)
 
 
-class RunDisplay:
-    """Shows a running experiment: a context manager that the experiment tells what happens.
+class BarsDisplay:
+    """What shows work that goes on for long: a context manager around bars.
 
     Args:
-        console: where to print; standard output by default.
+        console: where to print.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console) -> None:
         """Prepare the bars; nothing is shown before ``with``."""
-        self.console = console or Console()
+        self.console = console
         self._metric = "accuracy"
-        self._num_rounds: int | None = None
-        self._wire_bytes = 0
-        self._failed = 0
-        self._progress = bars_with_notes(self.console)
-        self._rounds: TaskID = self._progress.add_task("rounds", total=None, note="")
-        self._clients: TaskID = self._progress.add_task("clients", total=None, note="", visible=False)
+        self._progress = _bars_with_notes(console)
 
     def __enter__(self) -> Self:
         """Show the bars."""
@@ -85,6 +80,23 @@ class RunDisplay:
     ) -> None:
         """Take the bars away, also after an error or an interrupt; the lines stay."""
         self._progress.stop()
+
+
+class RunDisplay(BarsDisplay):
+    """Shows a running experiment: a context manager that the experiment tells what happens.
+
+    Args:
+        console: where to print; standard output by default.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        """Prepare the bars; nothing is shown before ``with``."""
+        super().__init__(console or Console())
+        self._num_rounds: int | None = None
+        self._wire_bytes = 0
+        self._failed = 0
+        self._rounds: TaskID = self._progress.add_task("rounds", total=None, note="")
+        self._clients: TaskID = self._progress.add_task("clients", total=None, note="", visible=False)
 
     def run_started(
         self,
