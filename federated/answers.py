@@ -18,7 +18,7 @@ from federated.client_terms import control_names, split_control
 from federated.codecs import Codec
 from federated.messages import CLIENT_ID, NUM_EXAMPLES, RANK, TRAIN_LOSS, read_state
 from federated.payload import METRICS, layout_of
-from models.state import State, moved
+from models.state import State, add_
 
 _UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError, OSError)
 """What decoding nonsense can raise, PayloadError (a ValueError) included."""
@@ -81,7 +81,7 @@ def read_answer(client_id: int, content: RecordDict, codec: Codec, start: Start)
     update = Update(
         client_id=client_id,
         num_examples=num_examples,
-        state=moved(start.state, delta),
+        state=add_(delta, start.state),
         scaling=start.scaling,
         rank=start.profile.rank,
     )

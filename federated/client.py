@@ -27,13 +27,14 @@ from federated.messages import (
     SERVER_ROUND,
     SINCE,
     TRAIN_LOSS,
+    read_broadcast,
     read_state,
     write_state,
 )
 from federated.payload import CONFIG, METRICS, MetaValue, layout_of
 from federated.seeding import generator
 from models.errors import UserError
-from models.state import State, difference
+from models.state import State, subtract_
 
 HELD, VERSION, CODEC_MEMORY, VARIATE = "held", "version", "codec-memory", "variate"
 """Keys in ``Context.state``: the wire state a client holds, its version, what its codec still owes, and its
@@ -55,7 +56,7 @@ def train(message: Message, context: Context) -> Message:
         assignment = replace(assignment, variates=variates)
     result = train_locally(experiment, assignment, held)
     uplink = experiment.aggregator.uplink(held, assignment.server_round)
-    delta = difference(result.state, held, uplink)
+    delta = subtract_(result.state, held, uplink)
     if variates is not None and result.own_variate is not None:
         delta |= control_names({n: new - variates.own[n] for n, new in result.own_variate.items()})
     private = experiment.aggregator.private(held)
@@ -107,7 +108,7 @@ def take_in(
     """
     config = cast(Mapping[str, int], message.content[CONFIG])
     codec = codec_from_name(experiment.config.communication.downlink)
-    received = read_state(message.content, codec, experiment.downlink_layout, any_layout=True)
+    received = read_broadcast(message.content, codec, experiment.downlink_layout)
     values, server_variate = split_control(received)
     downlink = unpack_downlink(values, config)
     _check_version(context, since=int(config.get(SINCE, NEVER)))

@@ -8,10 +8,10 @@ the client's own random streams, and reads the state back.
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -45,7 +45,7 @@ class LocalResult:
     """What local training gives.
 
     Attributes:
-        state: The client's wire state after training.
+        state: The client's wire state after training; what travels up may be overwritten by the taker.
         train_loss: Mean loss over the local steps.
         num_examples: Rows of its shard that it trains on.
         next_rank: The rank it goes on with.
@@ -86,7 +86,7 @@ def train_locally(experiment: Experiment, assignment: Assignment, held: State) -
         trained = cut_to_rank(trained, rank)
     return LocalResult(
         state=rules.to_wire(trained, held),
-        train_loss=float(np.mean(losses)),
+        train_loss=statistics.fmean(losses),
         num_examples=experiment.num_examples(assignment.client_id),
         next_rank=None if rank is None else rules.next_rank(before, trained, rank),
         own_variate=None if drift is None else drift.mean_gradient(),
@@ -123,14 +123,14 @@ def _only_these_train(experiment: Experiment, names: Sequence[str]) -> Iterator[
     """Freeze what travels but does not train in this round; put everything back after."""
     wanted = set(names)
     parameters = experiment.exchanged_parameters()
-    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(before[name] and name in wanted)
+    frozen = [p for name, p in parameters.items() if p.requires_grad and name not in wanted]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(before[name])
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager

@@ -155,11 +155,3 @@ def distance_and_size(approximation: LowRank, ideal: LowRank) -> tuple[float, fl
         gap = dense - approximation.left.double() @ approximation.right.double()
         return float(torch.linalg.matrix_norm(gap)), float(torch.linalg.matrix_norm(dense))
     return frobenius_norm(difference(approximation, ideal)), product_norm(ideal)
-
-
-def relative_error(approximation: LowRank, ideal: LowRank) -> float:
-    """Return ||approximation - ideal||_F / ||ideal||_F; 0 when both are zero, infinite when only ideal is."""
-    distance, size = distance_and_size(approximation, ideal)
-    if size == 0.0:
-        return 0.0 if distance == 0.0 else float("inf")
-    return distance / size

@@ -1,19 +1,24 @@
 """What server and clients say to each other: a state, encoded by a codec, in one Flower record.
 
 Where it stands in a round: ``write_state`` fills the content of the downlink and of the uplink,
-``read_state`` opens it on the other side. Codecs and payloads meet here and nowhere else.
+``read_state`` opens it on the other side, ``read_broadcast`` once for all clients of a process. Codecs and
+payloads meet here and nowhere else.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
-from flwr.app import RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from federated.codecs import Codec
 from federated.payload import (
+    ARRAYS,
     CONFIG,
+    FLAT,
     LAYOUT,
     Layout,
     MetaValue,
@@ -33,6 +38,9 @@ TRAIN_LOSS = "train-loss"
 RANK = "rank"
 SINCE = "since"
 """Keys in the records ``config`` and ``metrics``."""
+
+_MAX_SHARED_BYTES = 16_000_000
+"""Of a downlink that is kept decoded until others have come: four of them are."""
 
 
 def write_state(
@@ -65,24 +73,58 @@ def write_state(
     )
 
 
-def read_state(content: RecordDict, codec: Codec, layout: Layout, *, any_layout: bool = False) -> State:
+def read_state(content: RecordDict, codec: Codec, layout: Layout | None) -> State:
     """Decode the state of a message.
 
     Args:
         content: What ``write_state`` returned, on the other side.
         codec: The codec that was agreed on.
-        layout: The layout that the receiver expects.
-        any_layout: Accept the layout that travelled in place of it. A client trusts the server so far; the
-            server never trusts a client.
+        layout: The layout that the receiver expects; None: the one that travelled. A client trusts the server
+            so far; the server never trusts a client.
 
     Raises:
         PayloadError: The payload is damaged, of another codec or of another layout.
     """
-    travelled = any_layout and LAYOUT in content.get(CONFIG, ())
-    payload = unpack(content, None if travelled else layout)
+    payload = unpack(content, layout)
     if payload.codec != codec.name:
         raise PayloadError(
             f"the payload is encoded with {payload.codec}, the configuration says {codec.name}: "
             "use one configuration on both sides"
         )
     return codec.decode(payload.buffer, payload.layout)
+
+
+def read_broadcast(content: RecordDict, codec: Codec, layout: Layout) -> State:
+    """Decode the state of a downlink: of this layout, or of the one that travelled with it.
+
+    Clients of one process that receive the same bytes share the tensors, which are to be read only.
+
+    Raises:
+        PayloadError: As ``read_state``.
+    """
+    arrays, config = content.get(ARRAYS), content.get(CONFIG)
+    expected = None if isinstance(config, ConfigRecord) and LAYOUT in config else layout
+    if isinstance(arrays, ArrayRecord) and isinstance(config, ConfigRecord) and set(arrays) == {FLAT}:
+        array, entries = arrays[FLAT], tuple(config.items())
+        if len(array.data) <= _MAX_SHARED_BYTES and not any(isinstance(value, list) for _, value in entries):
+            kind = array.dtype, tuple(array.shape), array.stype
+            return _decoded_once(array.data, kind, cast(_Entries, entries), codec, expected)
+    return read_state(content, codec, expected)
+
+
+_Entries = tuple[tuple[str, MetaValue], ...]
+
+
+@functools.lru_cache(maxsize=4)  # a round has as many downlinks as there are ranks and versions
+def _decoded_once(
+    data: bytes,
+    kind: tuple[str, tuple[int, ...], str],
+    config: _Entries,
+    codec: Codec,
+    layout: Layout | None,
+) -> State:
+    """``read_state`` of the content that these parts make; they are all that it depends on."""
+    dtype, shape, stype = kind
+    array = Array(dtype=dtype, shape=shape, stype=stype, data=data)
+    content = RecordDict({ARRAYS: ArrayRecord({FLAT: array}), CONFIG: ConfigRecord(dict(config))})
+    return read_state(content, codec, layout)

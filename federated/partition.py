@@ -61,11 +61,6 @@ class Partition:
         """How many clients the rows were split over."""
         return len(self.indices)
 
-    @property
-    def num_assigned(self) -> int:
-        """How many rows have a client."""
-        return sum(len(rows) for rows in self.indices)
-
 
 def partition(
     dataset: Dataset,

@@ -160,6 +160,8 @@ class FederatedCLIPModel(nn.Module):
         self._trainer = None
         self._lean_modules = lean_modules(self.clip, self.towers)
         self._named = tuple(self.named_parameters())
+        travelling = {id(parameter) for parameter in self._exchanged.values()}
+        self._trainable = [p for _, p in self._named if p.requires_grad or id(p) in travelling]
         self._switched = dropout_modules(self, self._base_modules)
         self._inspect()
 
@@ -240,7 +242,7 @@ class FederatedCLIPModel(nn.Module):
         Raises:
             UserError: Nothing is trainable, or the settings do not suit the device.
         """
-        trainable = [parameter for _, parameter in self._named if parameter.requires_grad]
+        trainable = [parameter for parameter in self._trainable if parameter.requires_grad]
         if self._trainer is None or not self._trainer.fits(trainable, settings):
             self._trainer = LocalTrainer(trainable, settings)
             self._inspect()

@@ -6,13 +6,14 @@ travels is named; after that reading and writing walk a short dictionary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from models.errors import UserError
-from models.state import State
+from models.state import State, cut
 
 
 def wire_name(parameter_name: str) -> str:
@@ -40,8 +41,9 @@ def find_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Para
 
 @torch.no_grad()
 def read_state(parameters: Mapping[str, nn.Parameter]) -> State:
-    """Copy parameters to the CPU as detached float32 tensors."""
-    copies = [torch.empty(parameter.shape, dtype=torch.float32) for parameter in parameters.values()]
+    """Copy parameters to the CPU as detached float32 tensors, end to end in one vector."""
+    shapes = tuple(tuple(parameter.shape) for parameter in parameters.values())
+    copies = cut(torch.empty(sum(map(math.prod, shapes)), dtype=torch.float32), shapes)
     if copies:
         torch._foreach_copy_(copies, list(parameters.values()))
     return dict(zip(parameters, copies, strict=True))

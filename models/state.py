@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -46,18 +48,61 @@ def save_state(
         file.write(memoryview(content)[end:])
 
 
-def difference(after: State, before: State, names: Iterable[str]) -> State:
-    """Return after - before of the named tensors."""
+def subtract_(after: State, before: State, names: Iterable[str]) -> State:
+    """Return after - before of the named tensors, written over ``after``'s."""
     chosen = list(names)
-    if not chosen:
-        return {}
-    changes = torch._foreach_sub([after[name] for name in chosen], [before[name] for name in chosen])
+    changes = [after[name] for name in chosen]
+    if chosen:
+        torch._foreach_sub_(changes, [before[name] for name in chosen])
     return dict(zip(chosen, changes, strict=True))
 
 
-def moved(start: State, change: State) -> State:
-    """Return start + change, for the names of the change."""
-    if not change:
-        return {}
-    values = torch._foreach_add([start[name] for name in change], list(change.values()))
-    return dict(zip(change, values, strict=True))
+def add_(change: State, start: State) -> State:
+    """Return start + change, for the names of the change, written over it."""
+    if change:
+        torch._foreach_add_(list(change.values()), [start[name] for name in change])
+    return change
+
+
+# ---- tensors that lie end to end in one vector, so that one operation serves them all
+
+
+def cut(vector: torch.Tensor, shapes: tuple[tuple[int, ...], ...]) -> list[torch.Tensor]:
+    """Return tensors of these shapes that share a vector's memory, one after the other.
+
+    Args:
+        vector: (n,), contiguous; n is the number of values of all shapes together.
+        shapes: Of the tensors.
+    """
+    start = vector.storage_offset()
+    return [vector.as_strided(shape, strides, start + first) for shape, strides, first in _places(shapes)]
+
+
+@functools.lru_cache(maxsize=64)
+def _places(
+    shapes: tuple[tuple[int, ...], ...],
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]:
+    """Return shape, strides and first value of each tensor."""
+    places, first = [], 0
+    for shape in shapes:
+        places.append((shape, tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))), first))
+        first += math.prod(shape)
+    return tuple(places)
+
+
+def end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the values of at least one tensor as one vector, (n,), to be read only.
+
+    Tensors that ``cut`` made, in its order, are not copied.
+    """
+    base, first = tensors[0]._base, tensors[0].storage_offset()
+    if base is not None and base.dim() == 1 and base.is_contiguous() and base.dtype == tensors[0].dtype:
+        end = first
+        for tensor in tensors:
+            if tensor._base is not base or tensor.storage_offset() != end or not tensor.is_contiguous():
+                break
+            end += tensor.numel()
+        else:
+            start = base.storage_offset()
+            return base[first - start : end - start]
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])

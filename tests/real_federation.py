@@ -153,7 +153,8 @@ class RealFederation:
             self.ends[assignment.client_id] = self.weights(
                 assignment.client_id, result.state, assignment.rank
             )
-            self.trained[assignment.client_id] = result.state
+            trained = {name: tensor.clone() for name, tensor in result.state.items()}
+            self.trained[assignment.client_id] = trained  # the client computes its update in place
             return result
 
         def encode(experiment: Experiment, delta: State, context: Any, assignment: Any) -> Any:

@@ -13,6 +13,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.task_identity import TaskIdentity
 
 from federated.codecs import codec_from_name
+from federated.messages import SERVER_ROUND, read_broadcast, read_state, write_state
 from federated.payload import (
     ARRAYS,
     CONFIG,
@@ -29,7 +30,6 @@ from federated.payload import (
     num_values,
     pack,
     payload_bytes,
-    raw_state_bytes,
     unflatten,
     unpack,
     wire_bytes,
@@ -130,10 +130,10 @@ def test_flatten_and_unflatten_are_inverse(shapes: tuple[tuple[int, ...], ...]):
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_flatten_copies_even_a_single_tensor():
-    state = state_of((4,))
-    flatten(state, layout_of(state))[:] = 0
-    assert state["tensor.0"].abs().min() > 0
+def test_a_decoded_state_is_flattened_without_a_copy():
+    state = state_of((3, 5), (7,), (), (2, 3, 4))
+    vector = flatten(state, layout_of(state))
+    assert np.shares_memory(flatten(unflatten(vector, layout_of(state)), layout_of(state)), vector)
 
 
 def test_flatten_names_what_differs_from_the_layout():
@@ -187,6 +187,13 @@ def test_unpack_returns_what_was_packed(dtype: type[np.generic], size: int):
     assert (payload.layout, payload.codec) == (layout, "some:codec")
     assert payload.meta == {"server-round": 3, "note": "x"}
     assert payload.buffer.flags.writeable
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16, np.uint8, np.int64])
+@pytest.mark.parametrize("size", [0, 1, 101])
+def test_the_array_is_the_one_that_flower_makes(dtype: type[np.generic], size: int):
+    buffer = np.random.default_rng(1).integers(0, 200, size).astype(dtype)
+    assert pack(buffer, (("w", (size,)),), "x").array_records[ARRAYS][FLAT] == Array(buffer)
 
 
 def test_unpack_leaves_the_message_as_it_was():
@@ -298,6 +305,14 @@ def test_wire_bytes_hold_for_many_arrays_in_several_records():
     assert wire_bytes(content) == serialised_by_flower(content)
 
 
+def test_wire_bytes_hold_for_records_of_every_size():
+    for size in (0, 1, 50, 5000):
+        content = packed(10)
+        content[METRICS] = MetricRecord({"loss": 0.5, "ids": [10**k for k in range(size)][:18]})
+        content["extra"] = ConfigRecord({f"key-{i}": "x" * i for i in range(min(size, 30))})
+        assert wire_bytes(content) == serialised_by_flower(content)
+
+
 def test_wire_bytes_leave_the_message_as_it_was(message: Message):
     before = message.content
     wire_bytes(message)
@@ -313,14 +328,41 @@ def test_equal_chunks_count_every_time():
 
 def test_flat_payload_costs_at_most_a_thousandth_on_the_wire():
     buffer = np.random.default_rng(0).standard_normal(num_values(CLIP_TEXT_R16), dtype=np.float32)
-    raw = raw_state_bytes(CLIP_TEXT_R16)
+    raw = 4 * num_values(CLIP_TEXT_R16)
     content = pack(buffer, CLIP_TEXT_R16, "fp32", meta={"server-round": 1})
     assert raw == payload_bytes(content) == 3_145_728  # 48 modules x 16 x (512 + 512) values x 4 bytes
     assert raw < wire_bytes(content) <= 1.001 * raw
 
 
-@pytest.mark.parametrize(
-    ("dtype", "size"), [(torch.float32, 4), (torch.float16, 2), (torch.bfloat16, 2), (torch.int8, 1)]
-)
-def test_raw_state_bytes_count_every_value(dtype: torch.dtype, size: int):
-    assert raw_state_bytes((("w", (3, 5)), ("x", ()), ("y", (0, 7))), dtype) == 16 * size
+# ---- a broadcast
+
+
+def test_clients_that_receive_the_same_bytes_share_what_they_decode():
+    state = state_of((3, 5), (7,))
+    codec, layout = codec_from_name("int8"), layout_of(state)
+    content = write_state(state, codec, np.random.default_rng(0), {SERVER_ROUND: 3})
+    copy = RecordDict({key: record.copy() for key, record in content.items()})
+    first, second = (read_broadcast(received, codec, layout) for received in (content, copy))
+    alone = read_state(content, codec, layout)
+    assert all(first[name] is second[name] for name in state)
+    assert all(torch.equal(first[name], alone[name]) and first[name] is not alone[name] for name in state)
+
+
+def test_a_broadcast_is_decoded_anew_when_anything_about_it_differs():
+    state = state_of((3, 5), (7,))
+    codec, layout = codec_from_name("fp32"), layout_of(state)
+    first = read_broadcast(write_state(state, codec, np.random.default_rng(0), {}), codec, layout)
+    changed = {name: tensor + 1 for name, tensor in state.items()}
+    second = read_broadcast(write_state(changed, codec, np.random.default_rng(0), {}), codec, layout)
+    assert all(torch.equal(second[name], first[name] + 1) for name in state)
+    other = {"tensor.0": state["tensor.0"].T, "tensor.1": state["tensor.1"]}
+    content = write_state(other, codec, np.random.default_rng(0), {}, send_layout=True)
+    assert read_broadcast(content, codec, layout)["tensor.0"].shape == (5, 3)
+    with pytest.raises(PayloadError, match="digest"):
+        read_broadcast(write_state(other, codec, np.random.default_rng(0), {}), codec, layout)
+
+
+def test_a_broadcast_without_its_records_is_refused():
+    codec, layout = codec_from_name("fp32"), layout_of(state_of((2,)))
+    with pytest.raises(PayloadError, match="needs one array"):
+        read_broadcast(RecordDict(), codec, layout)

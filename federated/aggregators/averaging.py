@@ -19,7 +19,7 @@ from federated.aggregators.protocol import ServerState, Update, sorted_state
 from federated.lowrank import LowRank
 from lora.adapters import FactorPair, factor_pairs
 from models.errors import UserError
-from models.state import State
+from models.state import State, end_to_end
 
 _SUPPORTED = (torch.float32, torch.float64)
 _MAX_GROUP_VALUES = 1_000_000
@@ -113,7 +113,8 @@ def average(updates: Sequence[Update], names: Iterable[str] | None = None) -> St
     like, weights = updates[0].state, weights_of(updates)
     mean: State = {}
     for group in in_groups(like, sorted(like) if names is None else names):
-        total = weighted_sum((end_to_end(update.state, group) for update in updates), weights)  # (n,)
+        vectors = (end_to_end([update.state[name] for name in group]) for update in updates)
+        total = weighted_sum(vectors, weights)  # (n,)
         pieces = total.split([like[name].numel() for name in group])
         for name, piece in zip(group, pieces, strict=True):
             mean[name] = piece.view_as(like[name]).to(like[name].dtype, copy=True)
@@ -135,11 +136,6 @@ def in_groups(state: Mapping[str, Tensor], names: Iterable[str]) -> list[list[st
         groups[-1].append(name)
         room -= size
     return groups
-
-
-def end_to_end(state: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Return the values of at least one named tensor as one vector, (n,)."""
-    return torch.cat([state[name].reshape(-1) for name in names])
 
 
 # ---- the server, one round on

@@ -208,12 +208,12 @@ class _WireOrder:
     def unflatten(self, values: np.ndarray) -> State:
         """Return the named tensors; raise PayloadError for a value that is not finite."""
         check_finite(values, self.layout)
-        return {
-            name: tensor.contiguous()
-            for name, tensor in self._transpose(unflatten(values, self.layout)).items()
-        }
+        state = unflatten(values, self.layout)
+        return state | {name: state[name].t().contiguous() for name in self.transposed}
 
     def _transpose(self, state: State) -> State:
+        if not self.transposed:
+            return state
         return {name: tensor.t() if name in self.transposed else tensor for name, tensor in state.items()}
 
 

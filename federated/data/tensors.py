@@ -102,11 +102,6 @@ class ImageTensors:
         """Return the number of rows."""
         return len(self._images)
 
-    @property
-    def kept_bytes(self) -> int:
-        """Memory set apart for kept images."""
-        return 0 if self._kept is None else self._kept.numel() * self._kept.element_size()
-
     def pixel_values(self, indices: npt.ArrayLike) -> Tensor:
         """Return preprocessed images, (B, 3, H, W) float32.
 
@@ -117,7 +112,7 @@ class ImageTensors:
             UserError: an image cannot be decoded; named.
         """
         rows = np.asarray(indices, dtype=np.int64)
-        if self.mode != "decode":
+        if self.mode != "decode" and not self._is_kept[rows].all():
             self._keep(np.unique(rows[~self._is_kept[rows]]))
         if self._kept is None:  # no budget, or given up just now
             return self._decode(rows)

@@ -7,7 +7,7 @@ answers still received its downlink: its row says ``failed`` and its bytes count
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
 from flwr.app import Message, RecordDict
@@ -58,13 +58,12 @@ class MeteredGrid(Grid):
     def _enter(
         self, request: Message, content: RecordDict | None, direction: Direction, *, wire: int, failed: bool
     ) -> None:
-        round_and_phase = request.content.config_records[CONFIG]
         num_values = 0
         if content is not None and CONFIG in content:
-            num_values = int(cast(int, content.config_records[CONFIG].get(NUM_VALUES, 0)))
+            num_values = int(cast(Mapping[str, int], content[CONFIG]).get(NUM_VALUES, 0))
         self._ledger.append(
             Transfer(
-                server_round=int(cast(int, round_and_phase[SERVER_ROUND])),
+                server_round=int(cast(Mapping[str, int], request.content[CONFIG])[SERVER_ROUND]),
                 client_id=self._client_of(request.metadata.dst_node_id),
                 direction=direction,
                 phase=cast(Phase, request.metadata.message_type.partition(".")[0]),
