@@ -138,7 +138,12 @@ def engine(workload: Workload, overrides: Sequence[str] = (), num_workers: int =
 
 
 def plain_loop(workload: Workload, *, takes_steps: bool = True) -> Callable[[], None]:
-    """Return a function that takes the same local steps with no federation, or all but the steps."""
+    """Return a function that takes the same local steps with no federation.
+
+    Args:
+        workload: What to run.
+        takes_steps: False draws each step's batch, as the engine does, and leaves the step itself out.
+    """
     experiment = build_experiment(load_config(workload.config, [*workload.overrides, *CACHES_OFF]))
     client, model = experiment.config.client, experiment.model
     loss_of = model.task.loss
@@ -163,6 +168,10 @@ def plain_loop(workload: Workload, *, takes_steps: bool = True) -> Callable[[], 
                 for parameter, value in zip(trainable, start, strict=True):
                     parameter.copy_(value)
             optimizer = torch.optim.AdamW(trainable, lr=client.learning_rate, weight_decay=0.0, fused=True)
+            if not takes_steps:
+                rng = np.random.default_rng(client_id)
+                for _ in experiment.local_batches(client_id, client.local_steps, rng, server_round=0):
+                    step += 1
             for _ in range(client.local_steps if takes_steps else 0):
                 step += 1
                 loss = loss_of(inner, batches[step % len(batches)])
@@ -220,15 +229,15 @@ def row_of(
     }
 
 
-def added_row(workload: Workload) -> Row:
-    """Return what one more client costs beside its local steps: rounds in which a step does nothing."""
-    one_round = engine(workload, CACHES_OFF)
+def added_row(workload: Workload, *overrides: str) -> Row:
+    """Return what one more client costs beside its local steps: rounds that draw batches and do not step."""
+    one_round = engine(workload, (*CACHES_OFF, *overrides))
     experiment = next(reversed(EXPERIMENTS.values()))
     inner = getattr(experiment.model, "federated_model", experiment.model)
     inner.train_step = lambda batch, labels=None: 0.5
     ways = {"engine": one_round, "plain loop": plain_loop(workload, takes_steps=False)}
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(-2, 2 * workload.num_turns):
+    for turn in range(-2, 4 * workload.num_turns):
         for name, way in ways.items():
             started = time.perf_counter()
             way()
@@ -239,11 +248,11 @@ def added_row(workload: Workload) -> Row:
         1e3 * statistics.median(values) / experiment.num_clients for values in times.values()
     )
     return {
-        "workload": f"{workload.name}, steps left out",
+        "workload": ", ".join((f"{workload.name}, steps left out", *overrides)),
         "contender": "engine, caches off",
         "time": f"{engine_ms:.2f} ms a client",
         "ratio": f"{engine_ms - loop_ms:.2f} ms more",
-        "against": f"plain loop ({loop_ms:.2f} ms: copies, optimizer, mean)",
+        "against": f"plain loop ({loop_ms:.2f} ms: copies, batch, optimizer, mean)",
         "by CPU time": "",
     }
 
@@ -262,7 +271,8 @@ def main() -> None:
         print(rows[-4:], flush=True)
         EXPERIMENTS.clear()
     if "tiny-one-step" in chosen:
-        rows.append(added_row(WORKLOADS["tiny-one-step"]))
+        one_step = WORKLOADS["tiny-one-step"]
+        rows += [added_row(one_step), added_row(one_step, "evaluation.aggregation_error_every=0")]
     print(write_results("limit", "python -m benchmarks.limit", with_earlier("limit", rows)))
 
 
