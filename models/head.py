@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from models.loading import seeded_construction
+from models.construction import seeded_construction
 
 
 def class_head(

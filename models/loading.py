@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -26,18 +26,19 @@ import httpx
 import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 from transformers.utils import logging as transformers_logging
 
+from models.construction import seeded_construction
 from models.errors import UserError
 from models.images import ImageProcessor
+from models.open_clip_backend import OPEN_CLIP_PREFIX, load_open_clip
 from models.towers import LoadedCLIP, Tokens, Towers
 
 logger = logging.getLogger(__name__)
 
 TINY_FOLDER = Path(__file__).parent / "tiny_clip"
-OPEN_CLIP_PREFIX = "open_clip:"
 HUB_TIMEOUT_SECONDS = 5.0
 
 _LARGE = {
@@ -105,8 +106,6 @@ def load_clip(
         UserError: The model is not where its name says, cannot be reached, or is no CLIP.
     """
     if model_name.startswith(OPEN_CLIP_PREFIX):
-        from models.open_clip_backend import load_open_clip
-
         return load_open_clip(model_name, pretrained=pretrained, device=device, dtype=dtype, seed=seed)
     source = _source(model_name)
     clip: Any
@@ -129,20 +128,6 @@ def load_clip(
         image_size=image_size,
         embedding_dim=int(clip.config.projection_dim),
     )
-
-
-def seeded_construction(
-    construct: Callable[[], nn.Module], *, seed: int, device: str | torch.device
-) -> nn.Module:
-    """Construct a module whose random weights depend on `seed` alone.
-
-    The weights are drawn on the CPU, whatever `device`, so that every device starts from the same
-    ones; on "meta" nothing is drawn.
-    """
-    place = "meta" if torch.device(device).type == "meta" else "cpu"
-    with torch.random.fork_rng(devices=[]), torch.device(place):
-        torch.manual_seed(seed)
-        return construct()
 
 
 def _encode_image(clip: CLIPModel, pixel_values: Tensor) -> Tensor:

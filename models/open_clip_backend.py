@@ -18,10 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from models.construction import seeded_construction
 from models.errors import UserError
 from models.images import ImageProcessor
-from models.loading import OPEN_CLIP_PREFIX, seeded_construction
 from models.towers import LoadedCLIP, Tokens, Towers
+
+OPEN_CLIP_PREFIX = "open_clip:"
+"""Begins the names of this backend's models."""
 
 _DEFAULT_TARGETS = ("attn",)
 

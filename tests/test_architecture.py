@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -15,7 +16,14 @@ ROOT = Path(__file__).parents[1]
 LAYERS = ("models", "lora", "federated")
 """Each may import itself and what stands before it."""
 
+PARTS = ("aggregators", "codecs", "data", "engines", "speed", "reporting", "standalone", "commands")
+"""Folders of ``federated``, in the same sense."""
+
 SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES
+}
 
 
 def imported_packages(path: Path) -> set[str]:
@@ -33,6 +41,35 @@ def test_imports_never_go_backwards(path: Path) -> None:
     layer = path.relative_to(ROOT).parts[0]
     later = set(LAYERS[LAYERS.index(layer) + 1 :])
     assert not imported_packages(path) & (later | {"tests", "benchmarks", "scripts"})
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return the modules of this project that a module imports, in functions too, but not for types alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if not ast.unparse(node).startswith("if TYPE_CHECKING")]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner if inner <= MODULES.keys() else {node.module}
+    return found & MODULES.keys()
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Not through others, either: read in this order, nothing is used before it was explained."""
+    graph = {name: imported_modules(path) - {name} for name, path in MODULES.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, naming the modules
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "federated").rglob("*.py")), ids=lambda path: path.name)
+def test_parts_of_federated_import_only_earlier_parts(path: Path) -> None:
+    own = path.relative_to(ROOT).parts[1]
+    if own not in PARTS:
+        return
+    later = set(PARTS[PARTS.index(own) + 1 :])
+    assert not {module.split(".")[1] for module in imported_modules(path) if "." in module} & later
 
 
 def test_no_module_is_a_drawer_for_everything() -> None:
