@@ -7,14 +7,14 @@ configuration objects go no deeper than the builders in ``federated.experiment``
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from federated.config_errors import explain
 from federated.data.augment import augmentation_from
 from lora.config import LoRAConfig
 from models.errors import UserError
@@ -341,7 +341,7 @@ def parse_config(tree: dict[str, Any], *, source: str, default_name: str | None 
     try:
         config = ExperimentConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}:\n  " + "\n  ".join(_explain(error))) from error
+        raise UserError(f"{source}:\n  " + "\n  ".join(explain(error, ExperimentConfig))) from error
     if config.output.name is None and default_name is not None:
         config = config.model_copy(update={"output": config.output.model_copy(update={"name": default_name})})
     return config
@@ -368,39 +368,3 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {part} is a value, not a section")
         node = child
     node[leaf] = value
-
-
-def _explain(error: ValidationError) -> Iterator[str]:
-    for detail in error.errors():
-        location = [part for part in detail["loc"] if isinstance(part, str)]
-        dotted = ".".join(str(part) for part in detail["loc"])
-        if detail["type"] == "extra_forbidden":
-            yield f"unknown key {dotted}{_nearest(location)}"
-        elif dotted:
-            yield f"{dotted}: {detail['msg'].removeprefix('Value error, ')} (got {detail['input']!r})"
-        else:
-            yield detail["msg"].removeprefix("Value error, ")
-
-
-def _nearest(location: list[str]) -> str:
-    """Return a hint with the nearest valid key: in the same section first, then anywhere."""
-    *section, leaf = location
-    valid = list(_dotted_keys(ExperimentConfig))
-    prefix = ".".join(section)
-    siblings = {key.rsplit(".", 1)[-1]: key for key in valid if key.rpartition(".")[0] == prefix}
-    matches = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)
-    if matches:
-        return f"; did you mean {siblings[matches[0]]}?"
-    leaves = {key.rsplit(".", 1)[-1]: key for key in valid}
-    matches = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
-    return (
-        f"; did you mean {leaves[matches[0]]}?" if matches else f"; valid here: {', '.join(sorted(siblings))}"
-    )
-
-
-def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}"
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from _dotted_keys(annotation, f"{prefix}{name}.")

@@ -19,13 +19,14 @@ from torch import nn
 
 from federated.aggregators import Aggregator, ServerState, cut_to_rank
 from federated.base_weights import BaseWeights
+from federated.builders import Shard, build_model, load_run_data, split_shards, training_settings
 from federated.codecs import codec_from_name
 from federated.compatibility import build_aggregator, check_client_ranks
 from federated.config import ExperimentConfig, load_config, parse_config
 from federated.data.augment import Augmentation
 from federated.data.augmented_batches import augment_batch, training_augmentation
-from federated.data.loading import FederatedData, ImageTensors, image_tensors, load_data
-from federated.data.splits import IntArray, column_values, hold_out
+from federated.data.loading import FederatedData, ImageTensors, image_tensors
+from federated.data.splits import IntArray
 from federated.partition import Partition, partition, save_partition
 from federated.payload import Layout, layout_of, num_values
 from federated.savings import ModelSizes
@@ -34,10 +35,8 @@ from federated.speed.feature_cache import FeatureCaches, build_feature_caches
 from lora.adapters import factor_pairs, scalings, unwrap
 from lora.checkpoint import save_full_checkpoint, save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
-from lora.second_adapter import add_second_adapter
 from lora.verify import count_parameters
 from models.clip import FederatedCLIPModel
-from models.errors import UserError
 from models.state import State
 from models.training import Batch, TrainingSettings
 
@@ -45,19 +44,6 @@ CONFIG_KEY, OVERRIDES_KEY = "config", "overrides"
 """Keys of Flower's run config: a configuration (name, path or YAML text) and ``key=value`` overrides."""
 
 BYTES_PER_FP32 = 4
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One client's rows of the training data.
-
-    Attributes:
-        train: Rows it trains on.
-        test: Rows it keeps for its own evaluation.
-    """
-
-    train: IntArray
-    test: IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,89 +307,3 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
     )
     check_client_ranks(config, aggregator, experiment.initial_server_state)
     return experiment
-
-
-def load_run_data(config: ExperimentConfig) -> FederatedData:
-    """Load the data of a configuration.
-
-    Raises:
-        UserError: It is missing or unusable; the message names the file.
-    """
-    section = config.data
-    return load_data(
-        section.source,
-        path=section.path,
-        seed=config.seed,
-        validation_fraction=section.validation_fraction,
-        max_train_samples=section.max_train_samples,
-        max_validation_samples=section.max_validation_samples,
-        max_test_samples=section.max_test_samples,
-        **section.options,
-    )
-
-
-def build_model(
-    config: ExperimentConfig, class_names: tuple[str, ...] | None
-) -> FederatedCLIPModel | CLIPLoRAWrapper:
-    """Build the federated model of a configuration, with adapters when it asks for them.
-
-    Raises:
-        UserError: The number of classes does not fit the data, or the model cannot be had.
-    """
-    section = config.model
-    if section.num_classes and class_names and section.num_classes != len(class_names):
-        raise UserError(
-            f"model.num_classes is {section.num_classes} but the data has {len(class_names)} classes "
-            f"({', '.join(class_names[:5])} …): leave model.num_classes out, or correct it"
-        )
-    model = FederatedCLIPModel(
-        section.model_name,
-        section.num_classes or len(class_names or ()) or 2,
-        class_names=class_names,
-        templates=config.task.templates,
-        task=config.task.name,
-        strategy="lora" if config.uses_adapters else section.fine_tuning or "full",
-        train_head=config.task.train_head,
-        pretrained=section.pretrained,
-        device=section.device,
-        dtype=getattr(torch, section.dtype),
-        seed=config.seed,
-    )
-    model.keeps_class_embeddings = config.cache.class_embeddings
-    model.trims_prompts = config.cache.trim_prompts
-    if not config.uses_adapters:
-        return model
-    wrapper = CLIPLoRAWrapper(model, config.lora, seed=config.seed).apply_lora_to_federated_model()
-    if config.aggregation.name == "dual":
-        add_second_adapter(
-            wrapper, config.aggregation.options.get("private_adapter", "private"), seed=config.seed + 1
-        )
-    return wrapper
-
-
-def training_settings(config: ExperimentConfig) -> TrainingSettings:
-    """Return the settings of local training."""
-    client = config.client
-    return TrainingSettings(
-        learning_rate=client.learning_rate,
-        weight_decay=client.weight_decay,
-        optimizer=client.optimizer,
-        warmup_steps=client.warmup_steps,
-        schedule=client.schedule,
-        clip_norm=client.clip_norm,
-        micro_batch_size=client.micro_batch_size,
-        precision=client.precision,
-    )
-
-
-def split_shards(config: ExperimentConfig, data: FederatedData, split: Partition) -> tuple[Shard, ...]:
-    """Set each client's own test rows apart from those it trains on; one concept stays on one side."""
-    fraction = config.partition.local_test_fraction
-    labels = data.labels() if data.label_column else None
-    groups = column_values(data.train, data.concept_column) if data.concept_column else None
-    shards = []
-    for client_id, rows in enumerate(split.indices):
-        rng = generator(config.seed, "split", 2, client_id)
-        train, test = hold_out(rows, fraction, rng, labels, groups=groups)
-        shards.append(Shard(train, test))
-    return tuple(shards)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from federated.aggregators import ClientProfile
+from federated.builders import build_model, load_run_data
 from federated.client_terms import control_names
 from federated.codecs import codec_from_name
 from federated.compatibility import build_aggregator, check_client_ranks
 from federated.config import ExperimentConfig
-from federated.experiment import BYTES_PER_FP32, build_model, load_run_data
+from federated.experiment import BYTES_PER_FP32
 from federated.payload import layout_of, num_values
 from federated.reporting.round_table import TextTable
 from federated.reporting.wording import format_bytes, format_percent

@@ -17,12 +17,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 import federated.client
 import federated.strategy
 from federated.aggregators import fold
+from federated.builders import training_settings
 from federated.client import HELD, app, recall
 from federated.compatibility import build_aggregator
 from federated.config import ExperimentConfig, load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.engines.metered import MeteredGrid
-from federated.experiment import Experiment, build_experiment, training_settings
+from federated.experiment import Experiment, build_experiment
 from federated.global_model import load_global_state
 from federated.ledger import Ledger
 from federated.server import build_strategy

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save
 from torch.nn import functional
 
 import federated.standalone.image_search
+from federated.builders import load_run_data
 from federated.cli import main
 from federated.config import dump_config, load_config
-from federated.experiment import load_run_data
 from federated.simulation import run_experiment
 from federated.standalone.embedding_files import weights_sha256
 from federated.standalone.image_search import nearest_rows

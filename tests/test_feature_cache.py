@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 import federated.experiment
+from federated.builders import load_run_data
 from federated.config import ExperimentConfig, load_config
 from federated.data.captions import Captions
 from federated.data.loading import FederatedData
 from federated.data.row_cache import RowCache
-from federated.experiment import Experiment, build_experiment, load_run_data
+from federated.experiment import Experiment, build_experiment
 from models.loading import load_clip
 
 ALL_OFF = tuple(

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from federated.aggregators import aggregator_from_name
+from federated.builders import build_model, load_run_data
 from federated.config import ExperimentConfig, load_config
-from federated.experiment import build_model, load_run_data
 from lora.checkpoint import CONFIG_FILE, FULL_FILE, HEAD_FILE, AdapterFile, read_adapter
 from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.clip import FederatedCLIPModel
