@@ -24,7 +24,7 @@ from benchmarks.limit import CACHES_OFF, EXPERIMENTS, Workload, engine
 from benchmarks.machine import Row, write_results
 from federated.experiment import CONFIG_KEY
 from models.loading import TINY_FOLDER
-from models.state import difference
+from models.state import subtract_
 
 SGD = ("client.optimizer=sgd", "client.learning_rate=0.01", "federation.rounds=50")
 ONE_CLIENT = ("partition.name=iid", "partition.num_clients=1", "partition.options={}")
@@ -112,7 +112,7 @@ def measure(case: Case, folder: Path) -> list[Row]:
             one_round()
             seconds[name].append(time.perf_counter() - started)
     start = next(iter(EXPERIMENTS.values())).initial_state
-    off, on = (difference(e.model.get_state(), start, start) for e in EXPERIMENTS.values())
+    off, on = (subtract_(e.model.get_state(), start, start) for e in EXPERIMENTS.values())
     apart = distance(off, on)
     steady = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     ratios = [a / b for a, b in zip(seconds["caches off"][1:], seconds["caches on"][1:], strict=True)]

@@ -25,12 +25,17 @@ class BaseWeights:
 
     Args:
         model: The federated model with adapters.
+
+    Attributes:
+        version: Rounds of the server whose merges they contain.
+        num_changes: How often a weight was overwritten.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._weights = base_weights(model)
         self._pretrained: dict[str, Tensor] = {}
         self.version = NEVER
+        self.num_changes = 0
 
     @torch.no_grad()
     def bring_to(self, deltas: Mapping[str, BaseDelta], version: int) -> None:
@@ -45,6 +50,7 @@ class BaseWeights:
         for module, delta in deltas.items():
             pretrained = self._pretrained_weight(module)
             self._weights[module].copy_(pretrained + delta.total().to(pretrained))
+            self.num_changes += 1
         self.version = version
 
     @torch.no_grad()
@@ -71,6 +77,7 @@ class BaseWeights:
             pretrained = self._pretrained_weight(module)
             weight = self._weights[module]
             weight.copy_(fold(weight, pretrained, update, self.version))
+            self.num_changes += 1
         self.version = version
 
     @torch.no_grad()
@@ -78,6 +85,7 @@ class BaseWeights:
         """Put the pre-trained weights back: the start of a run."""
         for module, pretrained in self._pretrained.items():
             self._weights[module].copy_(pretrained)
+            self.num_changes += 1
         self._pretrained.clear()
         self.version = NEVER
 

@@ -15,6 +15,7 @@ import platform
 import resource
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,20 @@ def cpu_name() -> str:
 
 def peak_memory_bytes() -> int:
     """Return the most memory that this process or one of its workers has held (Linux, which counts in kB)."""
-    processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(process).ru_maxrss for process in processes) * 1024
+    ended = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return 1024 * max([ended, *_living_children_kilobytes()])
+
+
+def _living_children_kilobytes() -> Iterator[int]:
+    """Yield the most that each process has held which this one has started and not waited for (Linux)."""
+    for path in Path("/proc").glob("[0-9]*/status"):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError:  # it has ended meanwhile
+            continue
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+        if int(fields["PPid"]) == os.getpid() and "VmHWM" in fields:
+            yield int(fields["VmHWM"].split()[0])
 
 
 def _commit() -> str:

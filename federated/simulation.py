@@ -51,11 +51,12 @@ def run_experiment(
             on_reply=on_reply,
             prepare=batched_clients(experiment),
             num_workers=config.engine.workers,
+            inherited=lambda: experiment.base.num_changes,
         )
         if config.engine.workers > 1:
-            experiment.caches.captions.read_known()  # once here, not in each worker of each round
+            experiment.caches.captions.read_known()  # once here, not in each worker
         clients = {client_id: node_id_of(client_id) for client_id in range(experiment.num_clients)}
-        with display if display is not None else contextlib.nullcontext():
+        with contextlib.closing(grid), display if display is not None else contextlib.nullcontext():
             serve(grid, experiment, clients, folder, display)
     return folder.path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
 import re
 import subprocess
 import sys
@@ -70,6 +71,21 @@ def test_parts_of_federated_import_only_earlier_parts(path: Path) -> None:
         return
     later = set(PARTS[PARTS.index(own) + 1 :])
     assert not {module.split(".")[1] for module in imported_modules(path) if "." in module} & later
+
+
+TOOLS = sorted(
+    path for folder in ("benchmarks", "scripts", "flower") for path in (ROOT / folder).rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_benchmarks_and_scripts_import_exists(path: Path) -> None:
+    """They run by hand and need extras, so that nothing else would notice a name that was renamed."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in LAYERS:
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or f"{node.module}.{alias.name}" in MODULES
 
 
 def test_no_module_is_a_drawer_for_everything() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -66,9 +67,14 @@ def send(grid: InProcessGrid, client_ids: list[int], timeout: float | None = Non
     return list(grid.send_and_receive(messages, timeout=timeout))
 
 
+def assert_no_process_is_left() -> None:
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
 def test_replies_and_client_states_are_those_of_one_process() -> None:
     alone, forked = InProcessGrid(counting_app(), 5), InProcessGrid(counting_app(), 5, num_workers=2)
-    processes = set()
+    processes: set[int] = set()
     for expected_calls in (1, 2):
         for one, other in zip(send(alone, [0, 1, 2, 3, 4]), send(forked, [0, 1, 2, 3, 4]), strict=True):
             assert other.metadata.src_node_id == one.metadata.src_node_id
@@ -80,10 +86,11 @@ def test_replies_and_client_states_are_those_of_one_process() -> None:
             np.testing.assert_array_equal(ours, theirs)
             assert other.content["metrics"]["calls"] == expected_calls
             processes.add(other.content["metrics"]["process"])
-    assert len(processes) == 4
+    assert len(processes) == 2  # the second batch found those that the first had forked
     assert os.getpid() not in processes
     assert forked.context(2).state == alone.context(2).state == RecordDict()
     assert forked.context(3).state == alone.context(3).state
+    forked.close()
 
 
 def test_a_killed_worker_gives_error_replies_for_its_clients_alone() -> None:
@@ -95,8 +102,51 @@ def test_a_killed_worker_gives_error_replies_for_its_clients_alone() -> None:
     assert f"killed by signal {signal.SIGKILL}" in failed[0].error.reason
     assert sorted(seen) == [(0, "ok"), (1, "ok"), (3, "failed"), (4, "ok")]
     assert "calls" not in grid.context(3).state
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)  # no process is left behind
+    assert not any(reply.has_error() for reply in send(grid, [0, 1, 4]))  # another has taken its place
+    grid.close()
+    assert_no_process_is_left()
+
+
+def test_workers_are_forked_anew_when_what_they_inherited_changes() -> None:
+    version = [0]
+    grid = InProcessGrid(counting_app(), 4, num_workers=2, inherited=lambda: version[0])
+    seen = []
+    for version[0] in (1, 1, 2):
+        seen.append({reply.content["metrics"]["process"] for reply in send(grid, [0, 1])})
+    assert seen[0] == seen[1]
+    assert not seen[1] & seen[2]
+    assert [grid.context(i).state["calls"]["n"] for i in (0, 1)] == [3, 3]
+    grid.close()
+    assert_no_process_is_left()
+
+
+def test_a_worker_killed_between_two_batches_is_replaced_or_its_clients_fail() -> None:
+    grid = InProcessGrid(counting_app(), 5, num_workers=2)
+    process = send(grid, [0, 1])[0].content["metrics"]["process"]
+    os.kill(process, signal.SIGKILL)
+    replies = send(grid, [0, 1, 3, 4])
+    assert [reply.has_error() for reply in replies] == [True, False, True, False]
+    assert not any(reply.has_error() for reply in send(grid, [0, 1, 3, 4]))
+    grid.close()
+
+
+def test_giving_up_in_the_middle_ends_the_workers() -> None:
+    def interrupted(client_id: int, status: str) -> None:
+        raise KeyboardInterrupt
+
+    grid = InProcessGrid(counting_app(), 5, num_workers=2, on_reply=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        send(grid, [0, 1, 3, 4])
+    gc.collect()
+    assert_no_process_is_left()
+
+
+def test_workers_end_with_the_grid() -> None:
+    grid = InProcessGrid(counting_app(), 2, num_workers=2)
+    send(grid, [0, 1])
+    del grid
+    gc.collect()
+    assert_no_process_is_left()
 
 
 def test_clients_beyond_the_timeout_stay_silent() -> None:
@@ -120,6 +170,8 @@ def test_workers_are_refused_where_forking_is_unsafe(monkeypatch: pytest.MonkeyP
     [
         ("quickstart", ("communication.uplink=int4",)),
         ("head_only", ()),  # features computed by one worker serve the others
+        ("quickstart", ("aggregation.name=flora",)),  # merges into the base weights that workers inherit
+        ("quickstart", ("client.scaffold=true",)),  # clients remember something
     ],
 )
 def test_rounds_with_two_workers_are_bitwise_those_of_one(name: str, overrides: tuple[str, ...]) -> None:
@@ -129,7 +181,13 @@ def test_rounds_with_two_workers_are_bitwise_those_of_one(name: str, overrides: 
     states, metrics = [], []
     for num_workers in (2, 1):
         experiment.reset()
-        grid = InProcessGrid(client_app, len(clients), run_config=run_config, num_workers=num_workers)
+        grid = InProcessGrid(
+            client_app,
+            len(clients),
+            run_config=run_config,
+            num_workers=num_workers,
+            inherited=lambda: experiment.base.num_changes,
+        )
         strategy = build_strategy(experiment, clients)
         strategy.start(grid, strategy.packed_state(), num_rounds=2)
         states.append(strategy.server_state.state)

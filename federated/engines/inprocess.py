@@ -29,7 +29,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from federated.engines.workers import Answer, check_workers, run_forked
+from federated.engines.workers import Answer, Request, Workers
 
 TESTED_FLOWER = ("1.41", "1.42")
 """Flower releases (major.minor) whose internals this file is tested with."""
@@ -61,6 +61,7 @@ class InProcessGrid(Grid):
         num_workers: Processes that share each batch of messages (``federated.engines.workers``).
         prepare: Shown each batch of messages before it runs, with the contexts of their clients, which it
             must leave as they are.
+        inherited: Stands for what workers have from this process; they are forked anew when it changes.
     """
 
     def __init__(
@@ -73,15 +74,15 @@ class InProcessGrid(Grid):
         on_reply: Callable[[int, str], None] | None = None,
         prepare: Callable[[Sequence[Message], Sequence[Context]], None] | None = None,
         num_workers: int = 1,
+        inherited: Callable[[], object] = lambda: None,
     ) -> None:
-        check_workers(num_workers)
         self._client_app = client_app
         self._num_clients = num_clients
         self._run_config = dict(run_config or {})
         self._order = execution_order
         self._on_reply = on_reply
         self._prepare = prepare
-        self._num_workers = num_workers
+        self._workers = Workers(num_workers, self._answers, inherited) if num_workers > 1 else None
         self._contexts: dict[int, Context] = {}
         self._replies: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=_RUN_ID)
@@ -144,21 +145,29 @@ class InProcessGrid(Grid):
         stamped = [_stamp(message, SUPERLINK_NODE_ID) for message in messages]
         deadline = None if timeout is None else time.monotonic() + timeout
         ordered = stamped if self._order is None else self._order(stamped)
-        if self._num_workers > 1 and len(ordered) > 1:
-            answers = run_forked(ordered, self._num_workers, lambda share: self._answers(share, deadline))
+        states = [self.context(_client_of(message)).state for message in ordered]
+        if self._workers is not None and len(ordered) > 1:
+            answers = self._workers.run(ordered, states, deadline)
         else:
-            answers = self._answers(ordered, deadline)
+            answers = self._answers(Request(ordered, states, deadline))
         for answer in answers:
             self._take(answer)
         return [message.metadata.message_id for message in stamped]
 
-    def _answers(self, messages: Sequence[Message], deadline: float | None) -> Iterator[Answer]:
-        """Run messages one after another, until the deadline."""
+    def close(self) -> None:
+        """End the worker processes, if there are any."""
+        if self._workers is not None:
+            self._workers.close()
+
+    def _answers(self, request: Request) -> Iterator[Answer]:
+        """Run messages one after another, until the deadline; in a worker, too."""
+        contexts = [self.context(_client_of(message)) for message in request.messages]
+        for context, state in zip(contexts, request.states, strict=True):
+            context.state = state
         if self._prepare is not None:
-            clients = [message.metadata.dst_node_id - FIRST_NODE_ID for message in messages]
-            self._prepare(messages, [self.context(client_id) for client_id in clients])
-        for message in messages:
-            if deadline is not None and time.monotonic() >= deadline:
+            self._prepare(request.messages, contexts)
+        for message in request.messages:
+            if request.deadline is not None and time.monotonic() >= request.deadline:
                 log.warning("timeout: the remaining clients of this batch were not run")
                 return
             yield self._run_client(message)
@@ -166,7 +175,7 @@ class InProcessGrid(Grid):
     def _run_client(self, message: Message) -> Answer:
         """Run the client that a message is addressed to, on copies of the message and of its own state."""
         node_id = message.metadata.dst_node_id
-        client_id = node_id - FIRST_NODE_ID
+        client_id = _client_of(message)
         context = self.context(client_id)
         working = Context(
             context.run_id,
@@ -188,13 +197,16 @@ class InProcessGrid(Grid):
 
     def _take(self, answer: Answer) -> None:
         """Commit a client's new state and keep its reply until it is asked for."""
-        node_id = answer.message.metadata.dst_node_id
-        client_id = node_id - FIRST_NODE_ID
+        client_id = _client_of(answer.message)
         if answer.state is not None:
             self.context(client_id).state = answer.state
         if self._on_reply is not None:
             self._on_reply(client_id, "failed" if answer.reply.has_error() else "ok")
-        self._replies[answer.message.metadata.message_id] = _stamp(answer.reply, node_id)
+        self._replies[answer.message.metadata.message_id] = _stamp(answer.reply, node_id_of(client_id))
+
+
+def _client_of(message: Message) -> int:
+    return message.metadata.dst_node_id - FIRST_NODE_ID
 
 
 def _stamp(message: Message, source_node_id: int) -> Message:
