@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
 import federated.client
-from benchmarks.limit import CACHES_OFF, EXPERIMENTS, Workload, engine
+from benchmarks.limit import CACHES_OFF, EXPERIMENTS, Engine, Workload
 from benchmarks.machine import Row, write_results
 from federated.experiment import CONFIG_KEY
 from models.loading import TINY_FOLDER
@@ -104,7 +104,7 @@ def measure(case: Case, folder: Path) -> list[Row]:
     """Run rounds without and with caches in turn."""
     overrides = [override.replace("{folder}", str(folder)) for override in case.workload.overrides]
     workload = Workload(case.workload.name, case.workload.config, tuple(overrides), case.workload.num_turns)
-    ways = {"caches off": engine(workload, CACHES_OFF), "caches on": engine(workload)}
+    ways = {"caches off": Engine(workload, CACHES_OFF), "caches on": Engine(workload)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(workload.num_turns + 1):  # the first round fills the caches
         for name, one_round in ways.items():

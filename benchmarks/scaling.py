@@ -23,13 +23,13 @@ import torch
 from PIL import Image
 
 import federated.client
-from benchmarks.limit import EXPERIMENTS, FAST, ONE_STEP, Workload, engine
+from benchmarks.limit import EXPERIMENTS, FAST, ONE_STEP, Engine, Workload
 from benchmarks.machine import Row, write_results
+from federated.byte_counts import payload_bytes, wire_bytes
 from federated.codecs import codec_from_name
 from federated.config import load_config
 from federated.experiment import CONFIG_KEY, build_experiment
 from federated.messages import SERVER_ROUND, write_state
-from federated.payload import payload_bytes, wire_bytes
 
 COHORTS = (2, 8, 32, 128, 256)
 CLIENTS = (4, 100, 1_000, 10_000)
@@ -47,7 +47,7 @@ def cohort_rows(repeats: int = 3) -> Iterable[Row]:
             "partition.num_clients=256",
             f"federation.cohort_size={size}",
         )
-        one_round = engine(Workload("", "quickstart", (*FAST, *ONE_STEP, *overrides), 0))
+        one_round = Engine(Workload("", "quickstart", (*FAST, *ONE_STEP, *overrides), 0))
         one_round()
         seconds = []
         for _ in range(repeats):
@@ -92,7 +92,7 @@ def start_with(num_clients: int, folder: Path) -> dict[str, float]:
     started = time.perf_counter()
     build_experiment(config)
     start_seconds = time.perf_counter() - started
-    one_round = engine(Workload("", "quickstart", overrides, 0))
+    one_round = Engine(Workload("", "quickstart", overrides, 0))
     for _ in range(2):
         one_round()
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -6,18 +6,19 @@ values. Here a reply only has to be readable; whatever a client sends in its pla
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-from flwr.app import RecordDict
+from flwr.app import MetricRecord, RecordDict
 
 from federated.aggregators import ClientProfile, Update
 from federated.client_terms import control_names, split_control
 from federated.codecs import Codec
 from federated.messages import CLIENT_ID, NUM_EXAMPLES, RANK, TRAIN_LOSS, read_state
-from federated.payload import METRICS, layout_of
+from federated.payload import METRICS, Layout, layout_of
 from models.state import State, add_
 
 _UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError, OSError)
@@ -44,6 +45,11 @@ class Start:
     scaling: Mapping[str, float]
     control: State
 
+    @functools.cached_property
+    def answer_layout(self) -> Layout:
+        """Names and shapes of what the client answers with."""
+        return layout_of(self.state | control_names(self.control))
+
 
 @dataclass(frozen=True, eq=False)
 class Answer:
@@ -68,9 +74,8 @@ def read_answer(client_id: int, content: RecordDict, codec: Codec, start: Start)
     Raises:
         UnreadableReplyError: The payload does not fit what was asked for, or the metrics do not.
     """
-    expected = layout_of(start.state | control_names(start.control))
     try:
-        delta, variate_change = split_control(read_state(content, codec, expected))
+        delta, variate_change = split_control(read_state(content, codec, start.answer_layout))
         metrics = _metrics(content)
         num_examples, train_loss = int(metrics[NUM_EXAMPLES]), float(metrics[TRAIN_LOSS])
         next_rank = _checked_rank(start.profile, int(metrics[RANK]))
@@ -105,7 +110,10 @@ def read_evaluation(content: RecordDict) -> dict[str, float]:
 
 
 def _metrics(content: RecordDict) -> dict[str, Any]:
-    return cast(dict[str, Any], dict(content.metric_records[METRICS]))
+    record = content[METRICS]
+    if not isinstance(record, MetricRecord):
+        raise TypeError(f"the record '{METRICS}' is a {type(record).__name__}")
+    return dict(record)
 
 
 def _checked_rank(profile: ClientProfile, asked: int) -> int | None:

@@ -2,7 +2,7 @@
 
 ``load_config`` reads a file (or the name of a shipped configuration), applies ``key=value`` overrides and
 validates. Every error names the dotted key and, for an unknown key, the nearest valid one. Past this module
-configuration objects go no deeper than the builders in ``federated.experiment``.
+configuration objects go no deeper than ``federated.builders`` and ``federated.experiment``.
 """
 
 from __future__ import annotations

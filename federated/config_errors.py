@@ -1,4 +1,7 @@
-"""What is wrong with a configuration, in words: dotted keys, and the nearest valid one for each unknown."""
+"""What is wrong with a configuration, in words: dotted keys, and the nearest valid one for each unknown.
+
+Stands before a run: ``federated.config`` raises what is said here.
+"""
 
 from __future__ import annotations
 

@@ -39,8 +39,10 @@ RANK = "rank"
 SINCE = "since"
 """Keys in the records ``config`` and ``metrics``."""
 
-_MAX_SHARED_BYTES = 16_000_000
-"""Of a downlink that is kept decoded until others have come: four of them are."""
+_Entries = tuple[tuple[str, MetaValue], ...]
+
+_MAX_SHARED_VALUES = 4_000_000
+"""Largest state that stays decoded for the next client, 16 MB; the last four do."""
 
 
 def write_state(
@@ -97,7 +99,8 @@ def read_state(content: RecordDict, codec: Codec, layout: Layout | None) -> Stat
 def read_broadcast(content: RecordDict, codec: Codec, layout: Layout) -> State:
     """Decode the state of a downlink: of this layout, or of the one that travelled with it.
 
-    Clients of one process that receive the same bytes share the tensors, which are to be read only.
+    Clients of one process that receive the same bytes share the tensors, which are to be read only. A round
+    has as many different downlinks as its clients have ranks and versions.
 
     Raises:
         PayloadError: As ``read_state``.
@@ -106,16 +109,18 @@ def read_broadcast(content: RecordDict, codec: Codec, layout: Layout) -> State:
     expected = None if isinstance(config, ConfigRecord) and LAYOUT in config else layout
     if isinstance(arrays, ArrayRecord) and isinstance(config, ConfigRecord) and set(arrays) == {FLAT}:
         array, entries = arrays[FLAT], tuple(config.items())
-        if len(array.data) <= _MAX_SHARED_BYTES and not any(isinstance(value, list) for _, value in entries):
+        if _is_small(config) and not any(isinstance(value, list) for _, value in entries):
             kind = array.dtype, tuple(array.shape), array.stype
             return _decoded_once(array.data, kind, cast(_Entries, entries), codec, expected)
     return read_state(content, codec, expected)
 
 
-_Entries = tuple[tuple[str, MetaValue], ...]
+def _is_small(config: ConfigRecord) -> bool:
+    count = config.get(NUM_VALUES)
+    return isinstance(count, int) and count <= _MAX_SHARED_VALUES
 
 
-@functools.lru_cache(maxsize=4)  # a round has as many downlinks as there are ranks and versions
+@functools.lru_cache(maxsize=4)
 def _decoded_once(
     data: bytes,
     kind: tuple[str, tuple[int, ...], str],

@@ -129,19 +129,19 @@ def cpu_name() -> str:
 def peak_memory_bytes() -> int:
     """Return the most memory that this process or one of its workers has held (Linux, which counts in kB)."""
     ended = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return 1024 * max([ended, *_living_children_kilobytes()])
+    return 1024 * max([ended, *_kilobytes_of_living_children()])
 
 
-def _living_children_kilobytes() -> Iterator[int]:
-    """Yield the most that each process has held which this one has started and not waited for (Linux)."""
+def _kilobytes_of_living_children() -> Iterator[int]:
+    """Yield the most, in units of 1,024 B, that each process held that this one started and has not ended."""
     for path in Path("/proc").glob("[0-9]*/status"):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:  # it has ended meanwhile
             continue
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        if int(fields["PPid"]) == os.getpid() and "VmHWM" in fields:
-            yield int(fields["VmHWM"].split()[0])
+        values = dict(line.split(":", 1) for line in lines if ":" in line)
+        if "VmHWM" in values and int(values["PPid"]) == os.getpid():
+            yield int(values["VmHWM"].split()[0])
 
 
 def _commit() -> str:

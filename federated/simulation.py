@@ -54,7 +54,9 @@ def run_experiment(
             inherited=lambda: experiment.base.num_changes,
         )
         if config.engine.workers > 1:
-            experiment.caches.captions.read_known()  # once here, not in each worker
+            # Once here, not in each worker: tokens, and the form in which decoded images are kept.
+            experiment.caches.captions.read_known()
+            experiment.train_images.pixel_values([0])
         clients = {client_id: node_id_of(client_id) for client_id in range(experiment.num_clients)}
         with contextlib.closing(grid), display if display is not None else contextlib.nullcontext():
             serve(grid, experiment, clients, folder, display)

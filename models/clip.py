@@ -233,6 +233,9 @@ class FederatedCLIPModel(nn.Module):
     ) -> None:
         """Begin one client's local training: zero moments, first step of the schedule.
 
+        What travels, and what trained at the last `refresh`, is looked at again: call `refresh` after setting
+        requires_grad on anything else.
+
         Args:
             settings: How to train.
             num_steps: Local steps that will follow.

@@ -1,4 +1,7 @@
-"""Random weights that depend on a seed alone: heads, and models that are not pre-trained."""
+"""Random weights that depend on a seed alone: heads, and models that are not pre-trained.
+
+Stands before the first round: every device and every process constructs the same ones.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""State: the named arrays that travel between server and clients, and the files that hold them."""
+"""State: the named arrays that travel between server and clients, and the files that hold them.
+
+Stands at both ends of every transfer of a round. A client's state and a decoded one lie end to end in one
+vector, which spares most of the work on an adapter's many small factors; what is not laid out so is copied.
+"""
 
 from __future__ import annotations
 
@@ -71,23 +75,29 @@ def cut(vector: torch.Tensor, shapes: tuple[tuple[int, ...], ...]) -> list[torch
     """Return tensors of these shapes that share a vector's memory, one after the other.
 
     Args:
-        vector: (n,), contiguous; n is the number of values of all shapes together.
+        vector: (n,), contiguous.
         shapes: Of the tensors.
+
+    Raises:
+        ValueError: n is not the number of values of all shapes together, or the vector has gaps.
     """
+    places, num_values = _places(shapes)
+    if tuple(vector.shape) != (num_values,) or not vector.is_contiguous():
+        raise ValueError(f"shapes of {num_values} values cannot be cut from a tensor {tuple(vector.shape)}")
     start = vector.storage_offset()
-    return [vector.as_strided(shape, strides, start + first) for shape, strides, first in _places(shapes)]
+    return [vector.as_strided(shape, strides, start + first) for shape, strides, first in places]
 
 
 @functools.lru_cache(maxsize=64)
 def _places(
     shapes: tuple[tuple[int, ...], ...],
-) -> tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]:
-    """Return shape, strides and first value of each tensor."""
+) -> tuple[tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...], int]:
+    """Return shape, strides and first value of each tensor, and how many values there are."""
     places, first = [], 0
     for shape in shapes:
         places.append((shape, tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))), first))
         first += math.prod(shape)
-    return tuple(places)
+    return tuple(places), first
 
 
 def end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -125,6 +125,7 @@ class RealFederation:
         self.metered = MeteredGrid(self.grid, self.ledger, of_node.__getitem__)
         self.strategy = build_strategy(experiment, clients)
         self.cohort: list[int] = []
+        self.broadcasts: list[tuple[State, State]] = []
         monkeypatch.setattr(federated.client, "experiment_of", lambda run_config: experiment)
         monkeypatch.setattr(federated.strategy, "sample_cohort", lambda *arguments: list(self.cohort))
         self._watch(monkeypatch)
@@ -133,8 +134,13 @@ class RealFederation:
         original_train, original_take, original_encode = (
             getattr(federated.client, name) for name in ("train_locally", "take_in", "encode")
         )
-        original_fold = self.experiment.base.fold
+        original_fold, original_read = self.experiment.base.fold, federated.client.read_broadcast
         current = [0]
+
+        def read_broadcast(*arguments: Any) -> State:
+            shared = original_read(*arguments)
+            self.broadcasts.append((shared, {name: tensor.clone() for name, tensor in shared.items()}))
+            return shared
 
         def take_in(experiment: Experiment, message: Message, context: Any, rank: int | None) -> Any:
             current[0] = int(context.node_config["partition-id"])
@@ -164,6 +170,7 @@ class RealFederation:
 
         for name, function in (("train_locally", train_locally), ("take_in", take_in), ("encode", encode)):
             monkeypatch.setattr(federated.client, name, function)
+        monkeypatch.setattr(federated.client, "read_broadcast", read_broadcast)
         monkeypatch.setattr(self.experiment.base, "fold", fold_twice)
 
     def play(self, server_round: int, cohort: Iterable[int]) -> None:
@@ -171,6 +178,12 @@ class RealFederation:
         self.cohort = sorted(cohort)
         messages = self.strategy.configure_train(server_round, ArrayRecord(), ConfigRecord(), self.metered)
         self.strategy.aggregate_train(server_round, self.metered.send_and_receive(messages))
+        self.check_broadcasts()
+
+    def check_broadcasts(self) -> None:
+        """Clients share what they decode, so none may have written to it."""
+        for shared, as_decoded in self.broadcasts:
+            assert all(torch.equal(shared[name], tensor) for name, tensor in as_decoded.items())
 
     def evaluate(self, server_round: int, clients: Sequence[int]) -> None:
         """Let these clients take in the present state and evaluate."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from flwr.app import RecordDict
 
+from federated.byte_counts import payload_bytes
 from federated.client import CODEC_MEMORY, encode, recall
 from federated.codecs import Codec, codec_from_name, valid_codec_names, with_error_feedback
 from federated.codecs.codings import CODINGS
@@ -28,7 +29,6 @@ from federated.payload import (
     flatten,
     layout_of,
     pack,
-    payload_bytes,
     unpack,
 )
 from models.errors import UserError

@@ -7,11 +7,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from federated.byte_counts import payload_bytes, wire_bytes
 from federated.engines.inprocess import TESTED_FLOWER, InProcessGrid, node_id_of
 from federated.engines.metered import MeteredGrid
 from federated.ledger import Ledger
 from federated.messages import NUM_VALUES, SERVER_ROUND
-from federated.payload import ARRAYS, CONFIG, payload_bytes, wire_bytes
+from federated.payload import ARRAYS, CONFIG
 
 
 def broadcast(grid: InProcessGrid, values: np.ndarray, client_ids: list[int]) -> list[Message]:

@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from flwr.supercore.task_identity import TaskIdentity
 
+from federated.byte_counts import payload_bytes, wire_bytes
 from federated.codecs import codec_from_name
 from federated.messages import SERVER_ROUND, read_broadcast, read_state, write_state
 from federated.payload import (
@@ -29,10 +30,8 @@ from federated.payload import (
     layout_to_bytes,
     num_values,
     pack,
-    payload_bytes,
     unflatten,
     unpack,
-    wire_bytes,
 )
 from models.errors import UserError
 
@@ -134,14 +133,6 @@ def test_a_decoded_state_is_flattened_without_a_copy():
     state = state_of((3, 5), (7,), (), (2, 3, 4))
     vector = flatten(state, layout_of(state))
     assert np.shares_memory(flatten(unflatten(vector, layout_of(state)), layout_of(state)), vector)
-
-
-def test_flatten_names_what_differs_from_the_layout():
-    expected = layout_of({"a": torch.zeros(2), "b": torch.zeros(2, 3), "c": torch.zeros(1)})
-    with pytest.raises(PayloadError) as caught:
-        flatten({"a": torch.zeros(2), "b": torch.zeros(4, 3), "d": torch.zeros(1)}, expected)
-    for part in ("1 missing: c", "1 unexpected: d", "b [4, 3] instead of [2, 3]"):
-        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -306,10 +297,10 @@ def test_wire_bytes_hold_for_many_arrays_in_several_records():
 
 
 def test_wire_bytes_hold_for_records_of_every_size():
-    for size in (0, 1, 50, 5000):
+    for size in (0, 1, 15, 200):
         content = packed(10)
-        content[METRICS] = MetricRecord({"loss": 0.5, "ids": [10**k for k in range(size)][:18]})
-        content["extra"] = ConfigRecord({f"key-{i}": "x" * i for i in range(min(size, 30))})
+        content[METRICS] = MetricRecord({"loss": 0.5, "ids": [10 ** (k % 18) for k in range(size)]})
+        content["extra"] = ConfigRecord({f"key-{i}": "x" * i for i in range(size)})
         assert wire_bytes(content) == serialised_by_flower(content)
 
 
@@ -360,6 +351,11 @@ def test_a_broadcast_is_decoded_anew_when_anything_about_it_differs():
     assert read_broadcast(content, codec, layout)["tensor.0"].shape == (5, 3)
     with pytest.raises(PayloadError, match="digest"):
         read_broadcast(write_state(other, codec, np.random.default_rng(0), {}), codec, layout)
+    rounding = codec_from_name("int8:sr")  # of the layout and length of int8
+    sent = write_state(state, rounding, np.random.default_rng(0), {})
+    assert read_broadcast(sent, rounding, layout).keys() == state.keys()
+    with pytest.raises(PayloadError, match="the configuration says int8"):
+        read_broadcast(sent, codec_from_name("int8"), layout)
 
 
 def test_a_broadcast_without_its_records_is_refused():

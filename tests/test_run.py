@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from federated.config import load_config
 from federated.engines.inprocess import InProcessGrid
 from federated.experiment import experiment_of
 from federated.ledger import Ledger
+from federated.run_folder import peak_memory_bytes
 from federated.simulation import run_experiment
 from models.loading import TINY_FOLDER
 from tests.small_run import lines_without_times, small_config
@@ -154,3 +158,17 @@ def test_a_run_without_its_report_leaves_everything_else(tmp_path: Path) -> None
     assert not (path / "report.html").exists()
     assert (path / "summary.json").is_file()
     assert (path / "adapter").is_dir()
+
+
+def test_peak_memory_counts_a_child_that_still_runs() -> None:
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    touched = "x[::4096] = bytes(len(x[::4096]))"
+    hold = f"x = bytearray({own + 50_000_000}); {touched}; print(len(x), flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert int(child.stdout.readline()) > own
+        assert peak_memory_bytes() > own + 50_000_000
+        child.communicate("\n")
+    assert peak_memory_bytes() > own + 50_000_000  # ended, it counts as well

@@ -43,19 +43,31 @@ def test_cut_tensors_are_joined_without_a_copy(chosen):
 def test_what_does_not_lie_end_to_end_is_copied(order):
     pieces = cut(torch.randn(NUM_VALUES), SHAPES)
     picked = [pieces[index] for index in order]
-    assert torch.equal(end_to_end(picked), torch.cat([piece.reshape(-1) for piece in picked]))
+    joined = end_to_end(picked)
+    assert torch.equal(joined, torch.cat([piece.reshape(-1) for piece in picked]))
+    assert joined.untyped_storage().data_ptr() != pieces[0].untyped_storage().data_ptr()
 
 
 def test_transposed_and_foreign_tensors_are_copied_in_the_order_of_their_values():
     vector = torch.randn(12)
     across = cut(vector, ((3, 4),))[0].t()
-    assert torch.equal(end_to_end([across]), across.reshape(-1))
+    joined = end_to_end([across])
+    assert torch.equal(joined, across.reshape(-1))
+    assert joined.data_ptr() != vector.data_ptr()
     first, second = cut(vector, ((6,), (6,)))
     foreign = torch.randn(6)
     assert torch.equal(end_to_end([first, foreign]), torch.cat([first, foreign]))
     assert torch.equal(
         end_to_end([first.view(torch.int32), second.view(torch.int32)]).view(torch.float32), vector
     )
+
+
+@pytest.mark.parametrize(
+    "vector", [torch.zeros(NUM_VALUES - 1), torch.zeros(NUM_VALUES + 1), torch.zeros(2 * NUM_VALUES)[::2]]
+)
+def test_a_vector_that_does_not_fit_the_shapes_is_refused(vector):
+    with pytest.raises(ValueError, match=f"shapes of {NUM_VALUES} values"):
+        cut(vector, SHAPES)
 
 
 def test_a_difference_and_its_sum_are_written_over_what_changes():

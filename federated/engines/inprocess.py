@@ -11,16 +11,19 @@ What it guarantees:
 * a client that raises becomes a Flower error reply, and the round goes on;
 * memory does not grow with the number of clients: a client's ``Context`` exists once it has been called.
 
-All use of Flower's internals by this project is in this file (message identity, run, task identity) and in
-``federated.payload.wire_bytes`` (serialised size). Tested with the versions in ``TESTED_FLOWER``.
+All use of Flower's internals by this project is in this folder (message identity, run, task identity, and
+for workers its serialisation) and in ``federated.byte_counts`` (serialised size). Tested with the versions in
+``TESTED_FLOWER``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
@@ -29,7 +32,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from federated.engines.workers import Answer, Request, Workers
+from federated.engines.pipes import Answer, Request
+from federated.engines.workers import Workers
 
 TESTED_FLOWER = ("1.41", "1.42")
 """Flower releases (major.minor) whose internals this file is tested with."""
@@ -82,7 +86,7 @@ class InProcessGrid(Grid):
         self._order = execution_order
         self._on_reply = on_reply
         self._prepare = prepare
-        self._workers = Workers(num_workers, self._answers, inherited) if num_workers > 1 else None
+        self._workers = Workers(num_workers, self._serve_request, inherited) if num_workers > 1 else None
         self._contexts: dict[int, Context] = {}
         self._replies: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=_RUN_ID)
@@ -100,13 +104,13 @@ class InProcessGrid(Grid):
 
     def context(self, client_id: int) -> Context:
         """Return a client's context, creating it at its first use."""
-        node_id = node_id_of(client_id)
-        if node_id not in self._contexts:
-            node_config: UserConfig = {"partition-id": client_id, "num-partitions": self._num_clients}
-            self._contexts[node_id] = Context(
-                _RUN_ID, node_id, node_config, RecordDict(), dict(self._run_config)
-            )
-        return self._contexts[node_id]
+        if client_id not in self._contexts:
+            self._contexts[client_id] = self._new_context(client_id, RecordDict())
+        return self._contexts[client_id]
+
+    def _new_context(self, client_id: int, state: RecordDict) -> Context:
+        node_config: UserConfig = {"partition-id": client_id, "num-partitions": self._num_clients}
+        return Context(_RUN_ID, node_id_of(client_id), node_config, state, dict(self._run_config))
 
     def create_message(
         self,
@@ -145,47 +149,54 @@ class InProcessGrid(Grid):
         stamped = [_stamp(message, SUPERLINK_NODE_ID) for message in messages]
         deadline = None if timeout is None else time.monotonic() + timeout
         ordered = stamped if self._order is None else self._order(stamped)
-        states = [self.context(_client_of(message)).state for message in ordered]
-        if self._workers is not None and len(ordered) > 1:
-            answers = self._workers.run(ordered, states, deadline)
-        else:
-            answers = self._answers(Request(ordered, states, deadline))
-        for answer in answers:
-            self._take(answer)
+        with contextlib.closing(self._run_all(ordered, deadline)) as answers:
+            for answer in answers:
+                self._take(answer)
         return [message.metadata.message_id for message in stamped]
+
+    def _run_all(self, messages: Sequence[Message], deadline: float | None) -> Generator[Answer, None, None]:
+        clients = [_client_of(message) for message in messages]
+        if self._workers is None or not 1 < len(messages) == len(set(clients)):  # a client's are run in turn
+            return self._answers(messages, deadline, lambda client_id: self.context(client_id).state)
+        return self._workers.run(messages, [self.context(client_id).state for client_id in clients], deadline)
 
     def close(self) -> None:
         """End the worker processes, if there are any."""
         if self._workers is not None:
             self._workers.close()
 
-    def _answers(self, request: Request) -> Iterator[Answer]:
-        """Run messages one after another, until the deadline; in a worker, too."""
-        contexts = [self.context(_client_of(message)) for message in request.messages]
-        for context, state in zip(contexts, request.states, strict=True):
-            context.state = state
+    def _serve_request(self, request: Request) -> Iterator[Answer]:
+        """Run a worker's share, in the worker, which keeps no client's state for the next request."""
+        self._contexts.clear()
+        clients = [_client_of(message) for message in request.messages]
+        states = dict(zip(clients, request.states, strict=True))
+        return self._answers(request.messages, request.deadline, states.__getitem__)
+
+    def _answers(
+        self, messages: Sequence[Message], deadline: float | None, state_of: Callable[[int], RecordDict]
+    ) -> Generator[Answer, None, None]:
+        """Run messages one after another, until the deadline.
+
+        Args:
+            messages: To run in this order.
+            deadline: On the monotonic clock, or None.
+            state_of: What a client has in its ``Context.state`` when its turn comes.
+        """
         if self._prepare is not None:
-            self._prepare(request.messages, contexts)
-        for message in request.messages:
-            if request.deadline is not None and time.monotonic() >= request.deadline:
+            clients = [_client_of(message) for message in messages]
+            self._prepare(messages, [self._new_context(c, state_of(c)) for c in clients])
+        for message in messages:
+            if deadline is not None and time.monotonic() >= deadline:
                 log.warning("timeout: the remaining clients of this batch were not run")
                 return
-            yield self._run_client(message)
+            yield self._run_client(message, state_of(_client_of(message)))
 
-    def _run_client(self, message: Message) -> Answer:
+    def _run_client(self, message: Message, state: RecordDict) -> Answer:
         """Run the client that a message is addressed to, on copies of the message and of its own state."""
-        node_id = message.metadata.dst_node_id
         client_id = _client_of(message)
-        context = self.context(client_id)
-        working = Context(
-            context.run_id,
-            node_id,
-            dict(context.node_config),
-            _clone(context.state),
-            dict(context.run_config),
-        )
-        inbox = Message(_clone(message.content), node_id, message.metadata.message_type)
-        inbox.__dict__["_metadata"] = message.metadata
+        working = self._new_context(client_id, _clone(state))
+        inbox = copy.copy(message)
+        inbox.content = _clone(message.content)
         try:
             return Answer(message, self._client_app(message=inbox, context=working), working.state)
         except Exception as error:  # the one place where a client's crash becomes an error reply

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from federated.byte_counts import payload_bytes, wire_bytes
 from federated.ledger import Direction, Ledger, Phase, Transfer
 from federated.messages import NUM_VALUES, SERVER_ROUND
-from federated.payload import CONFIG, payload_bytes, wire_bytes
+from federated.payload import CONFIG
 
 
 class MeteredGrid(Grid):
@@ -58,9 +59,8 @@ class MeteredGrid(Grid):
     def _enter(
         self, request: Message, content: RecordDict | None, direction: Direction, *, wire: int, failed: bool
     ) -> None:
-        num_values = 0
-        if content is not None and CONFIG in content:
-            num_values = int(cast(Mapping[str, int], content[CONFIG]).get(NUM_VALUES, 0))
+        config = None if content is None else content.get(CONFIG)
+        num_values = config.get(NUM_VALUES) if isinstance(config, ConfigRecord) else 0
         self._ledger.append(
             Transfer(
                 server_round=int(cast(Mapping[str, int], request.content[CONFIG])[SERVER_ROUND]),
@@ -68,7 +68,7 @@ class MeteredGrid(Grid):
                 direction=direction,
                 phase=cast(Phase, request.metadata.message_type.partition(".")[0]),
                 status="failed" if failed else "ok",
-                parameters=num_values,
+                parameters=num_values if isinstance(num_values, int) and num_values >= 0 else 0,  # as told
                 payload_bytes=0 if content is None else payload_bytes(content),
                 wire_bytes=wire,
             )

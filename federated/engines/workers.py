@@ -1,73 +1,43 @@
 """Worker processes: a round's clients shared out over forked copies of this process.
 
 Where it stands in a round: inside the in-process grid, when `engine.workers` is above 1. A worker inherits
-model, data and caches (copy-on-write) when it is forked, at the first batch of messages, and then serves one
-batch after another: requests bring each client's message and state through a pipe, answers bring its reply
-and new state back, all in Flower's own serialisation. When what workers inherited is no longer what this
-process has (an aggregator merged into the base weights), they are forked anew. Results are those of one
-process, bit by bit. A worker that dies takes only its own clients with it: they get error replies.
+model and data when it is forked, at the first batch of messages (what is cached lies in shared memory), and
+then serves one batch after another through a pair of pipes (``federated.engines.pipes``). When what workers
+inherited is no longer what this process has (an aggregator merged into the base weights), they are forked
+anew. Results are those of one process, bit by bit. A worker that dies takes only its own clients with it:
+they get error replies, and another takes its place.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
-import json
 import logging
 import os
 import selectors
 import signal
-import struct
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import BinaryIO
 
 import torch
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.common.serde import message_from_proto, message_to_proto, recorddict_from_proto, recorddict_to_proto
-from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
+from federated.engines.pipes import (
+    Answer,
+    FrameReader,
+    Request,
+    answer_from_frame,
+    answer_to_frame,
+    request_from_frame,
+    request_to_frame,
+    write_frame,
+)
 from models.errors import UserError
 
 log = logging.getLogger(__name__)
-
-_READ_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came of a message.
-
-    Attributes:
-        message: The message.
-        reply: The client's reply, or an error.
-        state: What its ``Context.state`` is from now on; None leaves it as it was.
-    """
-
-    message: Message
-    reply: Message
-    state: RecordDict | None
-
-
-@dataclass(frozen=True)
-class Request:
-    """A worker's share of a batch of messages.
-
-    Attributes:
-        messages: To run in this order.
-        states: What the client of each message has in its ``Context.state``.
-        deadline: On the monotonic clock, after which no further client starts; None: there is none.
-    """
-
-    messages: Sequence[Message]
-    states: Sequence[RecordDict]
-    deadline: float | None
-
 
 Work = Callable[[Request], Iterator[Answer]]
 """Runs messages one after another; may end early, at a deadline."""
@@ -113,39 +83,44 @@ class Workers:
         self._inherited = inherited
         self._forked_with: object = None
         self._workers: list[_Worker] = []
-        self._end = weakref.finalize(self, _end, self._workers, os.getpid())
+        self._owner = os.getpid()
+        weakref.finalize(self, _end_all, self._workers, self._owner)
 
     def run(
         self, messages: Sequence[Message], states: Sequence[RecordDict], deadline: float | None
-    ) -> Iterator[Answer]:
+    ) -> Generator[Answer, None, None]:
         """Run messages; yield answers as they come, and none for what the deadline left out.
 
+        Close the generator when giving up before its end: that ends the processes that still run clients.
+
         Args:
-            messages: Dealt out in turn: worker k runs messages k, k + num_workers, ...
+            messages: Each to another client; worker k runs messages k, k + num_workers, ...
             states: What each message's client remembers.
             deadline: On the monotonic clock, or None.
         """
-        self._bring_up_to_date()
-        busy = self._workers[: len(messages)]
-        step = len(busy)
         try:
+            self._bring_up_to_date()
+            busy = self._workers[: len(messages)]
+            step = len(busy)
             for first, worker in enumerate(busy):
                 worker.give(Request(messages[first::step], states[first::step], deadline))
             yield from self._collect(busy)
-        except BaseException:  # the caller gave up: what is still running has no one to answer to
+        except BaseException:  # what is still running has no one to answer to
             self.close()
             raise
 
     def close(self) -> None:
         """End the processes; the next batch of messages forks new ones."""
-        _end(self._workers, os.getpid())
+        _end_all(self._workers, self._owner)
 
     def _bring_up_to_date(self) -> None:
-        """Fork what is missing; all anew where something has changed that they inherited."""
+        """Fork what is missing or has died; all anew where something has changed that they inherited."""
         inherited = self._inherited()
-        if inherited != self._forked_with:
+        if inherited != self._forked_with or not all(worker.is_done for worker in self._workers):
             self.close()
-            self._forked_with = inherited
+        self._forked_with = inherited
+        for worker in [worker for worker in self._workers if worker.has_ended()]:
+            self._workers.remove(worker)
         while len(self._workers) < self._num_workers:
             self._workers.append(_fork(self._work, self._workers))
 
@@ -157,12 +132,11 @@ class Workers:
             while selector.get_map():
                 for key, _ in selector.select():
                     worker = key.data
-                    chunk = os.read(worker.answers, _READ_BYTES)
-                    worker.buffer += chunk
+                    is_alive = worker.reader.read_some()
                     yield from worker.answers_so_far()
-                    if worker.is_done or not chunk:
+                    if worker.is_done or not is_alive:
                         selector.unregister(worker.answers)
-                    if not chunk:
+                    if not is_alive:
                         self._workers.remove(worker)
                         yield from worker.bury()
 
@@ -175,83 +149,98 @@ class _Worker:
         process_id: Its number.
         requests: Where requests go, a file descriptor.
         answers: Where answers come from.
+        reader: Reads them.
         messages: What it is running.
         waiting: Which of them it has not answered.
-        buffer: What it has sent and nobody has read.
         is_done: Whether it waits for the next request.
     """
 
     process_id: int
     requests: int
     answers: int
+    reader: FrameReader = field(init=False)
     messages: Sequence[Message] = ()
     waiting: set[int] = field(default_factory=set)
-    buffer: bytearray = field(default_factory=bytearray)
     is_done: bool = True
 
+    def __post_init__(self) -> None:
+        self.reader = FrameReader(self.answers)
+
     def give(self, request: Request) -> None:
-        """Send its share of a batch; should it have died meanwhile, reading its answers will show it."""
+        """Send its share of a batch; should it die meanwhile, reading its answers will show it."""
         self.messages, self.waiting, self.is_done = request.messages, set(range(len(request.messages))), False
-        with (
-            contextlib.suppress(BrokenPipeError),
-            os.fdopen(self.requests, "wb", closefd=False, buffering=_READ_BYTES) as stream,
-        ):
-            _write(stream, _parts_of(request))
+        with contextlib.suppress(BrokenPipeError):
+            write_frame(self.requests, request_to_frame(request))
 
     def answers_so_far(self) -> Iterator[Answer]:
-        """Take the complete answers out of what was read."""
-        while (parts := _first_frame(self.buffer)) is not None:
-            if not parts:
+        """Yield the answers that have been read; an empty frame says that there are no more."""
+        for frame in self.reader.complete_frames():
+            if not frame:
                 self.is_done = True
                 continue
-            head, reply, *state = parts
-            number = int.from_bytes(head, "little")
-            self.waiting.discard(number)
-            yield Answer(
-                self.messages[number],
-                message_from_proto(ProtoMessage.FromString(reply)),
-                _records_from(state[0]) if state else None,
-            )
+            place, answer = answer_from_frame(frame, self.messages)
+            self.waiting.discard(place)
+            yield answer
+
+    def has_ended(self) -> bool:
+        """Whether it has died while it waited; then nothing is left of it."""
+        ended, _ = _wait(self.process_id, os.WNOHANG)
+        if ended:
+            self._close_pipes()
+        return bool(ended)
 
     def bury(self) -> Iterator[Answer]:
         """Answer for the clients that a dead worker leaves."""
-        os.close(self.requests)
-        os.close(self.answers)
-        _, status = os.waitpid(self.process_id, 0)
+        self._close_pipes()
+        _, status = _wait(self.process_id)
         code = os.waitstatus_to_exitcode(status)
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        reason = (
-            f"worker process {how} (out of memory?); {len(self.waiting)} clients of its share did not finish"
-        )
+        guess = " (out of memory?)" if code == -signal.SIGKILL else ""
+        reason = f"worker process {how}{guess}; {len(self.waiting)} clients of its share did not finish"
         log.warning("%s", reason)
-        for number in sorted(self.waiting):
-            message = self.messages[number]
+        for place in sorted(self.waiting):
+            message = self.messages[place]
             error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
             yield Answer(message, Message(error, reply_to=message), None)
 
-
-def _end(workers: list[_Worker], owner: int) -> None:
-    """Kill processes and forget them: they hold nothing unsent. In a forked copy of the owner, do nothing."""
-    if os.getpid() != owner:
-        return
-    while workers:
-        worker = workers.pop()
+    def end(self) -> None:
+        """Kill it: it holds nothing that was not sent."""
+        self._close_pipes()
         with contextlib.suppress(ProcessLookupError):
-            os.kill(worker.process_id, signal.SIGKILL)
-        os.waitpid(worker.process_id, 0)
-        os.close(worker.requests)
-        os.close(worker.answers)
+            os.kill(self.process_id, signal.SIGKILL)
+        _wait(self.process_id)
+
+    def _close_pipes(self) -> None:
+        os.close(self.requests)
+        os.close(self.answers)
 
 
-# ---- in the worker
+def _wait(process_id: int, options: int = 0) -> tuple[int, int]:
+    """Return ``os.waitpid``'s answer; one that somebody else has waited for has ended, nobody knows how."""
+    try:
+        return os.waitpid(process_id, options)
+    except ChildProcessError:
+        return process_id, 0
+
+
+def _end_all(workers: list[_Worker], owner: int) -> None:
+    """End processes and forget them; a forked copy of their owner must leave them alone."""
+    while workers and os.getpid() == owner:
+        workers.pop().end()
 
 
 def _fork(work: Work, others: Sequence[_Worker]) -> _Worker:
+    """Return a new worker; the child stays inside until its parent closes the pipe, or is gone."""
     sys.stdout.flush()
     sys.stderr.flush()
-    requests_out, requests_in = os.pipe()
-    answers_out, answers_in = os.pipe()
-    process_id = os.fork()
+    pipes = [*os.pipe(), *os.pipe()]
+    requests_out, requests_in, answers_out, answers_in = pipes
+    try:
+        process_id = os.fork()
+    except OSError:
+        for pipe in pipes:
+            os.close(pipe)
+        raise
     if process_id:
         os.close(requests_out)
         os.close(answers_in)
@@ -263,91 +252,23 @@ def _fork(work: Work, others: Sequence[_Worker]) -> _Worker:
         _serve(work, requests_out, answers_in)
         status = 0
     finally:
+        error = sys.exc_info()[1]
+        if isinstance(error, Exception) and not isinstance(error, BrokenPipeError):
+            log.error("a worker process cannot go on", exc_info=error)  # no client's: the grid catches those
         os._exit(status)  # nothing of the parent's may run again here: no handlers, no buffers
 
 
 def _serve(work: Work, requests: int, answers: int) -> None:
-    """Run one request after another until the parent closes the pipe, or is gone."""
+    """Run one request after another, in the child."""
     gc.freeze()  # collecting what was inherited would copy its pages
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with os.fdopen(requests, "rb") as incoming, os.fdopen(answers, "wb") as outgoing:
-        while (parts := _read(incoming)) is not None:
-            request = _request_from(parts)
-            numbers = {message.metadata.message_id: n for n, message in enumerate(request.messages)}
+    reader = FrameReader(requests)
+    while reader.read_some():
+        for frame in reader.complete_frames():
+            request = request_from_frame(frame)
+            places = {message.metadata.message_id: n for n, message in enumerate(request.messages)}
             for answer in work(request):
-                number = numbers[answer.message.metadata.message_id]
-                state = [] if answer.state is None else [_bytes_of(answer.state)]
-                reply = message_to_proto(answer.reply).SerializeToString()
-                _write(outgoing, [number.to_bytes(4, "little"), reply, *state])
+                place = places[answer.message.metadata.message_id]
+                write_frame(answers, answer_to_frame(answer, place))
             sys.stdout.flush()
-            _write(outgoing, [])
-
-
-# ---- what goes through the pipes
-
-
-def _parts_of(request: Request) -> list[bytes]:
-    """Return a request as byte strings: a broadcast's content once, then each message's head and state."""
-    contents = {id(message.content): message.content for message in request.messages}
-    places = {key: place for place, key in enumerate(contents)}
-    of_message = [places[id(message.content)] for message in request.messages]
-    head = json.dumps({"deadline": request.deadline, "contents": len(contents), "of_message": of_message})
-    parts = [head.encode(), *(_bytes_of(content) for content in contents.values())]
-    for message, state in zip(request.messages, request.states, strict=True):
-        shell = copy.copy(message)
-        shell.content = RecordDict()
-        parts += [message_to_proto(shell).SerializeToString(), _bytes_of(state)]
-    return parts
-
-
-def _request_from(parts: Sequence[bytes]) -> Request:
-    head = json.loads(parts[0])
-    first = 1 + head["contents"]
-    contents = [_records_from(part) for part in parts[1:first]]
-    messages = [message_from_proto(ProtoMessage.FromString(part)) for part in parts[first::2]]
-    for message, place in zip(messages, head["of_message"], strict=True):
-        message.content = contents[place]
-    return Request(messages, [_records_from(part) for part in parts[first + 1 :: 2]], head["deadline"])
-
-
-def _bytes_of(records: RecordDict) -> bytes:
-    return recorddict_to_proto(records).SerializeToString()
-
-
-def _records_from(part: bytes) -> RecordDict:
-    return recorddict_from_proto(ProtoRecordDict.FromString(part))
-
-
-def _write(stream: BinaryIO, parts: Sequence[bytes]) -> None:
-    """Write byte strings as one frame: how many, their lengths, themselves."""
-    stream.write(struct.pack(f"<I{len(parts)}Q", len(parts), *map(len, parts)))
-    for part in parts:
-        stream.write(part)
-    stream.flush()
-
-
-def _read(stream: BinaryIO) -> list[bytes] | None:
-    """Read one frame; None at the end of the pipe."""
-    if len(head := stream.read(4)) < 4:
-        return None
-    (count,) = struct.unpack("<I", head)
-    return [stream.read(size) for size in struct.unpack(f"<{count}Q", stream.read(8 * count))]
-
-
-def _first_frame(buffer: bytearray) -> list[bytes] | None:
-    """Take the first frame out of a buffer; None where it is not complete."""
-    if len(buffer) < 4:
-        return None
-    (count,) = struct.unpack_from("<I", buffer)
-    end = 4 + 8 * count
-    if len(buffer) < end:
-        return None
-    sizes = struct.unpack_from(f"<{count}Q", buffer, 4)
-    if len(buffer) < end + sum(sizes):
-        return None
-    parts = []
-    for size in sizes:
-        parts.append(bytes(buffer[end : end + size]))
-        end += size
-    del buffer[:end]
-    return parts
+            write_frame(answers, [])
