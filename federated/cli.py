@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from federated.commands import data, inference, training
+from federated.commands.importing import modules_that_stay
 from models.errors import UserError
 
 app = typer.Typer(
@@ -52,10 +53,11 @@ def run(
 
     Example: fedlora run quickstart federation.rounds=3 output.name=short
     """
-    from federated.config import load_config
-    from federated.reporting.console import RunDisplay, print_results, print_where
-    from federated.reporting.run_record import read_run
-    from federated.simulation import run_experiment
+    with modules_that_stay():
+        from federated.config import load_config
+        from federated.reporting.console import RunDisplay, print_results, print_where
+        from federated.reporting.run_record import read_run
+        from federated.simulation import run_experiment
 
     loaded = load_config(config, overrides or [])
     console = Console()
@@ -82,9 +84,10 @@ def info(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
     Example: fedlora info clip_lora model.pretrained=false
     """
-    from federated.config import load_config
-    from federated.inspection import describe_run, description_tables
-    from federated.reporting.console import print_table
+    with modules_that_stay():
+        from federated.config import load_config
+        from federated.inspection import describe_run, description_tables
+        from federated.reporting.console import print_table
 
     console = Console()
     for title, table in description_tables(describe_run(load_config(config, overrides or []))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from federated.cli import main
+from federated.commands.importing import modules_that_stay
 from tests.small_run import SMALL
 
 
@@ -132,3 +134,16 @@ def test_an_empty_class_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFi
         image.unlink()
     assert run_command("run", "quickstart", "data.source=imagefolder", f"data.path={folder}") == 2
     assert "dog" in capsys.readouterr().err
+
+
+def test_what_a_command_imports_is_left_out_of_the_search_for_garbage() -> None:
+    before = gc.get_freeze_count()
+    with modules_that_stay():
+        assert not gc.isenabled()
+        kept: list[list[int]] = [[] for _ in range(1000)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= before + len(kept)
+    with pytest.raises(ImportError), modules_that_stay():
+        raise ImportError
+    assert gc.isenabled()
+    gc.unfreeze()

@@ -18,13 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import Row, with_earlier, write_results
 from benchmarks.peers.memory import PeakMemory
+from federated.commands.importing import modules_that_stay
 
 _TINY = (
     "partition.name=iid",
@@ -98,11 +99,17 @@ CONTENDERS = {
 
 def run_contender(name: str, folder: Path) -> dict[str, list[float]]:
     """Run one contender in this process."""
+    contender = CONTENDERS[name]
+    if contender.way == "fedlora":
+        with modules_that_stay():  # as in every command of this project
+            from benchmarks.peers.fedlora_run import fedlora_run
+
+        timings = fedlora_run(folder, contender.engine or {})
+        return {"seconds": timings.seconds, "losses": timings.losses}
     import torch
 
     from benchmarks.peers.prepared import read_prepared
 
-    contender = CONTENDERS[name]
     torch.set_num_threads(contender.threads)
     ways: dict[str, Callable[[], Any]] = {}
     if contender.way in ("plain", "copies"):
@@ -114,14 +121,10 @@ def run_contender(name: str, folder: Path) -> dict[str, list[float]]:
         from benchmarks.peers.pfl_research import pfl_simulation
 
         ways = {"pfl": lambda: pfl_simulation(read_prepared(folder))}
-    elif contender.way == "flower":
+    else:
         from benchmarks.peers.flower import flower_simulation
 
         ways = {"flower": lambda: flower_simulation(read_prepared(folder))}
-    else:
-        from benchmarks.peers.fedlora_run import fedlora_run
-
-        ways = {"fedlora": lambda: fedlora_run(folder, contender.engine or {})}
     timings = ways[contender.way]()
     return {"seconds": timings.seconds, "losses": timings.losses}
 
@@ -171,6 +174,10 @@ def rows_of(title: str, measured: Mapping[str, dict[str, Any]]) -> list[Row]:
     return rows
 
 
+def _median_run(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return sorted(results, key=lambda result: float(result["wall_seconds"]))[len(results) // 2]
+
+
 def _steady(result: Mapping[str, Any]) -> float:
     later = sorted(result["seconds"][1:] or result["seconds"])
     return later[len(later) // 2]
@@ -183,6 +190,7 @@ def main() -> None:
     )
     parser.add_argument("workloads", nargs="*", metavar="workload", help=", ".join(WORKLOADS))
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--turns", type=int, default=1, help="runs of each, in turn; the median is shown")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -198,11 +206,12 @@ def main() -> None:
         title, overrides = WORKLOADS[key]
         with tempfile.TemporaryDirectory() as folder:
             prepare("quickstart", [*_TINY, *overrides], Path(folder))
-            measured = {}
-            for name in names:
-                measured[name] = measure(name, Path(folder))
-                print(title, "|", name, measured[name], flush=True)
-        table += rows_of(title, measured)
+            runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+            for _ in range(arguments.turns):
+                for name in names:
+                    runs[name].append(measure(name, Path(folder)))
+                    print(title, "|", name, runs[name][-1], flush=True)
+        table += rows_of(title, {name: _median_run(results) for name, results in runs.items()})
     notes = f"Not installed, so left out: {', '.join(missing)}." if missing else ""
     print(write_results("peers", "python -m benchmarks.peers", with_earlier("peers", table), notes=notes))
 

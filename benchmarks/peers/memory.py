@@ -8,7 +8,7 @@ from pathlib import Path
 
 _INTERVAL_SECONDS = 0.25
 _IDLE_FACTOR = 20
-"""Reading takes 30 ms a GB: at least so many times as long passes before the next sample."""
+"""A reading takes 30 ms a GB; until the next one pass at least this many times as long as it took."""
 
 
 class PeakMemory(threading.Thread):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from federated.commands.importing import modules_that_stay
 from federated.progress import progress_bar
 from models.errors import UserError
 
@@ -86,11 +87,12 @@ def predict(  # noqa: PLR0913 - the command's options
 
     Example: fedlora predict --model tiny --classes "boots,a bag" photos/1.png
     """
-    from federated.standalone.embeddings import InputOptions
-    from federated.standalone.inference import make_classifier
-    from federated.standalone.inference import predict as predict_images
-    from federated.standalone.output_files import check_output
-    from federated.standalone.result_tables import prediction_records, prediction_table
+    with modules_that_stay():
+        from federated.standalone.embeddings import InputOptions
+        from federated.standalone.inference import make_classifier
+        from federated.standalone.inference import predict as predict_images
+        from federated.standalone.output_files import check_output
+        from federated.standalone.result_tables import prediction_records, prediction_table
 
     chosen = _format(output_format, output)
     if output is not None:
@@ -133,9 +135,10 @@ def encode(  # noqa: PLR0913 - the command's options
 
     Example: fedlora encode tiny captions.txt --text --output captions.npy
     """
-    from federated.standalone.embedding_files import check_array_output, encode_to_file
-    from federated.standalone.embeddings import InputOptions
-    from federated.standalone.inference import compare_with_base
+    with modules_that_stay():
+        from federated.standalone.embedding_files import check_array_output, encode_to_file
+        from federated.standalone.embeddings import InputOptions
+        from federated.standalone.inference import compare_with_base
 
     if output is None and not compare_base:
         raise UserError("name the file to write with --output FILE.safetensors (or .npy)")
@@ -182,10 +185,11 @@ def search(
 
     Example: fedlora search photos.safetensors photos/1.png --image --format json
     """
-    from federated.standalone.embedding_files import read_index
-    from federated.standalone.image_search import open_query_model
-    from federated.standalone.image_search import search as search_index
-    from federated.standalone.result_tables import hit_records, hit_table
+    with modules_that_stay():
+        from federated.standalone.embedding_files import read_index
+        from federated.standalone.image_search import open_query_model
+        from federated.standalone.image_search import search as search_index
+        from federated.standalone.result_tables import hit_records, hit_table
 
     found = read_index(index)
     opened = open_query_model(found, model, adapter=adapter, device=device)

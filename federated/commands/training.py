@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from federated.commands.importing import modules_that_stay
 from federated.progress import progress_bar
 from federated.reporting.console import BarsDisplay, print_notes, print_where
 from federated.reporting.wording import format_metric, format_seconds, metric_label
@@ -41,8 +42,9 @@ def train(
 
     Example: fedlora train quickstart train.epochs=5 train.early_stopping.patience=2
     """
-    from federated.config import load_config
-    from federated.standalone.centralized import train_centrally
+    with modules_that_stay():
+        from federated.config import load_config
+        from federated.standalone.centralized import train_centrally
 
     loaded = load_config(config, overrides or [], name_suffix="-central")
     console = Console()
@@ -73,7 +75,8 @@ def evaluate(
 
     Example: fedlora evaluate runs/quickstart --split validation
     """
-    from federated.standalone.evaluation import evaluate_source
+    with modules_that_stay():
+        from federated.standalone.evaluation import evaluate_source
 
     with progress_bar("images") as report_progress:
         folder, report = evaluate_source(
