@@ -64,7 +64,7 @@ def build_model(
         strategy="lora" if config.uses_adapters else section.fine_tuning or "full",
         train_head=config.task.train_head,
         pretrained=section.pretrained,
-        device=section.device,
+        device=usable_device(section.device, "model.device=cpu"),
         dtype=getattr(torch, section.dtype),
         seed=config.seed,
     )
@@ -78,6 +78,25 @@ def build_model(
             wrapper, config.aggregation.options.get("private_adapter", "private"), seed=config.seed + 1
         )
     return wrapper
+
+
+def usable_device(name: str, remedy: str) -> torch.device:
+    """Return the device of that name.
+
+    Args:
+        name: As torch spells it, ``cpu`` or ``cuda:1``.
+        remedy: What to write for the CPU, where the name was written.
+
+    Raises:
+        UserError: There is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used here ({reason}); take {remedy}") from error
+    return device
 
 
 def training_settings(config: ExperimentConfig) -> TrainingSettings:

@@ -12,6 +12,7 @@ import torch
 from federated.client import app as client_app
 from federated.config import ExperimentConfig, dump_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
+from federated.engines.workers import check_workers
 from federated.experiment import CONFIG_KEY, experiment_of
 from federated.reporting.console import RunDisplay
 from federated.run_folder import RunFolder, check_free
@@ -38,6 +39,7 @@ def run_experiment(
     logging.getLogger("flwr").setLevel(logging.WARNING)
     run_config = {CONFIG_KEY: dump_config(config)}
     with limited_threads(config.engine.threads):
+        check_workers(config.engine.workers)
         path = Path(config.output.root) / str(config.output.name or "run")
         check_free(path, overwrite=overwrite)
         experiment = experiment_of(run_config)

@@ -147,3 +147,19 @@ def test_what_a_command_imports_is_left_out_of_the_search_for_garbage() -> None:
         raise ImportError
     assert gc.isenabled()
     gc.unfreeze()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model.device=gpu",), "model.device=cpu"),
+        (("engine.workers=2", "engine.threads=2"), "engine.threads=1"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_said_before_a_folder_is_made(
+    overrides: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "runs"
+    assert run_command("run", "quickstart", *SMALL, f"output.root={root}", *overrides) == 2
+    assert message in capsys.readouterr().err
+    assert not root.exists()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from federated.aggregators import aggregator_from_name
-from federated.builders import build_model, load_run_data
+from federated.builders import build_model, load_run_data, usable_device
 from federated.config import ExperimentConfig, load_config
 from lora.checkpoint import CONFIG_FILE, FULL_FILE, HEAD_FILE, AdapterFile, read_adapter
 from lora.loading import load_full_checkpoint, load_lora_adapters
@@ -63,7 +63,7 @@ def open_model(
     Raises:
         UserError: it is none of them, incomplete, does not fit together, or there is no such device.
     """
-    path, place = Path(source), _device(device)
+    path, place = Path(source), usable_device(device, "--device cpu")
     run = _run_of(path)
     if run is not None or _is_adapter(path):
         if adapter is not None:
@@ -152,13 +152,3 @@ def _num_head_classes(found: AdapterFile) -> int:
     """C of the head in an adapter file; 0 without one."""
     outputs = (found.head.get(name) for name in ("head.weight", "head.lora_B.weight"))
     return next((int(tensor.shape[0]) for tensor in outputs if tensor is not None), 0)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used here ({reason}); take --device cpu") from error
-    return device
