@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flwr
 import numpy as np
+import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -122,3 +123,17 @@ def test_a_silent_client_still_costs_its_downlink() -> None:
         ("downlink", "failed", 40),
         ("downlink", "failed", 40),
     ]
+
+
+@pytest.mark.parametrize("told", ["many", [1, 2], -3, 0.5])
+def test_a_reply_that_miscounts_its_values_does_not_stop_the_ledger(told: str | list[int] | float) -> None:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return Message(RecordDict({CONFIG: ConfigRecord({NUM_VALUES: told})}), reply_to=message)
+
+    grid, ledger = InProcessGrid(app, 2), Ledger()
+    metered = MeteredGrid(grid, ledger, lambda node_id: node_id - node_id_of(0))
+    list(metered.send_and_receive(broadcast(grid, np.zeros(4, np.float32), [0])))
+    assert [(row.direction, row.parameters) for row in ledger.rows] == [("downlink", 4), ("uplink", 0)]

@@ -15,8 +15,7 @@ from collections.abc import Iterator
 def modules_that_stay() -> Iterator[None]:
     """Import inside; what was imported is never searched for garbage, neither now nor when the program ends.
 
-    Python would do so again and again while half a million objects arrive, and once more at the very end:
-    about 2 of the 8 s of ``fedlora info quickstart``.
+    Python would do so again and again while half a million objects arrive, and once more at the very end.
     """
     gc.disable()
     try:

@@ -60,7 +60,7 @@ class MeteredGrid(Grid):
         self, request: Message, content: RecordDict | None, direction: Direction, *, wire: int, failed: bool
     ) -> None:
         config = None if content is None else content.get(CONFIG)
-        num_values = config.get(NUM_VALUES) if isinstance(config, ConfigRecord) else 0
+        told = config.get(NUM_VALUES) if isinstance(config, ConfigRecord) else 0
         self._ledger.append(
             Transfer(
                 server_round=int(cast(Mapping[str, int], request.content[CONFIG])[SERVER_ROUND]),
@@ -68,7 +68,7 @@ class MeteredGrid(Grid):
                 direction=direction,
                 phase=cast(Phase, request.metadata.message_type.partition(".")[0]),
                 status="failed" if failed else "ok",
-                parameters=num_values if isinstance(num_values, int) and num_values >= 0 else 0,  # as told
+                parameters=told if isinstance(told, int) and told >= 0 else 0,  # a client may write nonsense
                 payload_bytes=0 if content is None else payload_bytes(content),
                 wire_bytes=wire,
             )
