@@ -35,8 +35,7 @@ from benchmarks.study import (
     values_of,
 )
 from federated.codecs import codec_from_name
-from federated.payload import layout_of
-from models.state import State
+from models.state import State, layout_of
 
 SEEDS, MORE_SEEDS = (0, 1, 2), (3, 4, 5, 6)
 

@@ -18,8 +18,8 @@ from federated.aggregators import ClientProfile, Update
 from federated.client_terms import control_names, split_control
 from federated.codecs import Codec
 from federated.messages import CLIENT_ID, NUM_EXAMPLES, RANK, TRAIN_LOSS, read_state
-from federated.payload import METRICS, Layout, layout_of
-from models.state import State, add_
+from federated.payload import METRICS
+from models.state import Layout, State, add_, layout_of
 
 _UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError, OSError)
 """What decoding nonsense can raise, PayloadError (a ValueError) included."""
@@ -48,7 +48,7 @@ class Start:
     @functools.cached_property
     def answer_layout(self) -> Layout:
         """Names and shapes of what the client answers with."""
-        return layout_of(self.state | control_names(self.control))
+        return layout_of({**self.state, **control_names(self.control)})
 
 
 @dataclass(frozen=True, eq=False)

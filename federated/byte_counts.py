@@ -10,12 +10,12 @@ import functools
 import math
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 
-from federated.payload import ARRAYS
+from federated.payload import ARRAYS, MetaValue
 
 
 def payload_bytes(content: RecordDict | Message) -> int:
@@ -40,12 +40,24 @@ def wire_bytes(content: RecordDict | Message) -> int:
     if record is None:
         return _serialised_bytes(content)
     leaves = [item for item in record.values() if not isinstance(item, ArrayRecord)]
-    total = _frame_bytes(_frame_of(record)) + sum(len(item.deflate()) for item in leaves)
+    total = _frame_bytes(_frame_of(record)) + sum(_leaf_bytes(item) for item in leaves)
     if isinstance(content, Message):
         shell = copy.copy(content)
         shell.content = RecordDict()
         total += len(shell.deflate())
     return total
+
+
+def _leaf_bytes(record: ConfigRecord | MetricRecord) -> int:
+    """Return the bytes of a record of values; the config of a round's messages is serialised once."""
+    if isinstance(record, MetricRecord) or any(isinstance(value, list) for value in record.values()):
+        return len(record.deflate())
+    return _config_bytes(tuple((key, type(value), value) for key, value in record.items()))
+
+
+@functools.lru_cache(maxsize=256)
+def _config_bytes(entries: tuple[tuple[str, type, MetaValue], ...]) -> int:
+    return len(ConfigRecord({key: value for key, _, value in entries}).deflate())
 
 
 def _serialised_bytes(tree: RecordDict | Message) -> int:

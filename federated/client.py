@@ -31,10 +31,10 @@ from federated.messages import (
     read_state,
     write_state,
 )
-from federated.payload import CONFIG, METRICS, MetaValue, layout_of
+from federated.payload import CONFIG, METRICS, MetaValue
 from federated.seeding import generator
 from models.errors import UserError
-from models.state import State, subtract_
+from models.state import State, layout_of, subtract_
 
 HELD, VERSION, CODEC_MEMORY, VARIATE = "held", "version", "codec-memory", "variate"
 """Keys in ``Context.state``: the wire state a client holds, its version, what its codec still owes, and its
@@ -58,10 +58,11 @@ def train(message: Message, context: Context) -> Message:
     uplink = experiment.aggregator.uplink(held, assignment.server_round)
     delta = subtract_(result.state, held, uplink)
     if variates is not None and result.own_variate is not None:
-        delta |= control_names({n: new - variates.own[n] for n, new in result.own_variate.items()})
+        change = control_names({n: new - variates.own[n] for n, new in result.own_variate.items()})
+        delta = {**delta, **change}
     private = experiment.aggregator.private(held)
     if private:
-        keep(context, HELD, held | {name: result.state[name] for name in private})
+        keep(context, HELD, {**held, **{name: result.state[name] for name in private}})
     metrics: dict[str, int | float | list[int] | list[float]] = {
         CLIENT_ID: assignment.client_id,
         NUM_EXAMPLES: result.num_examples,
@@ -114,7 +115,8 @@ def take_in(
     _check_version(context, since=int(config.get(SINCE, NEVER)))
     before = recall(context, HELD)
     held = receive(downlink, before or experiment.wire_state(rank))
-    held |= {name: before[name] for name in experiment.aggregator.private(before)}
+    if private := experiment.aggregator.private(before):
+        held = {**held, **{name: before[name] for name in private}}
     experiment.base.fold(downlink.base_updates, held_version=_version(context), version=downlink.version)
     if experiment.aggregator.clients_remember:
         keep(context, HELD, held)
@@ -125,7 +127,8 @@ def take_in(
 def encode(experiment: Experiment, delta: State, context: Context, assignment: Assignment) -> RecordDict:
     """Encode an update; with error feedback, what the codec loses now is added to the next update."""
     codec = codec_from_name(experiment.config.communication.uplink)
-    rng = generator(experiment.config.seed, "codec", assignment.server_round, assignment.client_id)
+    key = assignment.server_round, assignment.client_id
+    rng = generator(experiment.config.seed, "codec", *key) if codec.draws else None
     meta: dict[str, MetaValue] = {SERVER_ROUND: assignment.server_round}
     if not codec.error_feedback:
         return write_state(delta, codec, rng, meta)
@@ -133,7 +136,8 @@ def encode(experiment: Experiment, delta: State, context: Context, assignment: A
     owed = {name: value + memory.get(name, 0.0) for name, value in delta.items()}
     content = write_state(owed, codec, rng, meta)
     sent = _as_decoded(experiment, content, owed)
-    keep(context, CODEC_MEMORY, memory | {name: value - sent[name] for name, value in owed.items()})
+    lost = {name: value - sent[name] for name, value in owed.items()}
+    keep(context, CODEC_MEMORY, {**memory, **lost})
     return content
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.state import State
+from models.state import FlatState, State
 
 CONTROL_PREFIX = "control/"
 """Begins the names under which control variates travel and are stored."""
@@ -131,6 +131,8 @@ def control_names(state: Mapping[str, Tensor]) -> State:
 
 def split_control(state: Mapping[str, Tensor]) -> tuple[State, State]:
     """Return the ordinary tensors of a state, and the variates among it by their parameters' names."""
+    if isinstance(state, FlatState) and not any(name.startswith(CONTROL_PREFIX) for name in state.names):
+        return state, {}
     others = {name: t for name, t in state.items() if not name.startswith(CONTROL_PREFIX)}
     control = {
         name.removeprefix(CONTROL_PREFIX): t for name, t in state.items() if name.startswith(CONTROL_PREFIX)

@@ -28,7 +28,7 @@ from federated.data.augmented_batches import augment_batch, training_augmentatio
 from federated.data.loading import FederatedData, ImageTensors, image_tensors
 from federated.data.splits import IntArray
 from federated.partition import Partition, partition, save_partition
-from federated.payload import Layout, layout_of, num_values
+from federated.payload import num_values
 from federated.savings import ModelSizes
 from federated.seeding import generator
 from federated.speed.feature_cache import FeatureCaches, build_feature_caches
@@ -37,7 +37,7 @@ from lora.checkpoint import save_full_checkpoint, save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.verify import count_parameters
 from models.clip import FederatedCLIPModel
-from models.state import State
+from models.state import Layout, State, layout_of
 from models.training import Batch, TrainingSettings
 
 CONFIG_KEY, OVERRIDES_KEY = "config", "overrides"
@@ -140,7 +140,7 @@ class Experiment:
     def wire_state(self, rank: int | None = None) -> State:
         """Return the wire state of a client of this rank that has received nothing yet."""
         private = {name: self.initial_state[name] for name in self.aggregator.private(self.initial_state)}
-        state = self.initial_server_state.state | private
+        state = {**self.initial_server_state.state, **private}
         return state if rank is None else cut_to_rank(state, rank)
 
     def exchanged_parameters(self) -> dict[str, nn.Parameter]:

@@ -48,7 +48,7 @@ def clients_mean(record: RoundRecord, metric: str) -> dict[str, float]:
 def load_global_state(experiment: Experiment, server_state: ServerState) -> None:
     """Put the global adapter, head and base into the model."""
     bring_base_up_to_date(experiment, server_state)
-    load_into_model(experiment, experiment.wire_state() | server_state.state)
+    load_into_model(experiment, {**experiment.wire_state(), **server_state.state})
 
 
 def bring_base_up_to_date(experiment: Experiment, server_state: ServerState) -> None:

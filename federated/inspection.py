@@ -18,13 +18,13 @@ from federated.codecs import codec_from_name
 from federated.compatibility import build_aggregator, check_client_ranks
 from federated.config import ExperimentConfig
 from federated.experiment import BYTES_PER_FP32
-from federated.payload import layout_of, num_values
+from federated.payload import num_values
 from federated.reporting.round_table import TextTable
 from federated.reporting.wording import format_bytes, format_percent
 from lora.adapters import scalings, unwrap
 from lora.verify import count_parameters
 from models.exchange import find_parameters
-from models.state import State
+from models.state import State, layout_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def describe_run(config: ExperimentConfig) -> RunDescription:
     sent = {name: server.state[name] for name in aggregator.uplink(server.state, 1)}
     if config.client.scaffold:
         variates = control_names(sent)
-        received, sent = received | variates, sent | variates
+        received, sent = {**received, **variates}, {**sent, **variates}
     down, up = layout_of(received), layout_of(sent)
     return RunDescription(
         config=config,

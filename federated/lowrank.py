@@ -4,7 +4,7 @@ Where it stands in a round: under ``federated.aggregators``. An adapter's weight
 sum of many of them, and the difference between two such sums are all ``left @ right`` with few columns in
 ``left``; this file takes their SVD, norm and distance through QR factorisations of the two thin factors
 ("QR core"), which costs O((d_out + d_in) q^2) for q columns instead of O(d_out d_in min(d_out, d_in)).
-The distance alone forms the product, and only where that is no larger than its factors.
+The distance alone forms the product, and only where that takes less time than the QR factorisations.
 
 The algebra runs in float64 and results return in the dtype that came in: the server's factors are small,
 and a float32 QR core already loses the sixth digit at q = 160.
@@ -12,11 +12,15 @@ and a float32 QR core already loses the sixth digit at q = 160.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_SMALL_PRODUCT = 256 * 256
+"""A matrix of so many values is formed in less time than its thin factors are factorised."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +154,7 @@ def product_norm(matrix: LowRank) -> float:
 
 def distance_and_size(approximation: LowRank, ideal: LowRank) -> tuple[float, float]:
     """Return ||approximation - ideal||_F and ||ideal||_F, the distance accurate also where it is small."""
-    if ideal.num_columns >= min(ideal.shape):  # the product is no larger than its factors
+    if math.prod(ideal.shape) <= _SMALL_PRODUCT or 4 * ideal.num_columns >= min(ideal.shape):
         dense = ideal.left.double() @ ideal.right.double()
         gap = dense - approximation.left.double() @ approximation.right.double()
         return float(torch.linalg.matrix_norm(gap)), float(torch.linalg.matrix_norm(dense))

@@ -20,15 +20,13 @@ from federated.payload import (
     CONFIG,
     FLAT,
     LAYOUT,
-    Layout,
     MetaValue,
     PayloadError,
-    layout_of,
     num_values,
     pack,
     unpack,
 )
-from models.state import State
+from models.state import Layout, State, layout_of
 
 SERVER_ROUND = "server-round"
 NUM_VALUES = "num-values"
@@ -48,7 +46,7 @@ _MAX_SHARED_VALUES = 4_000_000
 def write_state(
     state: State,
     codec: Codec,
-    rng: np.random.Generator,
+    rng: np.random.Generator | None,
     meta: Mapping[str, MetaValue],
     *,
     send_layout: bool = False,
@@ -58,7 +56,7 @@ def write_state(
     Args:
         state: What to send.
         codec: How to encode it.
-        rng: Source of stochastic rounding.
+        rng: Source of stochastic rounding; None for a codec that does not draw.
         meta: Further entries of the config record, the server round among them.
         send_layout: Whether names and shapes travel; without them the receiver must know the layout.
 

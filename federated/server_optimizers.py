@@ -150,7 +150,7 @@ def with_server_optimizer(aggregator: Aggregator, optimizer: ServerOptimizer) ->
 
 
 def _step_all(optimizer: ServerOptimizer, server: ServerState, average: State) -> tuple[State, State]:
-    values: State = {}
+    values: dict[str, Tensor] = {}
     memory = dict(server.memory)
     for name, tensor in average.items():
         old = server.state[name]

@@ -35,9 +35,10 @@ from federated.client_terms import control_names, next_control, split_control, z
 from federated.codecs import Codec, codec_from_name
 from federated.cohort import sample_cohort
 from federated.messages import RANK, SERVER_ROUND, SINCE, write_state
-from federated.payload import ARRAYS, layout_of
+from federated.payload import ARRAYS
 from federated.round_record import Failure, RoundRecord
 from federated.seeding import generator
+from models.state import flat, layout_of
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ class LoRAStrategy(FedAvg):
 
     def packed_state(self) -> ArrayRecord:
         """Return the global state as Flower passes it along: one flat fp32 array."""
-        content = write_state(self.server_state.state, codec_from_name("fp32"), np.random.default_rng(0), {})
+        content = write_state(self.server_state.state, codec_from_name("fp32"), None, {})
         return content.array_records[ARRAYS]
 
     # ---- both directions
@@ -221,7 +222,7 @@ class LoRAStrategy(FedAvg):
     def _downlink_content(self, server_round: int, profile: ClientProfile, message_type: str) -> RecordDict:
         state, meta = pack_downlink(self.aggregator.downlink(self.server_state, profile))
         if self._scaffold and message_type == MessageType.TRAIN:
-            state |= control_names(split_control(self.server_state.memory)[1])
+            state = {**state, **control_names(split_control(self.server_state.memory)[1])}
         if profile.version != NEVER:  # it leaves out what the client should still hold
             meta[SINCE] = profile.version
         rng = generator(self._seed, "codec", server_round)
@@ -292,7 +293,7 @@ class LoRAStrategy(FedAvg):
             state = receive(downlink, cut_to_rank(server.state, profile.rank))
         return Start(
             profile=profile,
-            state={name: state[name] for name in uplink},
+            state=flat({name: state[name] for name in uplink}),
             scaling=profile.scaling or server.scaling,
             control=split_control(server.memory)[1],
         )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lora.adapters import base_weights, clip_of, unwrap
 from models.errors import UserError
-from models.state import State, save_state
+from models.state import save_state
 
 BASE_DELTA_FILE = "base_delta.safetensors"
 _PRETRAINED = "pretrained_base_weights"
@@ -48,7 +48,7 @@ def save_base_delta(
     if not products:
         return None
     _, prefix = clip_of(model)
-    state: State = {}
+    state: dict[str, Tensor] = {}
     for module, factors in products.items():
         parts = ("dense",) if len(factors) == 1 else ("left", "right")
         state |= {

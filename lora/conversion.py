@@ -110,7 +110,7 @@ def _grouped(path: Path, factors: Mapping[str, torch.Tensor], rank: int) -> Bloc
 
 def _separate(blocks: Blocks) -> tuple[State, list[str]]:
     """One adapter per projection of a Hugging Face CLIP."""
-    state: State = {}
+    state: dict[str, torch.Tensor] = {}
     for (tower, block), parts in blocks.items():
         for part, pair in parts.items():
             module = f"{tower}_model.encoder.layers.{block}.self_attn.{part}_proj"
@@ -120,7 +120,7 @@ def _separate(blocks: Blocks) -> tuple[State, list[str]]:
 
 def _fused(blocks: Blocks, rank: int) -> tuple[State, list[str]]:
     """One adapter of rank 3 r per fused attention; what the file leaves out is zero."""
-    state: State = {}
+    state: dict[str, torch.Tensor] = {}
     modules = []
     for (tower, block), parts in blocks.items():
         module = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{block}.attn"

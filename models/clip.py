@@ -190,7 +190,7 @@ class FederatedCLIPModel(nn.Module):
     # State
 
     def get_state(self) -> State:
-        """Copy what travels: wire name -> detached float32 CPU tensor."""
+        """Copy what travels: wire name -> detached float32 CPU tensor, a read-only mapping."""
         return read_state(self._exchanged)
 
     def set_state(self, state: State, *, partial: bool = False) -> None:

@@ -6,14 +6,13 @@ travels is named; after that reading and writing walk a short dictionary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from models.errors import UserError
-from models.state import State, cut
+from models.state import FlatState, State, layout_of
 
 
 def wire_name(parameter_name: str) -> str:
@@ -42,11 +41,11 @@ def find_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Para
 @torch.no_grad()
 def read_state(parameters: Mapping[str, nn.Parameter]) -> State:
     """Copy parameters to the CPU as detached float32 tensors, end to end in one vector."""
-    shapes = tuple(tuple(parameter.shape) for parameter in parameters.values())
-    copies = cut(torch.empty(sum(map(math.prod, shapes)), dtype=torch.float32), shapes)
+    num_values = sum(parameter.numel() for parameter in parameters.values())
+    copies = FlatState(torch.empty(num_values, dtype=torch.float32), layout_of(parameters))
     if copies:
-        torch._foreach_copy_(copies, list(parameters.values()))
-    return dict(zip(parameters, copies, strict=True))
+        torch._foreach_copy_(list(copies.values()), [parameters[name] for name in copies.names])
+    return copies
 
 
 @torch.no_grad()

@@ -24,9 +24,9 @@ from federated.aggregators import (
 from federated.aggregators.fed_sb import core_name
 from federated.aggregators.hetlora import tail_penalty
 from federated.codecs import codec_from_name
-from federated.payload import layout_of
 from lora.adapters import factor_pairs
 from models.errors import UserError
+from models.state import layout_of
 
 
 def test_other_rules_ask_nothing_of_the_client():

@@ -38,14 +38,13 @@ from federated.experiment import Experiment, build_experiment, experiment_of
 from federated.global_model import load_global_state
 from federated.local_training import Assignment, train_locally
 from federated.messages import read_state
-from federated.payload import layout_of
 from federated.simulation import run_experiment
 from lora.adapters import factor_pairs
 from lora.base_delta import BASE_DELTA_FILE
 from lora.loading import load_lora_adapters
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
-from models.state import State
+from models.state import State, layout_of
 
 ROUNDS = ((0, 1), (1, 2), (0, 1, 3))
 """Cohorts: client 1 is always there, 0 misses a round, 2 and 3 come late."""
@@ -346,7 +345,7 @@ def test_hetloras_penalty_acts_on_a_clients_own_components() -> None:
     generator = torch.Generator().manual_seed(5)
     state = {n: torch.randn(t.shape, generator=generator) * 0.05 for n, t in built.initial_state.items()}
     experiment = replace(
-        built, initial_state=built.initial_state | {n: t for n, t in state.items() if "_B." in n}
+        built, initial_state={**built.initial_state, **{n: t for n, t in state.items() if "_B." in n}}
     )
     no_penalty = replace(experiment.aggregator.client, penalty=None)
     free = replace(experiment, aggregator=replace(experiment.aggregator, client=no_penalty))

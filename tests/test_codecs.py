@@ -27,12 +27,11 @@ from federated.payload import (
     Layout,
     PayloadError,
     flatten,
-    layout_of,
     pack,
     unpack,
 )
 from models.errors import UserError
-from models.state import State
+from models.state import State, layout_of
 
 DENSE = list(CODINGS)
 SPARSE = [

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
-from models.state import add_, cut, end_to_end, subtract_
+from models.state import FlatState, add_, cut, end_to_end, flat, layout_of, subtract_, vector_of
 
 SHAPES = ((3, 5), (7,), (), (0, 2), (2, 3, 4))
 NUM_VALUES = 15 + 7 + 1 + 0 + 24
@@ -70,14 +73,74 @@ def test_a_vector_that_does_not_fit_the_shapes_is_refused(vector):
         cut(vector, SHAPES)
 
 
+LAYOUT = tuple(zip("abcde", SHAPES, strict=True))
+
+
+def test_a_flat_state_is_a_mapping_of_tensors_in_its_vector():
+    state = flat(dict(zip("ecadb", [tensors()["abcde".index(name)] for name in "ecadb"], strict=True)))
+    assert state.layout == LAYOUT == layout_of(state) == layout_of(dict(state))
+    assert list(state) == list(state.names) == list("abcde")
+    assert len(state) == 5
+    assert all(torch.equal(state[name], value) for name, value in zip("abcde", tensors(), strict=True))
+    assert torch.equal(state.vector, torch.cat([value.reshape(-1) for value in tensors()]))
+    state.vector.zero_()
+    assert not state["e"].any()
+    assert {**state, "z": state["b"]}.keys() == set("abcdez")
+    with pytest.raises(KeyError):
+        state["z"]
+    assert flat(state) is state
+
+
+def test_a_flat_state_of_nothing_has_no_values():
+    assert len(flat({})) == 0
+    assert flat({}).vector.shape == (0,)
+
+
+def test_copies_of_a_flat_state_share_nothing():
+    state = flat(dict(zip("abcde", tensors(), strict=True)))
+    for twin in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+        twin.vector.zero_()
+        assert twin.layout == state.layout
+        assert not twin["a"].any()
+    assert state["a"].any()
+
+
+@pytest.mark.parametrize("size", [NUM_VALUES - 1, NUM_VALUES + 1])
+def test_a_flat_state_needs_a_vector_of_its_layouts_length(size):
+    with pytest.raises(ValueError, match=f"shapes of {NUM_VALUES} values"):
+        FlatState(torch.zeros(size), LAYOUT)
+
+
+def test_the_vector_of_all_names_is_not_copied_and_others_are_right():
+    state = flat(dict(zip("abcde", tensors(), strict=True)))
+    assert vector_of(state, tuple("abcde")) is state.vector
+    assert vector_of(state, ("b", "c")).data_ptr() == state["b"].data_ptr()
+    assert torch.equal(vector_of(state, ("c", "b")), torch.cat([state["c"].reshape(-1), state["b"]]))
+
+
+def test_flat_states_and_others_give_the_same_differences_and_sums():
+    after, before = (dict(zip("abcde", tensors(seed), strict=True)) for seed in (1, 2))
+    names = tuple("abcde")
+    plain = subtract_(copy.deepcopy(after), before, names)
+    for start in (before, flat(before)):
+        change = subtract_(flat(after), start, names)
+        assert all(torch.equal(change[name], plain[name]) for name in names)
+        back = add_(change, start)
+        assert back is change
+        assert all(torch.equal(back[name], plain[name] + before[name]) for name in names)
+    part = subtract_(flat(after), flat(before), ("b", "e"))
+    assert list(part) == ["b", "e"]
+    assert torch.equal(part["e"], plain["e"])
+
+
 def test_a_difference_and_its_sum_are_written_over_what_changes():
-    names = ["b", "a", "d", "e"]
+    names = ("b", "a", "d", "e")
     before = dict(zip("abcde", tensors(), strict=True))
     after = dict(zip("abcde", tensors(seed=1), strict=True))
     expected = {name: after[name] - before[name] for name in names}
     untouched = after["c"].clone()
     change = subtract_(after, before, names)
-    assert list(change) == names
+    assert tuple(change) == names
     assert all(torch.equal(change[name], expected[name]) for name in names)
     assert all(change[name] is after[name] for name in names)
     assert torch.equal(after["c"], untouched)

@@ -19,7 +19,7 @@ from federated.aggregators.protocol import ServerState, Update, sorted_state
 from federated.lowrank import LowRank
 from lora.adapters import FactorPair, factor_pairs
 from models.errors import UserError
-from models.state import State, end_to_end
+from models.state import State, vector_of
 
 _SUPPORTED = (torch.float32, torch.float64)
 _MAX_GROUP_VALUES = 1_000_000
@@ -108,12 +108,12 @@ def weighted_sum(tensors: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
     return total
 
 
-def average(updates: Sequence[Update], names: Iterable[str] | None = None) -> State:
+def average(updates: Sequence[Update], names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Return sum_k w_k x_k of the named tensors (all that travelled when not given), rounded once."""
     like, weights = updates[0].state, weights_of(updates)
-    mean: State = {}
+    mean: dict[str, Tensor] = {}
     for group in in_groups(like, sorted(like) if names is None else names):
-        vectors = (end_to_end([update.state[name] for name in group]) for update in updates)
+        vectors = (vector_of(update.state, group) for update in updates)
         total = weighted_sum(vectors, weights)  # (n,)
         pieces = total.split([like[name].numel() for name in group])
         for name, piece in zip(group, pieces, strict=True):
@@ -121,7 +121,7 @@ def average(updates: Sequence[Update], names: Iterable[str] | None = None) -> St
     return mean
 
 
-def in_groups(state: Mapping[str, Tensor], names: Iterable[str]) -> list[list[str]]:
+def in_groups(state: Mapping[str, Tensor], names: Iterable[str]) -> list[tuple[str, ...]]:
     """Split names, in their order, into groups that are laid end to end at little cost of memory.
 
     An adapter's small factors then take one operation a client instead of one each, with the same values.
@@ -135,7 +135,7 @@ def in_groups(state: Mapping[str, Tensor], names: Iterable[str]) -> list[list[st
             room = _MAX_GROUP_VALUES
         groups[-1].append(name)
         room -= size
-    return groups
+    return [tuple(group) for group in groups]
 
 
 # ---- the server, one round on

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from federated.lowrank import LowRank
 from models.errors import UserError
-from models.state import State
+from models.state import FlatState, State
 
 Term = tuple[int, LowRank]
 """The round at whose end a product was merged, and the product."""
@@ -129,7 +129,7 @@ _PREFIX, _LEFT, _RIGHT, _TOTAL = "base_update", "left", "right", "total"
 
 def updates_to_state(updates: Mapping[str, BaseUpdate]) -> State:
     """Name the tensors of base updates: ``base_update/<module>/<round>/left`` and so on."""
-    state: State = {}
+    state: dict[str, Tensor] = {}
     for module, update in updates.items():
         if update.total is not None:
             state[f"{_PREFIX}/{module}/{_TOTAL}"] = update.total
@@ -141,7 +141,9 @@ def updates_to_state(updates: Mapping[str, BaseUpdate]) -> State:
 
 def split_updates(state: Mapping[str, Tensor]) -> tuple[State, dict[str, BaseUpdate]]:
     """Undo ``updates_to_state``: return the other tensors of a state, and the base updates among it."""
-    others: State = {}
+    if isinstance(state, FlatState) and not any(name.startswith(f"{_PREFIX}/") for name in state.names):
+        return state, {}
+    others: dict[str, Tensor] = {}
     terms: dict[str, dict[int, dict[str, Tensor]]] = {}
     updates: dict[str, BaseUpdate] = {}
     for name, tensor in state.items():

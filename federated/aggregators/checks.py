@@ -19,7 +19,7 @@ from federated.aggregators.factor_averaging import fedavg
 from federated.aggregators.protocol import Aggregator, ServerState, Update, skip_round
 from lora.adapters import FactorPair, factor_pairs
 from models.errors import UserError
-from models.state import end_to_end
+from models.state import vector_of
 
 logger = logging.getLogger(__name__)
 
@@ -193,9 +193,9 @@ def _value_fault(expected: _Expectation, update: Update) -> str | None:
     return None
 
 
-def _sum_is_finite(update: Update, names: Sequence[str]) -> bool:
+def _sum_is_finite(update: Update, names: tuple[str, ...]) -> bool:
     """Whether values have a finite sum, and so are finite; large ones may still add up to infinity."""
-    return math.isfinite(float(end_to_end([update.state[name] for name in names]).sum()))
+    return math.isfinite(float(vector_of(update.state, names).sum()))
 
 
 def _shorten(names: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ from federated.aggregators.protocol import (
 )
 from lora.adapters import FactorPair, factor_pairs
 from models.errors import UserError
-from models.state import State
+from models.state import FlatState, State
 
 
 def send_changed(
@@ -155,5 +155,8 @@ def receive(downlink: Downlink, held: Mapping[str, Tensor]) -> State:
         held: The wire state of the version before; for a new client its model's own state, of which only
             shapes of freshly drawn factors and private values matter.
     """
+    brings_all = downlink.fresh is None and held.keys() <= downlink.state.keys()
+    if brings_all and isinstance(downlink.state, FlatState):
+        return downlink.state
     fresh = {} if downlink.fresh is None else fresh_factors(held, downlink.fresh)
     return sorted_state({**held, **fresh, **downlink.state})

@@ -28,7 +28,7 @@ def fresh_factors(like: Mapping[str, Tensor], draw: FreshDraw) -> State:
         like: Factors of the wanted shapes and dtype; their values do not matter.
         draw: Keys the random streams.
     """
-    fresh: State = {}
+    fresh: dict[str, Tensor] = {}
     for index, pair in enumerate(factor_pairs(like)):
         generator = torch_generator(draw.seed, draw.server_round, index)
         rank, d_in = like[pair.a].shape

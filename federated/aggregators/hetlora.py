@@ -85,7 +85,7 @@ def hetlora(*, gamma: float = 0.99, penalty_weight: float = 5e-3, min_rank: int 
 
 def _apply(server: ServerState, updates: Sequence[Update]) -> ServerState:
     ordered = in_client_order(updates)
-    values: State = average(ordered, head_names(server.state))
+    values = average(ordered, head_names(server.state))
     for pair in factor_pairs(server.state):
         a, b, scaling = server.state[pair.a], server.state[pair.b], server.scaling[pair.module]
         weights = norm_weights(ordered, pair)

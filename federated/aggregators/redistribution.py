@@ -36,7 +36,6 @@ from federated.aggregators.stacking import stacked
 from federated.lowrank import LowRank, stack, svd
 from lora.adapters import factor_pairs
 from models.errors import UserError
-from models.state import State
 
 
 def flexlora() -> Aggregator:
@@ -57,7 +56,7 @@ def flexlora() -> Aggregator:
     def apply(server: ServerState, updates: Sequence[Update]) -> ServerState:
         ordered = in_client_order(updates)
         weights = weights_of(ordered)
-        values: State = average(ordered, head_names(server.state))
+        values = average(ordered, head_names(server.state))
         for pair in factor_pairs(server.state):
             a, b, scaling = server.state[pair.a], server.state[pair.b], server.scaling[pair.module]
             share = uncovered_share(ordered, weights, pair, rank=len(a))  # (r,)

@@ -106,7 +106,7 @@ def lora_fair(*, regularisation: float = 0.01) -> Aggregator:
 def _apply_fair(server: ServerState, updates: Sequence[Update], regularisation: float) -> ServerState:
     ordered = of_one_rank(server, updates, "lora_fair")
     mean = average(ordered)
-    corrected: State = {}
+    corrected: dict[str, torch.Tensor] = {}
     for pair in factor_pairs(server.state):
         a = mean[pair.a].double()  # (r, d_in)
         residual = averaging_residual(ordered, mean, pair)

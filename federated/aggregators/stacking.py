@@ -76,8 +76,8 @@ def flora(*, seed: int = 0) -> Aggregator:
         ordered = in_client_order(updates)
         terms = {pair.module: stacked(ordered, pair) for pair in factor_pairs(server.state)}
         values = average(ordered, head_names(server.state))
-        values |= fresh_factors(server.state, FreshDraw(seed, server.server_round + 1))
-        return advance(server, values, base_terms=terms)
+        fresh = fresh_factors(server.state, FreshDraw(seed, server.server_round + 1))
+        return advance(server, {**values, **fresh}, base_terms=terms)
 
     return Aggregator(
         name="flora",

@@ -30,17 +30,15 @@ from federated.codecs.selection import (
     positions_num_bytes,
 )
 from federated.payload import (
-    Layout,
     PayloadError,
     check_finite,
     flatten,
-    layout_of,
     num_values,
     unflatten,
 )
 from lora.adapters import factor_of
 from models.errors import UserError
-from models.state import State
+from models.state import Layout, State, layout_of
 
 
 @dataclass(frozen=True)
@@ -49,18 +47,20 @@ class Codec:
 
     Attributes:
         name: What ``codec_from_name`` makes it from.
-        encode: ``(state, rng) -> buffer``, one-dimensional, of at most 4 bytes an item; only stochastic
-            rounding draws from ``rng``. Raises PayloadError naming a tensor with a value that cannot be sent.
+        encode: ``(state, rng) -> buffer``, one-dimensional, of at most 4 bytes an item; ``rng`` may be None
+            where the codec does not draw. Raises PayloadError naming a tensor whose values cannot be sent.
         decode: ``(buffer, layout) -> state``, fp32 on the CPU, in memory of its own. Raises PayloadError for
             a buffer of the wrong length or with values that are not finite.
         num_bytes: ``layout -> bytes`` of every buffer of that layout, exactly.
+        draws: Whether encoding draws from ``rng``: stochastic rounding does.
         error_feedback: Whether the sender adds what earlier payloads lost; ``federated.client`` keeps that.
     """
 
     name: str
-    encode: Callable[[State, np.random.Generator], np.ndarray]
+    encode: Callable[[State, np.random.Generator | None], np.ndarray]
     decode: Callable[[np.ndarray, Layout], State]
     num_bytes: Callable[[Layout], int]
+    draws: bool = False
     error_feedback: bool = False
 
 
@@ -121,7 +121,7 @@ def with_error_feedback(codec: Codec) -> Codec:
 def _dense(name: str, coding: Coding) -> Codec:
     """Every value travels: ``coding.num_bytes(n, G)`` bytes, with G = 0 for codings without scales."""
 
-    def encode(state: State, rng: np.random.Generator) -> np.ndarray:
+    def encode(state: State, rng: np.random.Generator | None) -> np.ndarray:
         order = _wire_order(layout_of(state), by_rank=coding.grouped)
         return coding.encode(order.flatten(state, coding.largest), order.group_sizes, rng)
 
@@ -133,7 +133,7 @@ def _dense(name: str, coding: Coding) -> Codec:
         groups = _wire_order(layout, by_rank=coding.grouped).group_sizes
         return coding.num_bytes(num_values(layout), groups.size)
 
-    return Codec(name, encode, decode, num_bytes)
+    return Codec(name, encode, decode, num_bytes, draws=coding.draws)
 
 
 def _sparse(kind: str, density: float, stored_as: str) -> Codec:
@@ -143,7 +143,7 @@ def _sparse(kind: str, density: float, stored_as: str) -> Codec:
     """
     select, coding = SELECTIONS[kind], CODINGS[stored_as]()
 
-    def encode(state: State, rng: np.random.Generator) -> np.ndarray:
+    def encode(state: State, rng: np.random.Generator | None) -> np.ndarray:
         order = _wire_order(layout_of(state), by_rank=coding.grouped)
         values = order.flatten(state, coding.largest)
         mask = select(values, num_kept(values.size, density))
@@ -166,7 +166,7 @@ def _sparse(kind: str, density: float, stored_as: str) -> Codec:
         k = num_kept(n, density)
         return coding.num_bytes(k, groups.size) + positions_num_bytes(n, k)
 
-    return Codec(f"{kind}:{density}+{stored_as}", encode, decode, num_bytes)
+    return Codec(f"{kind}:{density}+{stored_as}", encode, decode, num_bytes, draws=coding.draws)
 
 
 def _count_by_group(mask: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
@@ -181,7 +181,7 @@ def _checked_bytes(buffer: np.ndarray, expected_bytes: int) -> np.ndarray:
             f"the payload has {buffer.nbytes} bytes where its codec and layout make {expected_bytes}: "
             "do both sides use the same codec?"
         )
-    return np.require(buffer, requirements=["C", "A", "W"]).reshape(-1).view(np.uint8)
+    return np.require(buffer, requirements=["C", "A"]).reshape(-1).view(np.uint8)
 
 
 # ---- the order of the values on the wire
@@ -209,7 +209,9 @@ class _WireOrder:
         """Return the named tensors; raise PayloadError for a value that is not finite."""
         check_finite(values, self.layout)
         state = unflatten(values, self.layout)
-        return state | {name: state[name].t().contiguous() for name in self.transposed}
+        if not self.transposed:
+            return state
+        return {**state, **{name: state[name].t().contiguous() for name in self.transposed}}
 
     def _transpose(self, state: State) -> State:
         if not self.transposed:

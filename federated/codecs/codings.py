@@ -27,13 +27,15 @@ class Coding:
         num_bytes: ``(n, G) -> bytes``, exact.
         grouped: Whether the groups matter.
         largest: The largest magnitude that can be stored.
+        draws: Whether encoding draws from ``rng``; elsewhere it may be None.
     """
 
-    encode: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
+    encode: Callable[[np.ndarray, np.ndarray, np.random.Generator | None], np.ndarray]
     decode: Callable[[np.ndarray, np.ndarray], np.ndarray]
     num_bytes: Callable[[int, int], int]
     grouped: bool = False
     largest: float = LARGEST_FP32
+    draws: bool = False
 
 
 def fp32() -> Coding:
@@ -49,11 +51,11 @@ def half(dtype: torch.dtype) -> Coding:
     """fp16 or bf16: 2 n bytes. The bits of bf16 travel as uint16, for numpy and Flower have no bf16."""
     wire_dtype = np.dtype(np.float16 if dtype == torch.float16 else np.uint16)
 
-    def encode(values: np.ndarray, group_sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def encode(values: np.ndarray, group_sizes: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         return torch.from_numpy(values).to(dtype).view(torch.uint16).numpy().view(wire_dtype)
 
     def decode(data: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
-        return torch.from_numpy(data.view(np.uint16)).view(dtype).to(torch.float32).numpy()
+        return torch.from_numpy(data.view(np.uint16).copy()).view(dtype).to(torch.float32).numpy()
 
     return Coding(encode, decode, lambda n, num_groups: 2 * n, largest=torch.finfo(dtype).max)
 
@@ -123,13 +125,15 @@ def quantised(packing: Packing, *, stochastic: bool) -> Coding:
     A group of zeros comes back exactly. Stochastic rounding makes the decoded value unbiased.
     """
 
-    def encode(values: np.ndarray, group_sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def encode(values: np.ndarray, group_sizes: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         scales = largest_magnitudes(values, group_sizes) / np.float32(packing.limit)
         scales[scales < np.finfo(np.float32).tiny] = 0.0  # the inverse of a subnormal overflows
         inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales > 0)
         levels = np.repeat(inverse, group_sizes)
         levels *= values
         if stochastic:
+            if rng is None:
+                raise ValueError("stochastic rounding needs a random generator")
             levels += rng.random(levels.size, dtype=np.float32)
             np.floor(levels, out=levels)
         else:
@@ -148,7 +152,7 @@ def quantised(packing: Packing, *, stochastic: bool) -> Coding:
         return 4 * num_groups + packing.num_bytes(n)
 
     # scale * limit may round up: a margin to the end of fp32 keeps what is decoded finite
-    return Coding(encode, decode, num_bytes, grouped=True, largest=1e38)
+    return Coding(encode, decode, num_bytes, grouped=True, largest=1e38, draws=stochastic)
 
 
 def largest_magnitudes(values: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
