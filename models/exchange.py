@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 
 from models.errors import UserError
-from models.state import FlatState, State, layout_of
+from models.state import FlatState, State, flat, layout_of
 
 
 def wire_name(parameter_name: str) -> str:
@@ -41,11 +42,11 @@ def find_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Para
 @torch.no_grad()
 def read_state(parameters: Mapping[str, nn.Parameter]) -> State:
     """Copy parameters to the CPU as detached float32 tensors, end to end in one vector."""
-    num_values = sum(parameter.numel() for parameter in parameters.values())
-    copies = FlatState(torch.empty(num_values, dtype=torch.float32), layout_of(parameters))
-    if copies:
-        torch._foreach_copy_(list(copies.values()), [parameters[name] for name in copies.names])
-    return copies
+    layout = layout_of(parameters)
+    if not layout:
+        return flat({})
+    vector = parameters_to_vector(parameters[name] for name, _ in layout)
+    return FlatState(vector.detach().to(device="cpu", dtype=torch.float32), layout)
 
 
 @torch.no_grad()

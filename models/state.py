@@ -9,9 +9,11 @@ too, and gives the same bits.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ class FlatState(Mapping[str, torch.Tensor]):
         names: The names, sorted.
     """
 
-    __slots__ = ("_shapes", "_tensors", "layout", "names", "vector")
+    __slots__ = ("_plan", "_tensors", "layout", "names", "vector")
 
     def __init__(self, vector: torch.Tensor, layout: Layout) -> None:
         """Take a vector, which is not copied.
@@ -91,26 +93,60 @@ class FlatState(Mapping[str, torch.Tensor]):
         Raises:
             ValueError: n is not the number of values of the layout, or the vector has gaps.
         """
-        self.vector, self.layout = vector, layout
-        self.names, self._shapes, num_values = _parts(layout)
-        _check_vector(vector, num_values)
+        plan = _plan_of(layout)
+        if tuple(vector.shape) != (plan.firsts[-1],) or not vector.is_contiguous():
+            raise ValueError(
+                f"a layout of {plan.firsts[-1]} values cannot be cut from a tensor {tuple(vector.shape)}"
+            )
+        self.vector, self.layout, self.names = vector, layout, plan.names
+        self._plan = plan
         self._tensors: dict[str, torch.Tensor] | None = None
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name; they share the vector's memory."""
         if self._tensors is None:
-            self._tensors = dict(zip(self.names, cut(self.vector, self._shapes), strict=True))
+            start = self.vector.storage_offset()
+            self._tensors = {
+                name: self.vector.as_strided(shape, strides, start + first)
+                for name, shape, strides, first in self._plan.pieces
+            }
         return self._tensors
+
+    def place_of(self, names: tuple[str, ...]) -> slice | None:
+        """Return where the values of at least one name stand, if they stand together and in this order."""
+        if self.names == names:
+            return slice(None)
+        if names[0] not in self:
+            return None
+        start = self.names.index(names[0])
+        end = start + len(names)
+        firsts = self._plan.firsts
+        return slice(firsts[start], firsts[end]) if self.names[start:end] == names else None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._plan.known
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def keys(self) -> KeysView[str]:
+        """The names; views of a dict are walked faster than those of any mapping."""
+        return self._plan.known.keys()
+
+    def values(self) -> ValuesView[torch.Tensor]:
+        """The tensors, in the order of the names."""
+        return self.tensors.values()
+
+    def items(self) -> ItemsView[str, torch.Tensor]:
+        """The names with the tensors."""
+        return self.tensors.items()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are made from the vector."""
@@ -128,8 +164,8 @@ def flat(state: Mapping[str, torch.Tensor]) -> FlatState:
 
 def vector_of(state: Mapping[str, torch.Tensor], names: tuple[str, ...]) -> torch.Tensor:
     """Return the named values, at least one, end to end in the order of the names, (n,), to be read only."""
-    if isinstance(state, FlatState) and state.names == names:
-        return state.vector
+    if isinstance(state, FlatState) and (place := state.place_of(names)) is not None:
+        return state.vector[place]
     return end_to_end([state[name] for name in names])
 
 
@@ -158,50 +194,37 @@ def _changed(state: FlatState, other: State, sign: int) -> FlatState:
     return state
 
 
-@functools.lru_cache(maxsize=64)
-def _parts(layout: Layout) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...], int]:
-    """Return the names, the shapes, and how many values there are."""
-    shapes = tuple(shape for _, shape in layout)
-    return tuple(name for name, _ in layout), shapes, sum(map(math.prod, shapes))
+@dataclass(frozen=True)
+class _Plan:
+    """How a vector is cut.
 
-
-def cut(vector: torch.Tensor, shapes: tuple[tuple[int, ...], ...]) -> list[torch.Tensor]:
-    """Return tensors of these shapes that share a vector's memory, one after the other.
-
-    Args:
-        vector: (n,), contiguous.
-        shapes: Of the tensors.
-
-    Raises:
-        ValueError: n is not the number of values of all shapes together, or the vector has gaps.
+    Attributes:
+        names: Of the tensors, in order; ``known`` has them as its keys.
+        firsts: Where each tensor begins, and at last the number of values.
+        pieces: Name, shape, strides and first value of each tensor.
     """
-    places, num_values = _places(shapes)
-    _check_vector(vector, num_values)
-    start = vector.storage_offset()
-    return [vector.as_strided(shape, strides, start + first) for shape, strides, first in places]
 
-
-def _check_vector(vector: torch.Tensor, num_values: int) -> None:
-    if tuple(vector.shape) != (num_values,) or not vector.is_contiguous():
-        raise ValueError(f"shapes of {num_values} values cannot be cut from a tensor {tuple(vector.shape)}")
+    names: tuple[str, ...]
+    known: Mapping[str, None]
+    firsts: tuple[int, ...]
+    pieces: tuple[tuple[str, tuple[int, ...], tuple[int, ...], int], ...]
 
 
 @functools.lru_cache(maxsize=64)
-def _places(
-    shapes: tuple[tuple[int, ...], ...],
-) -> tuple[tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...], int]:
-    """Return shape, strides and first value of each tensor, and how many values there are."""
-    places, first = [], 0
-    for shape in shapes:
-        places.append((shape, tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))), first))
-        first += math.prod(shape)
-    return tuple(places), first
+def _plan_of(layout: Layout) -> _Plan:
+    firsts = tuple(itertools.accumulate((math.prod(shape) for _, shape in layout), initial=0))
+    pieces = tuple(
+        (name, shape, tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))), first)
+        for (name, shape), first in zip(layout, firsts, strict=False)
+    )
+    names = tuple(name for name, _ in layout)
+    return _Plan(names, dict.fromkeys(names), firsts, pieces)
 
 
 def end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the values of at least one tensor as one vector, (n,), to be read only.
 
-    Tensors that ``cut`` made, in its order, are not copied.
+    Tensors of a flat state that follow each other in it are not copied.
     """
     base, first = tensors[0]._base, tensors[0].storage_offset()
     if base is not None and base.dim() == 1 and base.is_contiguous() and base.dtype == tensors[0].dtype:

@@ -19,7 +19,7 @@ from federated.aggregators.protocol import ServerState, Update, sorted_state
 from federated.lowrank import LowRank
 from lora.adapters import FactorPair, factor_pairs
 from models.errors import UserError
-from models.state import State, vector_of
+from models.state import State, layout_of, vector_of
 
 _SUPPORTED = (torch.float32, torch.float64)
 _MAX_GROUP_VALUES = 1_000_000
@@ -74,12 +74,13 @@ def of_one_rank(server: ServerState, updates: Sequence[Update], rule: str) -> li
         UserError: A client's rank or scaling is not the server's; the message names clients and ranks.
     """
     ordered = in_client_order(updates)
+    shapes = {name: tuple(tensor.shape) for name, tensor in server.state.items()}
     for update in ordered:
-        for name, tensor in update.state.items():
-            if tensor.shape != server.state[name].shape:
+        for name, shape in layout_of(update.state):
+            if shape != shapes[name]:
                 raise UserError(
                     f"{rule} needs one rank for all clients: client {update.client_id} sent {name} "
-                    f"{tuple(tensor.shape)}, the server has {tuple(server.state[name].shape)}; "
+                    f"{shape}, the server has {shapes[name]}; "
                     "give all clients the same lora.r, or take flora, flexlora or hetlora"
                 )
         for module, own in update.scaling.items():

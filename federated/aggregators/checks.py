@@ -19,7 +19,7 @@ from federated.aggregators.factor_averaging import fedavg
 from federated.aggregators.protocol import Aggregator, ServerState, Update, skip_round
 from lora.adapters import FactorPair, factor_pairs
 from models.errors import UserError
-from models.state import vector_of
+from models.state import FlatState, Layout, layout_of, vector_of
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,9 @@ class _Expectation:
         self.pairs = factor_pairs(server.state)
         self.highest_rank = _highest_rank(server, self.pairs)
         self.groups = in_groups(server.state, sorted(self.names))
+        self.dtypes = {tensor.dtype for tensor in server.state.values()}
         self.shapes = functools.cache(self._shapes)
+        self.layout = functools.cache(self._layout)
 
     def _shapes(self, client_rank: int | None) -> dict[str, tuple[int, ...]]:
         """Return the shape of each name at a client's rank."""
@@ -139,6 +141,11 @@ class _Expectation:
             rank = rank if client_rank is None else min(rank, client_rank)
             shapes[pair.a], shapes[pair.b] = (rank, d_in), (d_out, rank)
         return shapes
+
+    def _layout(self, client_rank: int | None) -> Layout:
+        """Return names and shapes of what travels up at a client's rank."""
+        shapes = self.shapes(client_rank)
+        return tuple((name, shapes[name]) for name in sorted(self.names))
 
 
 def _fault(expected: _Expectation, update: Update) -> str | None:
@@ -180,8 +187,7 @@ def _scaling_fault(expected: _Expectation, update: Update) -> str | None:
 
 def _value_fault(expected: _Expectation, update: Update) -> str | None:
     shapes, like = expected.shapes(update.rank), expected.server.state
-    fits = all(t.shape == shapes[name] and t.dtype == like[name].dtype for name, t in update.state.items())
-    if fits and all(_sum_is_finite(update, group) for group in expected.groups):
+    if _fits(expected, update) and all(_sum_is_finite(update, group) for group in expected.groups):
         return None
     for name, tensor in update.state.items():
         if tuple(tensor.shape) != shapes[name]:
@@ -191,6 +197,15 @@ def _value_fault(expected: _Expectation, update: Update) -> str | None:
         if not bool(tensor.isfinite().all()):
             return f"{name} is not finite"
     return None
+
+
+def _fits(expected: _Expectation, update: Update) -> bool:
+    """Whether shapes and dtypes are right; a flat state's are known without cutting its tensors."""
+    if layout_of(update.state) != expected.layout(update.rank):
+        return False
+    if isinstance(update.state, FlatState) and expected.dtypes == {update.state.vector.dtype}:
+        return True
+    return all(t.dtype == expected.server.state[name].dtype for name, t in update.state.items())
 
 
 def _sum_is_finite(update: Update, names: tuple[str, ...]) -> bool:

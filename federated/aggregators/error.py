@@ -6,18 +6,22 @@ norms are taken from the factors (``federated.lowrank``): no client's own (d_out
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from federated.aggregators.averaging import in_client_order, weights_of
 from federated.aggregators.downlinks import profile_of
 from federated.aggregators.protocol import Aggregator, ServerState, Update
 from federated.lowrank import LowRank, distance_and_size, scaled, stack
 from lora.adapters import FactorPair, factor_pairs
-from models.state import State
+from models.state import Layout, State, layout_of, vector_of
+
+_MAX_STACKED_VALUES = 4_000_000
 
 
 def aggregation_error(
@@ -43,43 +47,96 @@ def aggregation_error(
         return None
     terms = _terms_of_the_ideal(aggregator, before, updates)
     squared_distance = squared_size = 0.0
-    for pair in pairs:
-        ideal = _sum_of(terms, pair)
-        held = held_change(aggregator, before, after, pair)
-        distance, size = distance_and_size(held, ideal)
-        squared_distance, squared_size = squared_distance + distance**2, squared_size + size**2
+    for group in _groups(pairs, before.state, len(terms)):
+        stacks = _stacked(terms, group)
+        for pair in group:
+            ideal = stack([terms_alike.sum_of(pair) for terms_alike in stacks])
+            distance, size = distance_and_size(held_change(aggregator, before, after, pair), ideal)
+            squared_distance, squared_size = squared_distance + distance**2, squared_size + size**2
     if squared_size == 0.0:
         return 0.0 if squared_distance == 0.0 else math.inf
     return math.sqrt(squared_distance / squared_size)
 
 
 _Factor = Callable[[FactorPair], float]
+_Term = tuple[State, _Factor]
+"""A state, and what to multiply the product of each of its modules by."""
 
 
 def _terms_of_the_ideal(
     aggregator: Aggregator, before: ServerState, updates: Sequence[Update]
-) -> list[tuple[State, _Factor]]:
-    """Return states and what to multiply each of their products by; the sum is what should be held."""
+) -> list[_Term]:
+    """Return the terms whose sum is what should be held."""
     ordered = in_client_order(updates)
-    terms: list[tuple[State, _Factor]] = []
+    terms: list[_Term] = []
     for update, weight in zip(ordered, weights_of(ordered), strict=True):
-        trained = aggregator.client.to_model({**before.state, **update.state})
+        whole = len(update.state) == len(before.state)
+        trained = aggregator.client.to_model(update.state if whole else {**before.state, **update.state})
         terms.append((trained, _times(weight, update.scaling)))
         if aggregator.allows_mixed_ranks and update.rank is not None:
             started = aggregator.downlink(before, profile_of(update)).state
             terms.append((started, _times(-weight, update.scaling)))
-            whole = {name: before.state[name] for name in started}
-            terms.append((whole, _times(weight, before.scaling)))
+            held = {name: before.state[name] for name in started}
+            terms.append((held, _times(weight, before.scaling)))
     return terms
 
 
-def _sum_of(terms: Sequence[tuple[State, _Factor]], pair: FactorPair) -> LowRank:
-    """Stack one module's products; each column of the left factor takes its term's factor."""
-    present = [(state, factor(pair)) for state, factor in terms if pair.a in state]
-    ranks = [state[pair.a].shape[0] for state, _ in present]
-    factors = torch.from_numpy(np.repeat([factor for _, factor in present], ranks))  # (q,) float64
-    left = torch.cat([state[pair.b] for state, _ in present], dim=1)
-    return LowRank(left * factors, torch.cat([state[pair.a] for state, _ in present], dim=0))
+def _groups(
+    pairs: Sequence[FactorPair], state: Mapping[str, Tensor], num_terms: int
+) -> list[list[FactorPair]]:
+    """Split modules into groups whose values, of all terms together, take little memory."""
+    groups: list[list[FactorPair]] = []
+    room = 0
+    for pair in pairs:
+        size = num_terms * (state[pair.a].numel() + state[pair.b].numel())
+        if size > room:
+            groups.append([])
+            room = _MAX_STACKED_VALUES
+        groups[-1].append(pair)
+        room -= size
+    return groups
+
+
+@dataclass(frozen=True, eq=False)
+class _Alike:
+    """A group's factors in K terms whose shapes agree.
+
+    Attributes:
+        values: (K, n), the factors of one term end to end.
+        places: Name -> its first value and its shape.
+        factors: What to multiply the products by, one a term.
+    """
+
+    values: Tensor
+    places: Mapping[str, tuple[int, tuple[int, ...]]]
+    factors: Sequence[_Factor]
+
+    def sum_of(self, pair: FactorPair) -> LowRank:
+        """Stack one module's products, each column of the left factor times its term's factor."""
+        factors = torch.tensor([factor(pair) for factor in self.factors], dtype=torch.float64)
+        left = self._stacked(pair.b).transpose(0, 1) * factors[:, None]  # (d_out, K, r)
+        return LowRank(left.flatten(1), self._stacked(pair.a).flatten(0, 1))
+
+    def _stacked(self, name: str) -> Tensor:
+        first, shape = self.places[name]
+        return self.values[:, first : first + math.prod(shape)].unflatten(1, shape)
+
+
+def _stacked(terms: Sequence[_Term], group: Sequence[FactorPair]) -> list[_Alike]:
+    """Bring the terms that have a group's factors, in like shapes, together."""
+    names = tuple(sorted(name for pair in group for name in (pair.a, pair.b)))
+    alike: dict[Layout, list[_Term]] = {}
+    for state, factor in terms:
+        if names[0] in state:
+            alike.setdefault(layout_of(state), []).append((state, factor))
+    result = []
+    for layout, members in alike.items():
+        shapes = [shape for name, shape in layout if name in names]
+        firsts = itertools.accumulate(map(math.prod, shapes), initial=0)
+        places = {name: (first, shape) for name, first, shape in zip(names, firsts, shapes, strict=False)}
+        values = torch.stack([vector_of(state, names) for state, _ in members])
+        result.append(_Alike(values, places, [factor for _, factor in members]))
+    return result
 
 
 def _times(weight: float, scaling: Mapping[str, float]) -> _Factor:
