@@ -303,6 +303,22 @@ def test_bars_by_round_stack_to_the_ledgers_bytes(run: FakeRun) -> None:
         assert megabytes == pytest.approx(ledger.total(server_round=server_round).wire_bytes / 1e6)
 
 
+@pytest.mark.parametrize("num_rounds", [1, 2, 3, 40, 300])
+def test_rounds_are_counted_in_whole_numbers(num_rounds: int) -> None:
+    run = FakeRun(accuracies=tuple(np.linspace(0.1, 0.9, num_rounds + 1)), num_clients=2, cohort_size=2)
+    metrics, ledger = run.metrics(), run.ledger()
+    for figure in (
+        plots.bytes_by_round(ledger),
+        plots.metric_by_round(metrics, "accuracy"),
+        plots.metric_by_round(metrics[-1:], "accuracy"),
+    ):
+        axis = figure.axes[-1]
+        left, right = axis.get_xlim()
+        ticks = [tick for tick in axis.get_xticks() if left <= tick <= right]
+        assert ticks
+        assert all(tick == round(tick) for tick in ticks), ticks
+
+
 def test_the_byte_curve_counts_what_was_sent_until_each_model_existed(run: FakeRun) -> None:
     ledger, last = run.ledger(), len(ACCURACIES) - 1
     curve = plots.curve_of("run", run.metrics(), "accuracy", ledger)

@@ -92,9 +92,9 @@ def name_metric_axis(axis: Axes, metric: str) -> None:
 
 
 def name_round_axis(axis: Axes) -> None:
-    """Label the x axis as rounds, with whole numbers."""
+    """Label the x axis as rounds, with whole numbers; one alone is enough."""
     axis.set_xlabel("round")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
 
 
 def draw_legend(axis: Axes, *, above: bool = False, columns: int = 1) -> None:

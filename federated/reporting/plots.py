@@ -163,6 +163,7 @@ def bytes_by_round(ledger: Ledger) -> Figure:
             axis.bar(rounds, heights, bottom=below, label=label, color=color, **look)
             below = below + heights
     axis.set_ylabel("sent (MB on the wire)")
+    axis.set_xlim(rounds[0] - 0.75, rounds[-1] + 0.75)
     axis.set_ylim(0, max(1.05 * float(below.max()), 1e-9))
     axis.grid(visible=False, axis="x")
     style.name_round_axis(axis)
