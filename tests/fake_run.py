@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from federated.ledger import Ledger, Transfer
+from federated.round_record import CLIENTS, SCORED_BY
 from federated.savings import Bandwidth, ModelSizes, communication_summary
 
 FASHION = (
@@ -69,6 +70,7 @@ class FakeRun:
     failures: dict[tuple[int, int], str] = field(default_factory=dict)  # (round, client) -> reason
     metric: str = "accuracy"
     client_metrics: bool = True
+    personal: bool = False  # no global model: from round 1 on clients score their own models
     seed: int = 0
 
     def ledger(self) -> Ledger:
@@ -106,6 +108,7 @@ class FakeRun:
             line |= {"loss": 2.4 - 2 * accuracy, "seconds": 0.4 if server_round == 0 else 7.5 + rng.random()}
             if server_round:
                 failed = {c: why for (t, c), why in self.failures.items() if t == server_round}
+                line |= {SCORED_BY: CLIENTS} if self.personal else {}
                 line |= {
                     "train_loss": 2.1 - 1.9 * accuracy,
                     "cohort": cohorts[server_round],

@@ -285,9 +285,11 @@ def test_a_run_without_a_global_model_is_refused(run, images, tmp_path, capsys):
     shutil.copytree(run, copy)
     config = (copy / "config.yaml").read_text(encoding="utf-8").replace("name: fedavg", "name: fedsa")
     (copy / "config.yaml").write_text(config, encoding="utf-8")
-    code, _, error = fedlora(capsys, "predict", copy, images)
-    assert code == 2
-    assert "fedsa, where only the clients hold complete models" in error
+    for command in (["predict", copy, images], ["evaluate", copy]):
+        code, _, error = fedlora(capsys, *command)
+        assert code == 2
+        assert "fedsa, where only the clients hold complete models" in error
+    assert not (copy / "evaluation_test").exists()
 
 
 def test_a_run_of_full_fine_tuning_is_used_with_all_its_weights(run, images, tmp_path, capsys):

@@ -116,8 +116,7 @@ def test_no_number_is_cut_at_any_width(run: FakeRun, width: int) -> None:
 def test_the_tables_fit_a_usual_terminal(run: FakeRun) -> None:
     console, output = console_of(80)
     print_results(console, run.metrics(), run.summary(), run.ledger())
-    *tables, _ = output.getvalue().rstrip().splitlines()
-    assert max(map(len, tables)) <= 80
+    assert max(map(len, output.getvalue().splitlines())) <= 80
 
 
 def test_reasons_are_printed_as_they_are(run: FakeRun) -> None:
@@ -130,10 +129,23 @@ def test_the_closing_line_names_the_saving_with_and_without_the_base(run: FakeRu
     console, output = console_of()
     print_results(console, run.metrics(), run.summary())
     ours = run.summary()["communication"]["comparison"][0]
-    closing = output.getvalue().splitlines()[-1]
-    assert "accuracy 19.2 % → 70.8 %" in closing
-    assert format_percent(ours["saving"], 2) in closing
-    assert format_percent(ours["saving_with_base"], 2) in closing
+    reached, saved = output.getvalue().splitlines()[-2:]
+    assert reached.startswith("accuracy 19.2 % → 70.8 %, ")
+    assert saved == (
+        f"{format_percent(ours['saving'], 2)} saved against full model FedAvg "
+        f"({format_percent(ours['saving_with_base'], 2)} with the base model counted)"
+    )
+
+
+def test_personal_models_are_not_compared_with_the_pre_trained_model() -> None:
+    run = FakeRun(personal=True)
+    console, output = console_of()
+    play(run, RunDisplay(console))
+    print_results(console, run.metrics(), run.summary(), run.ledger())
+    text = output.getvalue()
+    assert "round 5/5  accuracy 70.8 % (clients' rows)" in text
+    assert "19.2 % →" not in text
+    assert "that is personal models, clients' rows; pre-trained model, server's rows: 19.2 %" in text
 
 
 def test_an_unfinished_run_prints_its_rounds(run: FakeRun) -> None:

@@ -267,6 +267,48 @@ def test_a_round_made_again_counts_once(tmp_path: Path) -> None:
     assert [line["accuracy"] for line in read_run(tmp_path).metrics] == [0.1, 0.3]
 
 
+# Personal models
+
+
+@pytest.fixture(scope="module")
+def personal() -> FakeRun:
+    return FakeRun(accuracies=(0.9, 0.5, 0.6), personal=True)
+
+
+@pytest.mark.usefixtures("words_only")
+def test_personal_models_and_the_pre_trained_model_are_told_apart(personal: FakeRun, tmp_path: Path) -> None:
+    write_report(personal.write(tmp_path / "fedsa"))
+    page = parse(tmp_path / "fedsa")
+    card = cards_of(page)["Final accuracy"]
+    assert card.startswith("60.0 % mean of personal models, each on its own client's rows")
+    assert "pre-trained model, on the server's rows: 90.0 %" in card
+    assert "points" not in card  # a difference between two sets of rows says nothing
+    text = text_of(page)
+    assert "There is no global model." in text
+    assert not re.search("(?<!no )global model", text)
+
+
+def test_no_line_joins_what_was_scored_on_different_rows(personal: FakeRun) -> None:
+    metrics, ledger = personal.metrics(), personal.ledger()
+    top, losses = plots.metric_by_round(metrics, "accuracy", 0.9).axes
+    curve, before = top.lines
+    assert list(curve.get_xdata()) == [1, 2]
+    assert [text.get_text() for text in top.get_legend().get_texts()] == [
+        "personal models, clients' rows",
+        "pre-trained model, server's rows: 90.0 %",
+    ]
+    assert set(before.get_ydata()) == {0.9}
+    assert [list(line.get_xdata()) for line in losses.lines] == [[1, 2], [1, 2]]
+    assert plots.curve_of("fedsa", metrics, "accuracy", ledger).values == [0.5, 0.6]
+
+
+def test_the_best_of_personal_models_is_not_the_pre_trained_models(personal: FakeRun, tmp_path: Path) -> None:
+    folder = personal.write(tmp_path / "fedsa")
+    (folder / "summary.json").unlink()
+    headline = read_run(folder).headline
+    assert (headline["zero_shot"], headline["final"], headline["best"]) == (0.9, 0.6, 0.6)
+
+
 # Pictures
 
 

@@ -119,6 +119,17 @@ def test_head_only_sends_the_head_alone(tmp_path: Path) -> None:
     assert exchanged == 128 * 10 + 10
 
 
+def test_rounds_that_clients_scored_say_so_and_the_best_is_one_of_them(tmp_path: Path) -> None:
+    overrides = ["aggregation.name=fedsa", "evaluation.clients_every=1", "output.report=false"]
+    run = run_experiment(small_config(tmp_path, overrides=overrides))
+    before, *rounds = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert "scored_by" not in before
+    assert [line["scored_by"] for line in rounds] == ["clients"] * len(rounds)
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert summary["best"] == max(line["accuracy"] for line in rounds)
+    assert summary["zero_shot"] == before["accuracy"]
+
+
 def test_a_failing_client_is_named_and_the_round_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -23,6 +23,7 @@ from rich.text import Text
 
 from federated.ledger import Ledger
 from federated.reporting.round_table import TextTable, failure_table, round_table, saving_table
+from federated.reporting.run_kind import PERSONAL, RunKind, kind_of
 from federated.reporting.wording import (
     format_bytes,
     format_metric,
@@ -30,6 +31,7 @@ from federated.reporting.wording import (
     format_seconds,
     metric_label,
 )
+from federated.round_record import SCORED_BY
 from federated.savings import FULL_MODEL
 
 MAX_COLUMNS = 1000  # of a table that is not cut
@@ -152,7 +154,8 @@ class RunDisplay(BarsDisplay):
         parts = []
         for key in (self._metric, "train_loss"):
             if metrics.get(key) is not None:
-                parts.append((f"{metric_label(key)} {format_metric(key, metrics[key])}", ""))
+                rows = " (clients' rows)" if key == self._metric and SCORED_BY in metrics else ""
+                parts.append((f"{metric_label(key)} {format_metric(key, metrics[key])}{rows}", ""))
         cohort, failed = metrics.get("cohort"), metrics.get("failed") or []
         if cohort:
             parts.append((f"{len(cohort)} clients", ""))
@@ -187,6 +190,9 @@ def print_results(
     """
     metric = str(summary.get("headline_metric", "accuracy"))
     print_table(console, round_table(metrics, metric, ledger), "Rounds")
+    kind = kind_of(metrics)
+    if kind is PERSONAL:
+        print_note(console, f"{kind.table_note}\n")
     failures = failure_table(metrics, ledger)
     if failures.rows:
         print_table(console, failures, "Failed clients")
@@ -194,7 +200,13 @@ def print_results(
     rows = communication.get("comparison") or []
     if rows:
         print_table(console, saving_table(rows), f"What travels (saved: against {FULL_MODEL})")
-    console.print(_closing_line(metric, summary, rows), highlight=False, soft_wrap=True)
+    for line in _closing_lines(metric, summary, kind, rows):
+        print_note(console, line)
+
+
+def print_note(console: Console, note: str | Text) -> None:
+    """Print a sentence, its words wrapped at the console's width; nothing in it is read as markup."""
+    console.print(Text(note) if isinstance(note, str) else note, highlight=False)
 
 
 def print_where(console: Console, folder: Path) -> None:
@@ -204,16 +216,23 @@ def print_where(console: Console, folder: Path) -> None:
         console.print(f"report:     {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _closing_line(metric: str, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Text:
-    line = Text(f"{metric_label(metric)} {format_metric(metric, summary.get('zero_shot'))} → ")
+def _closing_lines(
+    metric: str, summary: Mapping[str, Any], kind: RunKind, rows: Sequence[Mapping[str, Any]]
+) -> Iterator[Text]:
+    """Yield what was reached and sent, on which rows, and what was saved."""
+    label, before = metric_label(metric), format_metric(metric, summary.get("zero_shot"))
+    line = Text(f"{label} " if kind is PERSONAL else f"{label} {before} → ")
     line.append(format_metric(metric, summary.get("final")), style="bold")
     sent = (summary.get("communication") or {}).get("total_wire_bytes")
     if sent is not None:
         line.append(f", {format_bytes(sent)} sent")
+    yield line
+    if kind is PERSONAL:
+        yield Text(f"that is {kind.model}; {kind.before}: {before}")
     if rows:
-        line.append(f", {format_percent(rows[0]['saving'], 2)} saved against {FULL_MODEL}")
+        line = Text(f"{format_percent(rows[0]['saving'], 2)} saved against {FULL_MODEL}")
         line.append(f" ({format_percent(rows[0]['saving_with_base'], 2)} with the base model counted)")
-    return line
+        yield line
 
 
 def print_table(console: Console, content: TextTable, title: str) -> None:

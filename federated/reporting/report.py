@@ -93,13 +93,13 @@ def _pictures(run: RunRecord) -> list[Picture]:
         (
             "metric_by_round",
             f"{label} and loss by round",
-            "The global model on the server's test set; local training losses are means over the cohort.",
+            run.kind.caption,
             lambda: plots.metric_by_round(run.metrics, run.metric, zero_shot),
         ),
         (
             "metric_by_bytes",
             f"{label} against bytes sent",
-            "Every point is a round: what was sent until its model existed, without the base model.",
+            f"Every point is a round: {run.kind.model}, and what was sent until then without the base.",
             lambda: plots.metric_by_bytes(run.metrics, run.metric, run.ledger),
         ),
         (
@@ -117,7 +117,7 @@ def _pictures(run: RunRecord) -> list[Picture]:
         (
             "client_metric",
             f"{label} of each client",
-            "The global model on each client's own held-out data.",
+            run.kind.client_caption,
             lambda: plots.client_metric(run.metrics, run.metric),
         ),
         (

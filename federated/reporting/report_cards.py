@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from federated.reporting.run_kind import PERSONAL
 from federated.reporting.run_record import RunRecord
 from federated.reporting.wording import (
     format_bytes,
@@ -84,8 +85,10 @@ def cards(run: RunRecord) -> list[Card]:
 def _metric_card(run: RunRecord) -> Card:
     metric, headline = run.metric, run.headline
     final, zero_shot, best = headline["final"], headline["zero_shot"], headline["best"]
-    notes = []
-    if zero_shot is not None:
+    notes = ["mean of personal models, each on its own client's rows"] if run.kind is PERSONAL else []
+    if zero_shot is not None and run.kind is PERSONAL:
+        notes.append(f"pre-trained model, on the server's rows: {format_metric(metric, zero_shot)}")
+    elif zero_shot is not None:
         notes.append(
             f"zero-shot, before training: {format_metric(metric, zero_shot)}{_gain(metric, zero_shot, final)}"
         )
