@@ -15,10 +15,11 @@ from federated.reporting.wording import (
     format_metric,
     format_percent,
     format_rounds,
+    format_saving,
     format_seconds,
     metric_label,
 )
-from tests.fake_run import FakeRun
+from tests.fake_run import TOTAL, FakeRun
 
 MARKUP = "ValueError: [bold]shard[/bold] of [client] holds no images"
 
@@ -105,7 +106,7 @@ def test_no_number_is_cut_at_any_width(run: FakeRun, width: int) -> None:
     text = output.getvalue()
     rounds, savings = (
         round_table(run.metrics(), "accuracy", run.ledger()),
-        saving_table(run.summary()["communication"]["comparison"]),
+        saving_table(run.summary()["communication"]["comparison"]).without("client-round"),
     )
     for table in (rounds, savings):
         for row in table.rows:
@@ -116,6 +117,15 @@ def test_no_number_is_cut_at_any_width(run: FakeRun, width: int) -> None:
 def test_the_tables_fit_a_usual_terminal(run: FakeRun) -> None:
     console, output = console_of(80)
     print_results(console, run.metrics(), run.summary(), run.ledger())
+    assert max(map(len, output.getvalue().splitlines())) <= 80
+
+
+def test_a_run_that_sends_more_than_the_full_model_says_so_without_a_minus() -> None:
+    run = FakeRun(exchanged=TOTAL, client_metrics=False)
+    console, output = console_of(80)
+    print_results(console, run.metrics(), run.summary(), run.ledger())
+    assert "0.01 % more sent than full model FedAvg" in output.getvalue()
+    assert "-" not in output.getvalue().replace("pre-", "")
     assert max(map(len, output.getvalue().splitlines())) <= 80
 
 
@@ -198,6 +208,14 @@ def test_megabytes_are_millions_of_bytes() -> None:
 )
 def test_a_share_below_one_is_never_written_as_one_hundred_percent(share: float | None, text: str) -> None:
     assert format_percent(share, 2) == text
+
+
+@pytest.mark.parametrize(
+    ("saving", "text"),
+    [(0.9801, "98.01 %"), (0.0, "0.00 %"), (-0.00001, "0.00 %"), (-0.0002, "0.02 % more"), (None, "–")],
+)
+def test_what_was_not_saved_is_written_as_more(saving: float | None, text: str) -> None:
+    assert format_saving(saving) == text
 
 
 @pytest.mark.parametrize(

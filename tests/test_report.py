@@ -21,7 +21,8 @@ from federated.reporting.plot_style import inline_svg
 from federated.reporting.report import write_report
 from federated.reporting.round_table import round_table
 from federated.reporting.run_record import read_run
-from federated.reporting.wording import format_bytes, format_megabytes, format_percent
+from federated.reporting.wording import format_bytes, format_megabytes, format_percent, format_saving
+from federated.savings import Bandwidth, ModelSizes, communication_summary
 from models.errors import UserError
 from tests.fake_run import ACCURACIES, EXCHANGED, OVERHEAD_BYTES, TOTAL, FakeRun
 
@@ -129,9 +130,9 @@ def test_the_comparison_table_equals_the_summary(folder: Path, page: ET.Element)
     for shown, row in zip(rows, recorded, strict=True):
         assert shown[2:6] == [
             format_bytes(row["total_bytes"]),
-            format_percent(row["saving"], 2),
+            format_saving(row["saving"]),
             format_bytes(row["total_bytes_with_base"]),
-            format_percent(row["saving_with_base"], 2),
+            format_saving(row["saving_with_base"]),
         ]
         assert shown[6] == ("measured" if row["measured"] else "computed")
 
@@ -236,6 +237,25 @@ def test_a_declared_base_is_stated(run: FakeRun, tmp_path: Path) -> None:
     (folder / "config.yaml").write_text(config.replace("base_preinstalled: false", "base_preinstalled: true"))
     write_report(folder)
     assert "declares that clients hold the base model already" in text_of(parse(folder))
+
+
+@pytest.mark.usefixtures("words_only")
+def test_a_run_of_the_full_model_is_told_what_its_messages_cost(tmp_path: Path) -> None:
+    run = FakeRun(exchanged=TOTAL, client_metrics=False)
+    folder = run.write(tmp_path / "full")
+    sizes = ModelSizes(4 * TOTAL, head_bytes=4 * 10 * 129, base_bytes=4 * TOTAL, ships_base=True)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["communication"] = communication_summary(run.ledger(), sizes, Bandwidth())
+    (folder / "summary.json").write_text(json.dumps(summary))
+    write_report(folder)
+    page = parse(folder)
+    assert cards_of(page)["Sent more than full model FedAvg"].startswith("0.01 %")
+    assert "This run sends every weight and needs none." in text_of(page)
+    ours, head = (
+        next(row for row in table_of(page, "savings") if row[0] == n) for n in ("this run", "head only")
+    )
+    assert (ours[3], ours[2] == ours[4]) == ("0.01 % more", True)
+    assert head[4] == format_bytes(4 * 10 * 129 * 100 + 10 * 4 * TOTAL)
 
 
 @pytest.mark.usefixtures("words_only")

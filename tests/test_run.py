@@ -111,6 +111,7 @@ def test_full_fine_tuning_measures_the_other_side_of_the_comparison(quick_run: P
     assert ledger.total().payload_bytes == predicted["total_bytes"]
     assert theirs["parameters"]["exchanged"] == theirs["parameters"]["total"]
     assert theirs["communication"]["one_off_base_bytes"] == 0
+    assert ours["communication"]["comparison"][1:] == theirs["communication"]["comparison"][1:]
 
 
 def test_head_only_sends_the_head_alone(tmp_path: Path) -> None:

@@ -137,15 +137,8 @@ def comparison_table(rows: Sequence[RunRow]) -> TextTable:
 def terminal_tables(rows: Sequence[RunRow]) -> dict[str, TextTable]:
     """Return ``comparison_table`` in two parts that fit a terminal: title -> table."""
     table = comparison_table(rows)
-    reached = [head for head in table.columns if head not in COST_COLUMNS]
-    costs = [head for head in table.columns if head == "run" or head in COST_COLUMNS]
-    return {"Runs": _columns(table, reached), "What they took": _columns(table, costs)}
-
-
-def _columns(table: TextTable, heads: Sequence[str]) -> TextTable:
-    places = [table.columns.index(head) for head in heads]
-    rows = tuple(tuple(row[place] for place in places) for row in table.rows)
-    return TextTable(tuple(heads), rows, words=frozenset({0}))
+    reached = [head for head in table.columns if head != "run" and head not in COST_COLUMNS]
+    return {"Runs": table.without(*COST_COLUMNS), "What they took": table.without(*reached)}
 
 
 def to_markdown(rows: Sequence[RunRow]) -> str:

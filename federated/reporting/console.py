@@ -27,7 +27,7 @@ from federated.reporting.run_kind import PERSONAL, RunKind, kind_of
 from federated.reporting.wording import (
     format_bytes,
     format_metric,
-    format_percent,
+    format_saving,
     format_seconds,
     metric_label,
 )
@@ -199,7 +199,8 @@ def print_results(
     communication = summary.get("communication") or {}
     rows = communication.get("comparison") or []
     if rows:
-        print_table(console, saving_table(rows), f"What travels (saved: against {FULL_MODEL})")
+        table = saving_table(rows).without("client-round")  # the report has it; 80 columns have no room
+        print_table(console, table, f"What travels (saved: against {FULL_MODEL})")
     for line in _closing_lines(metric, summary, kind, rows):
         print_note(console, line)
 
@@ -230,9 +231,9 @@ def _closing_lines(
     if kind is PERSONAL:
         yield Text(f"that is {kind.model}; {kind.before}: {before}")
     if rows:
-        line = Text(f"{format_percent(rows[0]['saving'], 2)} saved against {FULL_MODEL}")
-        line.append(f" ({format_percent(rows[0]['saving_with_base'], 2)} with the base model counted)")
-        yield line
+        saving, with_base = format_saving(rows[0]["saving"]), format_saving(rows[0]["saving_with_base"])
+        against = f"sent than {FULL_MODEL}" if saving.endswith("more") else f"saved against {FULL_MODEL}"
+        yield Text(f"{saving} {against} ({with_base} with the base model counted)")
 
 
 def print_table(console: Console, content: TextTable, title: str) -> None:

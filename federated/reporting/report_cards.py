@@ -15,6 +15,7 @@ from federated.reporting.wording import (
     format_count,
     format_metric,
     format_percent,
+    format_saving,
     format_seconds,
     is_share,
     metric_label,
@@ -130,11 +131,13 @@ def _saving_card(run: RunRecord) -> Card | None:
     source = (
         "measured in a run of its own" if full["measured"] else "computed for the same clients and rounds"
     )
+    # a run of the full model itself sends what was computed, and its messages' overhead
+    label, sign = ("Saved against", 1) if ours["saving"] > -5e-5 else ("Sent more than", -1)
     return Card(
-        f"Saved against {FULL_MODEL}",
-        format_percent(ours["saving"], 2),
+        f"{label} {FULL_MODEL}",
+        format_percent(sign * ours["saving"], 2),
         (
-            f"with the base model counted: {format_percent(ours['saving_with_base'], 2)}",
+            f"with the base model counted: {format_saving(ours['saving_with_base'])}",
             f"{FULL_MODEL} would send {format_bytes(full['total_bytes'])} ({source})",
         ),
     )
@@ -169,10 +172,13 @@ def base_note(run: RunRecord) -> str:
     """Say what "with base" adds, or why it adds nothing."""
     if (run.config.get("communication") or {}).get("base_preinstalled"):
         return "The configuration declares that clients hold the base model already: it is not counted."
-    base = run.summary.get("communication", {}).get("one_off_base_bytes")
+    communication = run.summary.get("communication", {})
+    rows = communication.get("comparison") or []
+    base = max((row["total_bytes_with_base"] - row["total_bytes"] for row in rows), default=0)
     if not base:
-        return "Clients of this run need no base model before round 1."
+        return "Clients need no base model before round 1."
+    ours = "" if communication.get("one_off_base_bytes") else " This run sends every weight and needs none."
     return (
         f"“With base” adds the frozen base model, once for each client that took part: {format_bytes(base)} "
-        f"in all. {FULL_MODEL[0].upper()}{FULL_MODEL[1:]} ships it in its normal downlink."
+        f"in all. {FULL_MODEL[0].upper()}{FULL_MODEL[1:]} ships it in its normal downlink.{ours}"
     )

@@ -15,8 +15,8 @@ from federated.reporting.wording import (
     format_bytes,
     format_megabytes,
     format_metric,
-    format_percent,
     format_rounds,
+    format_saving,
     is_share,
     metric_label,
 )
@@ -32,6 +32,15 @@ class TextTable:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     words: frozenset[int] = frozenset()
+
+    def without(self, *left_out: str) -> TextTable:
+        """Return the table without some columns."""
+        kept = [place for place, head in enumerate(self.columns) if head not in left_out]
+        return TextTable(
+            tuple(self.columns[place] for place in kept),
+            tuple(tuple(row[place] for place in kept) for row in self.rows),
+            frozenset(new for new, place in enumerate(kept) if place in self.words),
+        )
 
 
 def round_table(metrics: Sequence[Mapping[str, Any]], metric: str, ledger: Ledger | None = None) -> TextTable:
@@ -108,9 +117,9 @@ def saving_table(comparison: Sequence[Mapping[str, Any]]) -> TextTable:
             row["name"],
             format_bytes(row["payload_bytes_per_client_round"]),
             format_bytes(row["total_bytes"]),
-            format_percent(row["saving"], 2),
+            format_saving(row["saving"]),
             format_bytes(row["total_bytes_with_base"]),
-            format_percent(row["saving_with_base"], 2),
+            format_saving(row["saving_with_base"]),
             "measured" if row["measured"] else "computed",
         )
         for row in comparison
