@@ -240,6 +240,26 @@ def test_a_declared_base_is_stated(run: FakeRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("words_only")
+def test_what_is_cached_is_a_line_each_and_no_python(run: FakeRun, tmp_path: Path) -> None:
+    folder, notes = (
+        run.write(tmp_path / "cached"),
+        ["images: not cached (because)", "captions: computed once"],
+    )
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"caches": notes, "none": None}))
+    write_report(folder)
+    page = parse(folder)
+    values = {
+        text_of(key): [text_of(line) for line in value]
+        for pairs in page.iter("dl")
+        if pairs.get("class") == "pairs"
+        for key, value in zip(pairs.findall("dt"), pairs.findall("dd"), strict=True)
+    }
+    assert (values["caches"], values["none"], values["torch"]) == (notes, ["–"], ["2.13.0"])
+    assert "['" not in text_of(page)
+
+
+@pytest.mark.usefixtures("words_only")
 def test_a_run_of_the_full_model_is_told_what_its_messages_cost(tmp_path: Path) -> None:
     run = FakeRun(exchanged=TOTAL, client_metrics=False)
     folder = run.write(tmp_path / "full")

@@ -143,12 +143,13 @@ def _picture(folder: Path, name: str, title: str, caption: str, make: Callable[[
     return Picture(name, title, caption, Markup(inline_svg(figure, name, title)))
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return (dotted key, value as text) of a tree, in its order."""
-    pairs: list[tuple[str, str]] = []
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, list[str]]]:
+    """Return (dotted key, lines of text) of a tree, in its order: a line for each item of a list."""
+    pairs: list[tuple[str, list[str]]] = []
     for key, value in tree.items():
         if isinstance(value, Mapping):
             pairs.extend(_flatten(value, f"{prefix}{key}."))
         else:
-            pairs.append((f"{prefix}{key}", MISSING if value is None else str(value)))
+            items = value if isinstance(value, list) else [value]
+            pairs.append((f"{prefix}{key}", [MISSING if item is None else str(item) for item in items]))
     return pairs
