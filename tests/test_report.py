@@ -349,6 +349,33 @@ def test_the_best_of_personal_models_is_not_the_pre_trained_models(personal: Fak
     assert (headline["zero_shot"], headline["final"], headline["best"]) == (0.9, 0.6, 0.6)
 
 
+# Central training
+
+
+@pytest.mark.usefixtures("words_only")
+def test_a_central_run_has_epochs_and_no_rounds_clients_or_bytes(tmp_path: Path) -> None:
+    folder = FakeRun(central=True, accuracies=(0.2, 0.7, 0.6)).write(tmp_path / "central")
+    (folder / "config.yaml").unlink()  # it has the sections of federated runs
+    write_report(folder)
+    page = parse(folder)
+    text = text_of(page).replace("metrics.jsonl, communication.csv", "")
+    assert not re.search(r"\b(round|client|sent|travel|cohort|transfer|global model)", text), text
+    assert "best: 70.0 % after epoch 1" in cards_of(page)["Final accuracy"]
+    assert "weights of epoch 2" in cards_of(page)["Final accuracy"]
+    assert cards_of(page)["Time"].startswith("41.2 s 2 epochs on this machine")
+    assert [figure.get("id") for figure in page.iter("figure")] == ["metric_by_epoch"]
+    assert table_of(page, "rounds")[0] == [
+        "epoch",
+        "accuracy",
+        "validation accuracy",
+        "loss",
+        "train loss",
+        "seconds",
+    ]
+    figure = plots.metric_by_round(FakeRun(central=True).metrics(), "accuracy")
+    assert figure.axes[-1].get_xlabel() == "epoch"
+
+
 # Pictures
 
 

@@ -111,7 +111,7 @@ def metric_by_round(metrics: Metrics, metric: str, zero_shot: float | None = Non
         style.draw_line(axes[1], loss_rounds, loss_values, number, label=label)
         axes[1].set_ylabel("loss")
         style.draw_legend(axes[1])
-    style.name_round_axis(axes[-1])
+    style.name_round_axis(axes[-1], kind.step)
     return figure
 
 

@@ -91,8 +91,8 @@ def _pictures(run: RunRecord) -> list[Picture]:
     zero_shot = run.headline["zero_shot"]
     makers: tuple[tuple[str, str, str, Callable[[], Figure]], ...] = (
         (
-            "metric_by_round",
-            f"{label} and loss by round",
+            f"metric_by_{run.kind.step}",
+            f"{label} and loss by {run.kind.step}",
             run.kind.caption,
             lambda: plots.metric_by_round(run.metrics, run.metric, zero_shot),
         ),
@@ -129,7 +129,8 @@ def _pictures(run: RunRecord) -> list[Picture]:
     )
     folder = run.directory / "plots"
     folder.mkdir(exist_ok=True)
-    return [_picture(folder, name, title, caption, make) for name, title, caption, make in makers]
+    shown = makers if run.kind.has_clients else makers[:1]  # the others are of clients and what they send
+    return [_picture(folder, name, title, caption, make) for name, title, caption, make in shown]
 
 
 def _picture(folder: Path, name: str, title: str, caption: str, make: Callable[[], Figure]) -> Picture:

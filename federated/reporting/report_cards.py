@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from federated.reporting.run_kind import PERSONAL
+from federated.reporting.run_kind import PERSONAL, count_steps
 from federated.reporting.run_record import RunRecord
 from federated.reporting.wording import (
     format_bytes,
@@ -43,15 +43,18 @@ def subtitle(run: RunRecord) -> str:
     adapters = (config.get("lora") or {}).get("enabled", True) and of("model", "type").endswith("_lora")
     alpha = ((config.get("partition") or {}).get("options") or {}).get("alpha")
     split = of("partition", "name") + (f" α={alpha}" if alpha is not None else "")
+    federation = [
+        of("partition", "num_clients", "{} clients"),
+        split,
+        of("aggregation", "name"),
+        of("communication", "uplink", "uplink {}"),
+    ]
     parts = (
         of("model", "model_name"),
         of("lora", "r", "LoRA r={}") if adapters else of("model", "fine_tuning"),
         of("task", "name").replace("_", " "),
         of("data", "source"),
-        of("partition", "num_clients", "{} clients"),
-        split,
-        of("aggregation", "name"),
-        of("communication", "uplink", "uplink {}"),
+        *(federation if run.kind.has_clients else ["central training"]),
         f"seed {config['seed']}" if "seed" in config else "",
     )
     return " · ".join(part for part in parts if part)
@@ -72,7 +75,7 @@ def notices(run: RunRecord) -> list[str]:
             f"summary.json says {format_count(recorded)} bytes on the wire, communication.csv adds up to "
             f"{format_count(counted)}: this page shows communication.csv."
         )
-    if not len(run.ledger):
+    if not len(run.ledger) and run.kind.has_clients:
         found.append("No transfers were recorded (communication.csv).")
     return found
 
@@ -95,7 +98,11 @@ def _metric_card(run: RunRecord) -> Card:
         )
     if best is not None and best != final:
         at = [line["server_round"] for line in run.metrics if line.get(metric) == best]
-        notes.append(f"best: {format_metric(metric, best)}" + (f" after round {at[0]}" if at else ""))
+        notes.append(
+            f"best: {format_metric(metric, best)}" + (f" after {run.kind.step} {at[0]}" if at else "")
+        )
+    if "training" in run.summary:
+        notes.append(f"weights of epoch {run.summary['training']['kept_epoch']}")
     return Card(f"Final {metric_label(metric)}", format_metric(metric, final), tuple(notes))
 
 
@@ -144,8 +151,7 @@ def _saving_card(run: RunRecord) -> Card | None:
 
 
 def _time_card(run: RunRecord) -> Card:
-    rounds = run.headline["rounds"]
-    notes = [f"{rounds} round{'' if rounds == 1 else 's'} on this machine"]
+    notes = [f"{count_steps(run.kind, run.headline['rounds'])} on this machine"]
     link = run.summary.get("communication", {}).get("seconds_at_bandwidth")
     if link:
         notes.append(
@@ -160,12 +166,14 @@ def _time_card(run: RunRecord) -> Card:
 
 def _parameter_card(run: RunRecord) -> Card | None:
     parameters = run.summary.get("parameters") or {}
-    exchanged, total = parameters.get("exchanged"), parameters.get("total")
-    if exchanged is None:
+    trained, total = parameters.get("trainable"), parameters.get("total")
+    travel = run.kind.has_clients
+    shown = parameters.get("exchanged") if travel else trained
+    if shown is None:
         return None
-    notes = [f"{format_percent(exchanged / total, 2)} of the model's {format_count(total)}"] if total else []
-    notes.append(f"trained on a client: {format_count(parameters.get('trainable'))}")
-    return Card("Parameters that travel", format_count(exchanged), tuple(notes))
+    notes = [f"{format_percent(shown / total, 2)} of the model's {format_count(total)}"] if total else []
+    notes += [f"trained on a client: {format_count(trained)}"] if travel else []
+    return Card(f"Parameters that {'travel' if travel else 'train'}", format_count(shown), tuple(notes))
 
 
 def base_note(run: RunRecord) -> str:

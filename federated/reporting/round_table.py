@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from federated.ledger import Ledger, Totals
+from federated.reporting.run_kind import kind_of
 from federated.reporting.wording import (
     MISSING,
     format_bytes,
@@ -22,6 +23,7 @@ from federated.reporting.wording import (
 )
 
 MAX_EXTRA_METRICS = 6
+_OF_CLIENTS = ("clients", "failed", "up MB", "down MB", "total MB")
 _NOT_METRICS = frozenset({"server_round", "seconds", "loss", "train_loss"})
 
 
@@ -44,22 +46,14 @@ class TextTable:
 
 
 def round_table(metrics: Sequence[Mapping[str, Any]], metric: str, ledger: Ledger | None = None) -> TextTable:
-    """Return one row a round: metrics, losses, clients, MB up and down, seconds.
+    """Return one row a round (or epoch): metrics, losses, clients, MB up and down, seconds.
 
     Bytes are wire bytes, from the ledger when it is given and from the lines of ``metrics`` otherwise.
     """
     extra = _extra_metrics(metrics, metric)
     shown = [metric, *extra, *(key for key in ("loss", "train_loss") if key != metric)]
-    columns = (
-        "round",
-        *map(metric_label, shown),
-        "clients",
-        "failed",
-        "up MB",
-        "down MB",
-        "total MB",
-        "seconds",
-    )
+    kind = kind_of(metrics)
+    columns = (kind.step, *map(metric_label, shown), *_OF_CLIENTS, "seconds")
     sent = _bytes_by_round(metrics, ledger)
     so_far, rows = 0, []
     for line in metrics:
@@ -78,7 +72,8 @@ def round_table(metrics: Sequence[Mapping[str, Any]], metric: str, ledger: Ledge
                 f"{seconds:.1f}" if seconds is not None else MISSING,
             )
         )
-    return TextTable(columns, tuple(rows))
+    table = TextTable(columns, tuple(rows))
+    return table if kind.has_clients else table.without(*_OF_CLIENTS)
 
 
 def _extra_metrics(metrics: Sequence[Mapping[str, Any]], metric: str) -> list[str]:

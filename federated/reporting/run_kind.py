@@ -27,6 +27,7 @@ class RunKind:
         caption: below that picture.
         client_caption: below the picture of each client's metric.
         table_note: below the table of rounds: what its lines are of.
+        has_clients: whether there are clients, and messages between them and a server.
     """
 
     step: str
@@ -37,6 +38,7 @@ class RunKind:
     caption: str
     client_caption: str
     table_note: str
+    has_clients: bool = True
 
 
 FEDERATED = RunKind(
@@ -69,7 +71,8 @@ CENTRAL = RunKind(
     train_loss="in training",
     caption="The one model, trained on all the data, on the test set; training losses are means of an epoch.",
     client_caption="",
-    table_note="Epoch 0 is before training. The validation split decides which epoch's weights are kept.",
+    table_note="Epoch 0 is before training.",
+    has_clients=False,
 )
 
 
