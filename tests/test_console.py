@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from federated.reporting.console import MAX_FAILURES_SHOWN, RunDisplay, print_results
-from federated.reporting.round_table import failure_table, round_table, saving_table
+from federated.reporting.console import MAX_FAILURES_SHOWN, RunDisplay, print_results, print_table
+from federated.reporting.round_table import TextTable, failure_table, round_table, saving_table
 from federated.reporting.wording import (
     format_bytes,
     format_megabytes,
@@ -106,9 +106,10 @@ def test_no_number_is_cut_at_any_width(run: FakeRun, width: int) -> None:
     text = output.getvalue()
     rounds, savings = (
         round_table(run.metrics(), "accuracy", run.ledger()),
-        saving_table(run.summary()["communication"]["comparison"]).without("client-round"),
+        saving_table(run.summary()["communication"]["comparison"]),
     )
-    for table in (rounds, savings):
+    for whole in (rounds, savings):
+        table = whole if width == 160 else whole.without(*whole.optional)
         for row in table.rows:
             numbers = [cell for number, cell in enumerate(row) if number not in table.words]
             assert any(all(cell in line for cell in numbers) for line in text.splitlines()), row
@@ -127,6 +128,36 @@ def test_a_run_that_sends_more_than_the_full_model_says_so_without_a_minus() -> 
     assert "0.01 % more sent than full model FedAvg" in output.getvalue()
     assert "-" not in output.getvalue().replace("pre-", "")
     assert max(map(len, output.getvalue().splitlines())) <= 80
+
+
+def test_a_narrow_terminal_leaves_out_optional_columns_and_folds_long_names() -> None:
+    table = TextTable(
+        ("run", "final", "extra one", "extra two"),
+        (("a_name_without_a_blank_" * 3, "70.8 %", "1" * 20, "2" * 20),),
+        words=frozenset({0}),
+        optional=("extra two", "extra one"),
+    )
+    shown = {}
+    for width in (130, 110, 40):
+        console, output = console_of(width)
+        print_table(console, table, "Runs")
+        shown[width] = output.getvalue()
+        assert max(map(len, shown[width].splitlines())) <= width
+    assert ["extra two" in text for text in shown.values()] == [True, False, False]
+    assert ["extra one" in text for text in shown.values()] == [True, True, False]
+    assert all("70.8 %" in text for text in shown.values())
+    rows = shown[40].partition("─\n")[2].replace("70.8 %", "")
+    assert "".join(rows.split()) == "a_name_without_a_blank_" * 3
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_retrievals_many_recalls_fit_a_usual_terminal(width: int) -> None:
+    recalls = [f"{way}_recall_at_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    lines = [line | dict.fromkeys(recalls, 0.25) for line in FakeRun(metric=recalls[1]).metrics()]
+    console, output = console_of(width)
+    print_table(console, round_table(lines, recalls[1]), "Rounds")
+    assert max(map(len, output.getvalue().splitlines())) <= width
+    assert "R@5" in output.getvalue()
 
 
 def test_reasons_are_printed_as_they_are(run: FakeRun) -> None:

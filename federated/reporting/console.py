@@ -35,6 +35,7 @@ from federated.round_record import SCORED_BY
 from federated.savings import FULL_MODEL
 
 MAX_COLUMNS = 1000  # of a table that is not cut
+MIN_WORDS = 12  # columns that a folded word keeps
 MAX_FAILURES_SHOWN = 5  # of one round, in its line; the table at the end has them all
 _BYTE_KEYS = ("uplink_wire_bytes", "downlink_wire_bytes")
 
@@ -199,8 +200,7 @@ def print_results(
     communication = summary.get("communication") or {}
     rows = communication.get("comparison") or []
     if rows:
-        table = saving_table(rows).without("client-round")  # the report has it; 80 columns have no room
-        print_table(console, table, f"What travels (saved: against {FULL_MODEL})")
+        print_table(console, saving_table(rows), f"What travels (saved: against {FULL_MODEL})")
     for line in _closing_lines(metric, summary, kind, rows):
         print_note(console, line)
 
@@ -237,10 +237,30 @@ def _closing_lines(
 
 
 def print_table(console: Console, content: TextTable, title: str) -> None:
-    """Print a table of text; where it needs more columns than the console has, it is not cut but runs over.
+    """Print a table of text, as wide as the console at most where that cuts no number.
 
-    Nothing in the table is read as markup.
+    Columns that may be left out go first, then long words are folded. A table of too many numbers runs over
+    the console's edge. Nothing in the table is read as markup.
     """
+    table = _laid_out(content, title)
+    for head in content.optional:
+        if _width(console, table).maximum <= console.width:
+            break
+        content = content.without(head)
+        table = _laid_out(content, title)
+    too_wide = _width(console, table).minimum - console.width
+    if too_wide > 0 and content.words:
+        longest = {number: _longest_in_column(content, number) for number in content.words}
+        widest = max(longest, key=longest.__getitem__)
+        table.columns[widest].max_width = max(MIN_WORDS, longest[widest] - too_wide)
+    needed = _width(console, table).minimum
+    if needed > console.width:
+        table.width = needed
+    console.print(table, crop=False, overflow="ignore", no_wrap=True)
+    console.print()
+
+
+def _laid_out(content: TextTable, title: str) -> Table:
     table = Table(
         title=Text(title, style="bold"),
         title_justify="left",
@@ -253,7 +273,7 @@ def print_table(console: Console, content: TextTable, title: str) -> None:
     for number, column in enumerate(content.columns):
         words = number in content.words
         widest = max((len(row[number]) for row in content.rows), default=0)
-        header = column if words else "\n".join(textwrap.wrap(column, max(widest, _longest_word(column))))
+        header = column if words else "\n".join(textwrap.wrap(column, max(widest, _longest_word(column) + 1)))
         justify: Literal["left", "right"] = "left" if words else "right"
         table.add_column(
             Text(header),
@@ -265,12 +285,16 @@ def print_table(console: Console, content: TextTable, title: str) -> None:
         )
     for row in content.rows:
         table.add_row(*(Text(cell) for cell in row))
-    needed = Measurement.get(console, console.options.update(width=MAX_COLUMNS), table).minimum
-    if needed > console.width:
-        table.width = needed
-    console.print(table, crop=False, overflow="ignore", no_wrap=True)
-    console.print()
+    return table
+
+
+def _width(console: Console, table: Table) -> Measurement:
+    return Measurement.get(console, console.options.update(width=MAX_COLUMNS), table)
+
+
+def _longest_in_column(content: TextTable, number: int) -> int:
+    return max(max((len(word) for word in row[number].split()), default=0) for row in content.rows)
 
 
 def _longest_word(text: str) -> int:
-    return max((len(word) for word in re.split(r"[\s-]", text)), default=0) + 1
+    return max((len(word) for word in re.split(r"[\s-]", text)), default=0)

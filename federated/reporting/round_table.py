@@ -29,11 +29,19 @@ _NOT_METRICS = frozenset({"server_round", "seconds", "loss", "train_loss"})
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table of text; ``words`` says which columns hold words (left) rather than numbers (right)."""
+    """A table of text.
+
+    Attributes:
+        columns: their headings.
+        rows: a cell a column.
+        words: columns that hold words (left) rather than numbers (right).
+        optional: headings of columns that a narrow terminal leaves out, the first one first.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     words: frozenset[int] = frozenset()
+    optional: tuple[str, ...] = ()
 
     def without(self, *left_out: str) -> TextTable:
         """Return the table without some columns."""
@@ -42,6 +50,7 @@ class TextTable:
             tuple(self.columns[place] for place in kept),
             tuple(tuple(row[place] for place in kept) for row in self.rows),
             frozenset(new for new, place in enumerate(kept) if place in self.words),
+            tuple(head for head in self.optional if head not in left_out),
         )
 
 
@@ -72,7 +81,7 @@ def round_table(metrics: Sequence[Mapping[str, Any]], metric: str, ledger: Ledge
                 f"{seconds:.1f}" if seconds is not None else MISSING,
             )
         )
-    table = TextTable(columns, tuple(rows))
+    table = TextTable(columns, tuple(rows), optional=tuple(map(metric_label, reversed(extra))))
     return table if kind.has_clients else table.without(*_OF_CLIENTS)
 
 
@@ -128,7 +137,7 @@ def saving_table(comparison: Sequence[Mapping[str, Any]]) -> TextTable:
         "saved with base",
         "",
     )
-    return TextTable(columns, rows, words=frozenset({0, 6}))
+    return TextTable(columns, rows, words=frozenset({0, 6}), optional=("client-round",))
 
 
 def failure_table(metrics: Sequence[Mapping[str, Any]], ledger: Ledger | None = None) -> TextTable:
