@@ -19,6 +19,7 @@ class RunKind:
     """The words of a kind of run.
 
     Attributes:
+        name: federated, personal or central.
         step: what a line of ``metrics.jsonl`` is.
         model: what the curve of the headline metric is of.
         before: what was evaluated before training.
@@ -30,6 +31,7 @@ class RunKind:
         has_clients: whether there are clients, and messages between them and a server.
     """
 
+    name: str
     step: str
     model: str
     before: str
@@ -42,6 +44,7 @@ class RunKind:
 
 
 FEDERATED = RunKind(
+    name="federated",
     step="round",
     model="global model",
     before="before training",
@@ -52,6 +55,7 @@ FEDERATED = RunKind(
     table_note="Round 0 is before training.",
 )
 PERSONAL = RunKind(
+    name="personal",
     step="round",
     model="personal models, clients' rows",
     before="pre-trained model, server's rows",
@@ -64,6 +68,7 @@ PERSONAL = RunKind(
     "rounds are the mean of personal models, each on its own client's held-out rows.",
 )
 CENTRAL = RunKind(
+    name="central",
     step="epoch",
     model="on the test set",
     before="before training",
