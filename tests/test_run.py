@@ -100,6 +100,8 @@ def test_the_adapter_loads_in_plain_peft_and_gives_the_same_features(quick_run: 
         ours = experiment.model.encode_image(pixel_values)
         theirs = plain.get_image_features(pixel_values=pixel_values).pooler_output
     assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not any("head" in name for name in load_file(quick_run / "adapter" / "adapter_model.safetensors"))
+    assert set(load_file(quick_run / "adapter" / "head.safetensors")) == {"head.weight", "head.bias"}
 
 
 def test_full_fine_tuning_measures_the_other_side_of_the_comparison(quick_run: Path, tmp_path: Path) -> None:
