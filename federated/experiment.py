@@ -215,12 +215,12 @@ class Experiment:
         """Return what one transfer costs in other ways of training, in fp32 bytes."""
         full = count_parameters(self.model)["base"]  # the head included, adapters not
         head = 0 if self.model.head is None else (self.model.embedding_dim + 1) * self.model.num_classes
-        ships_base = not self.config.uses_adapters and self.config.model.fine_tuning in (None, "full")
-        preinstalled = ships_base or self.config.communication.base_preinstalled
+        preinstalled = self.config.communication.base_preinstalled
         return ModelSizes(
             full_model_bytes=full * BYTES_PER_FP32,
             head_bytes=head * BYTES_PER_FP32 if head else None,
             base_bytes=0 if preinstalled else (full - head) * BYTES_PER_FP32,
+            ships_base=not self.config.uses_adapters and self.config.model.fine_tuning in (None, "full"),
         )
 
     def save_partition(self, path: Path) -> None:

@@ -6,26 +6,27 @@ an aggregator merges into the base, and where a method has no global model its c
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from federated.aggregators import BaseDelta, ServerState
 from federated.experiment import Experiment
 from federated.local_training import load_into_model
 from federated.lowrank import stack
-from federated.round_record import RoundRecord
+from federated.round_record import CLIENTS, SCORED_BY, RoundRecord
 
 
-def global_metrics(
-    experiment: Experiment, server_state: ServerState, record: RoundRecord
-) -> dict[str, float]:
+def global_metrics(experiment: Experiment, server_state: ServerState, record: RoundRecord) -> dict[str, Any]:
     """Evaluate the global model where due.
 
     A method without a global model is scored by its clients, each on its own test rows with its own private
-    part, weighted by rows; before training all of them hold the pre-trained model, which is evaluated.
+    part, weighted by rows, and the line says so; before training all of them hold the pre-trained model,
+    which is evaluated on the server's test rows.
     """
     settings, server_round = experiment.config.evaluation, record.server_round
     if server_round and not experiment.aggregator.has_global_model:
-        return clients_mean(record, experiment.headline_metric)
+        return {SCORED_BY: CLIENTS, **clients_mean(record, experiment.headline_metric)}
     if server_round % settings.every and server_round != experiment.config.federation.rounds:
         return {}
     load_global_state(experiment, server_state)

@@ -124,8 +124,11 @@ def description_tables(description: RunDescription) -> list[tuple[str, TextTable
         format_bytes(full * cohort),
         "",
     )
-    columns = ("direction", "codec", "values", "a client", f"cohort of {cohort}", "less than full model")
+    columns = ("direction", "codec", "values", "a client", f"cohort of {cohort}", "saved")
     return [
         ("Parameters", TextTable(("parameters", "number", "of total"), parameters, frozenset({0}))),
-        ("Expected payload of round 1", TextTable(columns, (*traffic, full_row), frozenset({0, 1}))),
+        (
+            "Expected payload of round 1 (saved: against the full model)",
+            TextTable(columns, (*traffic, full_row), frozenset({0, 1})),
+        ),
     ]

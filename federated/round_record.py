@@ -6,7 +6,13 @@ down at the end (``federated.server.round_line``).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+SCORED_BY, CLIENTS = "scored_by", "clients"
+"""Key and value in the lines of a method without a global model: from round 1 on its clients score their own
+models, each on its own test rows. Without the key the server scored one model on its test rows."""
 
 
 @dataclass(frozen=True)
@@ -27,3 +33,9 @@ class RoundRecord:
     failed: list[Failure] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     skipped: bool = False
+
+
+def curve_lines(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the lines of ``metrics.jsonl`` that make one curve: those scored as the last one was."""
+    scorer = lines[-1].get(SCORED_BY) if lines else None
+    return [line for line in lines if line.get(SCORED_BY) == scorer]

@@ -72,13 +72,19 @@ class ModelSizes:
     Attributes:
         full_model_bytes: every weight, as full-model FedAvg sends it (fp32).
         head_bytes: the trained head alone; None when the task has no head.
-        base_bytes: the base model that a client must hold before round 1. 0 when it is declared
-            pre-installed, or when this run ships every weight itself.
+        base_bytes: the base model that a client must hold before round 1 where not every weight travels. 0
+            when it is declared pre-installed.
+        ships_base: whether this run sends every weight itself, so that its own clients need no base.
     """
 
     full_model_bytes: int
     head_bytes: int | None = None
     base_bytes: int = 0
+    ships_base: bool = False
+
+    def one_off_base_bytes(self, ledger: Ledger) -> int:
+        """Return the base of every client that took part in this run; 0 where it needs none."""
+        return 0 if self.ships_base else self.base_bytes * len(ledger.clients())
 
 
 @dataclass(frozen=True)
@@ -130,14 +136,14 @@ def comparison(
         sizes: bytes of one transfer in the other ways, and of the base.
         measured_runs: run folders by row name; a name that a computed row has replaces that row.
     """
-    base = sizes.base_bytes * len(ledger.clients())
     transfers = sum(1 for row in ledger.rows if row.phase != "setup" and row.payload_bytes > 0)
     costs = [
-        _measured_cost(THIS_RUN, ledger, base),
+        _measured_cost(THIS_RUN, ledger, sizes.one_off_base_bytes(ledger)),
         _computed_cost(FULL_MODEL, sizes.full_model_bytes, transfers),
         _computed_cost(f"{FULL_MODEL}, fp16", sizes.full_model_bytes // 2, transfers),
     ]
     if sizes.head_bytes is not None:
+        base = sizes.base_bytes * len(ledger.clients())
         costs.append(_computed_cost("head only", sizes.head_bytes, transfers, base))
     by_name = {cost.name: cost for cost in costs}
     for name, run_dir in (measured_runs or {}).items():
@@ -195,7 +201,7 @@ def communication_summary(
         "uplink_wire_bytes": uplink.wire_bytes,
         "downlink_wire_bytes": downlink.wire_bytes,
         "total_wire_bytes": uplink.wire_bytes + downlink.wire_bytes,
-        "one_off_base_bytes": sizes.base_bytes * len(ledger.clients()),
+        "one_off_base_bytes": sizes.one_off_base_bytes(ledger),
         "comparison": [asdict(row) for row in comparison(ledger, sizes, measured_runs)],
         "seconds_at_bandwidth": {
             **asdict(bandwidth),

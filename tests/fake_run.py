@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from federated.ledger import Ledger, Transfer
+from federated.round_record import CLIENTS, SCORED_BY
 from federated.savings import Bandwidth, ModelSizes, communication_summary
 
 FASHION = (
@@ -69,11 +70,15 @@ class FakeRun:
     failures: dict[tuple[int, int], str] = field(default_factory=dict)  # (round, client) -> reason
     metric: str = "accuracy"
     client_metrics: bool = True
+    personal: bool = False  # no global model: from round 1 on clients score their own models
+    central: bool = False  # epochs in one place: no clients, nothing sent
     seed: int = 0
 
     def ledger(self) -> Ledger:
         """Return one downlink and one uplink for each client and round; evaluation after the last round."""
         ledger = Ledger()
+        if self.central:
+            return ledger
         payload = 4 * self.exchanged
         for server_round, cohort in self.cohorts().items():
             for client in cohort:
@@ -98,6 +103,17 @@ class FakeRun:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of ``metrics.jsonl``."""
+        if self.central:
+            return [
+                {
+                    "server_round": t,
+                    "steps": 13 * t,
+                    self.metric: a,
+                    f"validation_{self.metric}": a,
+                    "seconds": 1.0,
+                }
+                for t, a in enumerate(self.accuracies)
+            ]
         ledger, cohorts = self.ledger(), self.cohorts()
         rng = np.random.default_rng(self.seed)
         lines = []
@@ -106,6 +122,7 @@ class FakeRun:
             line |= {"loss": 2.4 - 2 * accuracy, "seconds": 0.4 if server_round == 0 else 7.5 + rng.random()}
             if server_round:
                 failed = {c: why for (t, c), why in self.failures.items() if t == server_round}
+                line |= {SCORED_BY: CLIENTS} if self.personal else {}
                 line |= {
                     "train_loss": 2.1 - 1.9 * accuracy,
                     "cohort": cohorts[server_round],
@@ -146,7 +163,16 @@ class FakeRun:
 
     def summary(self) -> dict[str, Any]:
         """Return ``summary.json``."""
+        if self.central:
+            return self._headline() | {
+                "training": {"mode": "central", "kept_epoch": len(self.accuracies) - 1}
+            }
         sizes = ModelSizes(full_model_bytes=4 * TOTAL, head_bytes=4 * 10 * 129, base_bytes=4 * TOTAL)
+        return self._headline() | {
+            "communication": communication_summary(self.ledger(), sizes, Bandwidth()),
+        }
+
+    def _headline(self) -> dict[str, Any]:
         return {
             "headline_metric": self.metric,
             "zero_shot": self.accuracies[0],
@@ -156,7 +182,6 @@ class FakeRun:
             "seconds": 41.25,
             "peak_memory_bytes": 812_000_000,
             "parameters": {"total": TOTAL, "trainable": EXCHANGED, "exchanged": self.exchanged},
-            "communication": communication_summary(self.ledger(), sizes, Bandwidth()),
         }
 
     def write(self, folder: Path) -> Path:

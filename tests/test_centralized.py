@@ -78,11 +78,12 @@ def test_there_is_a_line_an_epoch_and_training_raises_accuracy(central: Path) ->
 @pytest.mark.usefixtures("without_report")
 def test_a_central_run_stands_beside_a_federated_one(central: Path, tmp_path: Path) -> None:
     overrides = ["federation.rounds=1", "partition={name: iid, num_clients: 2}", "client.local_steps=2"]
-    rows = compare_runs([central, run_experiment(small_config(tmp_path, *overrides))])
+    rows = compare_runs([central, run_experiment(small_config(tmp_path, *overrides))]).rows
     assert [row.metric for row in rows] == ["accuracy", "accuracy"]
     assert rows[0].zero_shot == rows[1].zero_shot
     assert rows[0].uplink_wire_bytes == 0 < rows[1].uplink_wire_bytes
     assert rows[0].exchanged_parameters == 0
+    assert [row.kind for row in rows] == ["central", "federated"]
 
 
 @pytest.mark.usefixtures("without_report")

@@ -285,9 +285,11 @@ def test_a_run_without_a_global_model_is_refused(run, images, tmp_path, capsys):
     shutil.copytree(run, copy)
     config = (copy / "config.yaml").read_text(encoding="utf-8").replace("name: fedavg", "name: fedsa")
     (copy / "config.yaml").write_text(config, encoding="utf-8")
-    code, _, error = fedlora(capsys, "predict", copy, images)
-    assert code == 2
-    assert "fedsa, where only the clients hold complete models" in error
+    for command in (["predict", copy, images], ["evaluate", copy]):
+        code, _, error = fedlora(capsys, *command)
+        assert code == 2
+        assert "fedsa, where only the clients hold complete models" in error
+    assert not (copy / "evaluation_test").exists()
 
 
 def test_a_run_of_full_fine_tuning_is_used_with_all_its_weights(run, images, tmp_path, capsys):
@@ -516,10 +518,12 @@ def test_an_array_that_is_not_the_manifests_is_noticed(index, tmp_path, capsys):
 def test_compare_shows_a_row_a_run_and_writes_its_files(run, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(run, other)
+    config = (other / "config.yaml").read_text(encoding="utf-8")
+    (other / "config.yaml").write_text(config.replace("seed: 0", "seed: 1"), encoding="utf-8")
     code, output, _ = fedlora(capsys, "compare", run, other, "--output", tmp_path / "compared")
     assert code == 0
     assert "quickstart" in output
-    assert "other" in output
+    assert "seed differs: 0 in quickstart; 1 in other." in output
     names = {path.name for path in (tmp_path / "compared").iterdir()}
     assert {"comparison.md", "comparison.json", "comparison.csv", "comparison.png"} <= names
 

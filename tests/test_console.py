@@ -7,18 +7,19 @@ import io
 import pytest
 from rich.console import Console
 
-from federated.reporting.console import MAX_FAILURES_SHOWN, RunDisplay, print_results
-from federated.reporting.round_table import failure_table, round_table, saving_table
+from federated.reporting.console import MAX_FAILURES_SHOWN, RunDisplay, print_results, print_table
+from federated.reporting.round_table import TextTable, failure_table, round_table, saving_table
 from federated.reporting.wording import (
     format_bytes,
     format_megabytes,
     format_metric,
     format_percent,
     format_rounds,
+    format_saving,
     format_seconds,
     metric_label,
 )
-from tests.fake_run import FakeRun
+from tests.fake_run import TOTAL, FakeRun
 
 MARKUP = "ValueError: [bold]shard[/bold] of [client] holds no images"
 
@@ -107,7 +108,8 @@ def test_no_number_is_cut_at_any_width(run: FakeRun, width: int) -> None:
         round_table(run.metrics(), "accuracy", run.ledger()),
         saving_table(run.summary()["communication"]["comparison"]),
     )
-    for table in (rounds, savings):
+    for whole in (rounds, savings):
+        table = whole if width == 160 else whole.without(*whole.optional)
         for row in table.rows:
             numbers = [cell for number, cell in enumerate(row) if number not in table.words]
             assert any(all(cell in line for cell in numbers) for line in text.splitlines()), row
@@ -116,8 +118,46 @@ def test_no_number_is_cut_at_any_width(run: FakeRun, width: int) -> None:
 def test_the_tables_fit_a_usual_terminal(run: FakeRun) -> None:
     console, output = console_of(80)
     print_results(console, run.metrics(), run.summary(), run.ledger())
-    *tables, _ = output.getvalue().rstrip().splitlines()
-    assert max(map(len, tables)) <= 80
+    assert max(map(len, output.getvalue().splitlines())) <= 80
+
+
+def test_a_run_that_sends_more_than_the_full_model_says_so_without_a_minus() -> None:
+    run = FakeRun(exchanged=TOTAL, client_metrics=False)
+    console, output = console_of(80)
+    print_results(console, run.metrics(), run.summary(), run.ledger())
+    assert "0.01 % more sent than full model FedAvg" in output.getvalue()
+    assert "-" not in output.getvalue().replace("pre-", "")
+    assert max(map(len, output.getvalue().splitlines())) <= 80
+
+
+def test_a_narrow_terminal_leaves_out_optional_columns_and_folds_long_names() -> None:
+    table = TextTable(
+        ("run", "final", "extra one", "extra two"),
+        (("a_name_without_a_blank_" * 3, "70.8 %", "1" * 20, "2" * 20),),
+        words=frozenset({0}),
+        optional=("extra two", "extra one"),
+    )
+    shown = {}
+    for width in (130, 110, 40):
+        console, output = console_of(width)
+        print_table(console, table, "Runs")
+        shown[width] = output.getvalue()
+        assert max(map(len, shown[width].splitlines())) <= width
+    assert ["extra two" in text for text in shown.values()] == [True, False, False]
+    assert ["extra one" in text for text in shown.values()] == [True, True, False]
+    assert all("70.8 %" in text for text in shown.values())
+    rows = shown[40].partition("─\n")[2].replace("70.8 %", "")
+    assert "".join(rows.split()) == "a_name_without_a_blank_" * 3
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_retrievals_many_recalls_fit_a_usual_terminal(width: int) -> None:
+    recalls = [f"{way}_recall_at_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    lines = [line | dict.fromkeys(recalls, 0.25) for line in FakeRun(metric=recalls[1]).metrics()]
+    console, output = console_of(width)
+    print_table(console, round_table(lines, recalls[1]), "Rounds")
+    assert max(map(len, output.getvalue().splitlines())) <= width
+    assert "R@5" in output.getvalue()
 
 
 def test_reasons_are_printed_as_they_are(run: FakeRun) -> None:
@@ -130,10 +170,23 @@ def test_the_closing_line_names_the_saving_with_and_without_the_base(run: FakeRu
     console, output = console_of()
     print_results(console, run.metrics(), run.summary())
     ours = run.summary()["communication"]["comparison"][0]
-    closing = output.getvalue().splitlines()[-1]
-    assert "accuracy 19.2 % → 70.8 %" in closing
-    assert format_percent(ours["saving"], 2) in closing
-    assert format_percent(ours["saving_with_base"], 2) in closing
+    reached, saved = output.getvalue().splitlines()[-2:]
+    assert reached.startswith("accuracy 19.2 % → 70.8 %, ")
+    assert saved == (
+        f"{format_percent(ours['saving'], 2)} saved against full model FedAvg "
+        f"({format_percent(ours['saving_with_base'], 2)} with the base model counted)"
+    )
+
+
+def test_personal_models_are_not_compared_with_the_pre_trained_model() -> None:
+    run = FakeRun(personal=True)
+    console, output = console_of()
+    play(run, RunDisplay(console))
+    print_results(console, run.metrics(), run.summary(), run.ledger())
+    text = output.getvalue()
+    assert "round 5/5  accuracy 70.8 % (clients' rows)" in text
+    assert "19.2 % →" not in text
+    assert "that is personal models, clients' rows; pre-trained model, server's rows: 19.2 %" in text
 
 
 def test_an_unfinished_run_prints_its_rounds(run: FakeRun) -> None:
@@ -186,6 +239,14 @@ def test_megabytes_are_millions_of_bytes() -> None:
 )
 def test_a_share_below_one_is_never_written_as_one_hundred_percent(share: float | None, text: str) -> None:
     assert format_percent(share, 2) == text
+
+
+@pytest.mark.parametrize(
+    ("saving", "text"),
+    [(0.9801, "98.01 %"), (0.0, "0.00 %"), (-0.00001, "0.00 %"), (-0.0002, "0.02 % more"), (None, "–")],
+)
+def test_what_was_not_saved_is_written_as_more(saving: float | None, text: str) -> None:
+    assert format_saving(saving) == text
 
 
 @pytest.mark.parametrize(

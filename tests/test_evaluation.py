@@ -104,6 +104,14 @@ def test_the_validation_split_is_the_one_that_training_chose_on(central: Path) -
     )
 
 
+def test_an_adapter_is_evaluated_whatever_method_the_configuration_names(
+    central: Path, tmp_path: Path
+) -> None:
+    overrides = [*SMALL, "aggregation.name=fedsa", f"output.root={tmp_path}"]
+    folder, _ = evaluate_source("quickstart", overrides, adapter=central / "adapter")
+    assert results_of(folder)["accuracy"] == pytest.approx(summary_of(central)["final"], abs=2e-3)
+
+
 def test_an_earlier_evaluation_is_kept_unless_told_otherwise(central: Path, tmp_path: Path) -> None:
     place = tmp_path / "evaluation"
     place.mkdir()

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import pytest
+
 from federated.config import load_config
 from federated.inspection import describe_run
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BEYOND_AVERAGING = re.findall(
+    r"^\| `([^`]+)` \|", README.partition("### Beyond averaging")[2], flags=re.MULTILINE
+)
+EXAMPLES = [override for override in BEYOND_AVERAGING if "=" in override]
 
 
 def test_vit_b32_with_q_and_v_in_both_towers_at_rank_8_sends_the_documented_bytes() -> None:
@@ -24,3 +35,15 @@ def test_expected_bytes_are_those_of_a_run() -> None:
     adapters = 4 * 4 * 8 * (128 + 128)  # blocks x projections x rank x (d_in + d_out)
     head = 10 * 128 + 10
     assert description.uplink_values == adapters + head
+
+
+@pytest.mark.parametrize("override", EXAMPLES)
+def test_each_override_of_the_readme_is_one_that_a_run_takes(override: str) -> None:
+    assert len(EXAMPLES) == 6
+    mixed = ["aggregation.name=hetlora"] if override.startswith("client.ranks") else []
+    assert describe_run(load_config("quickstart", [*mixed, override])).uplink_values > 0
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
+def test_every_link_of_the_readme_inside_the_repository_leads_somewhere(target: str) -> None:
+    assert target.startswith("https://") or (Path(__file__).parents[1] / target).exists()

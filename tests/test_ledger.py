@@ -297,6 +297,15 @@ def test_head_only_needs_the_base_and_full_model_does_not() -> None:
     assert rows[THIS_RUN].total_bytes_with_base == 1000 * 24 + 4 * 49_000
 
 
+def test_head_only_needs_the_same_base_whether_or_not_this_run_ships_it() -> None:
+    ledger, sizes = training_ledger(4, 2, 6, 1000), {"head_bytes": 40, "base_bytes": 49_000}
+    adapters = communication_summary(ledger, ModelSizes(50_000, **sizes), Bandwidth())
+    full = communication_summary(ledger, ModelSizes(50_000, **sizes, ships_base=True), Bandwidth())
+    assert adapters["comparison"][1:] == full["comparison"][1:]
+    assert (adapters["one_off_base_bytes"], full["one_off_base_bytes"]) == (4 * 49_000, 0)
+    assert full["comparison"][0]["total_bytes_with_base"] == full["comparison"][0]["total_bytes"]
+
+
 def test_without_a_head_there_is_no_head_only_row() -> None:
     names = [row.name for row in comparison(training_ledger(1, 1, 1, 4), ModelSizes(100))]
     assert names == [THIS_RUN, FULL_MODEL, f"{FULL_MODEL}, fp16"]

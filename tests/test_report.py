@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -16,14 +14,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from federated.reporting import plots
-from federated.reporting.compare import compare_runs, to_csv, to_json, to_markdown, write_comparison
 from federated.reporting.plot_style import inline_svg
 from federated.reporting.report import write_report
 from federated.reporting.round_table import round_table
 from federated.reporting.run_record import read_run
-from federated.reporting.wording import format_bytes, format_megabytes, format_percent
+from federated.reporting.wording import format_bytes, format_megabytes, format_percent, format_saving
+from federated.savings import Bandwidth, ModelSizes, communication_summary
 from models.errors import UserError
-from tests.fake_run import ACCURACIES, EXCHANGED, OVERHEAD_BYTES, TOTAL, FakeRun
+from tests.fake_run import ACCURACIES, EXCHANGED, TOTAL, FakeRun
 
 PICTURES = {
     "metric_by_round",
@@ -129,9 +127,9 @@ def test_the_comparison_table_equals_the_summary(folder: Path, page: ET.Element)
     for shown, row in zip(rows, recorded, strict=True):
         assert shown[2:6] == [
             format_bytes(row["total_bytes"]),
-            format_percent(row["saving"], 2),
+            format_saving(row["saving"]),
             format_bytes(row["total_bytes_with_base"]),
-            format_percent(row["saving_with_base"], 2),
+            format_saving(row["saving_with_base"]),
         ]
         assert shown[6] == ("measured" if row["measured"] else "computed")
 
@@ -239,6 +237,45 @@ def test_a_declared_base_is_stated(run: FakeRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("words_only")
+def test_what_is_cached_is_a_line_each_and_no_python(run: FakeRun, tmp_path: Path) -> None:
+    folder, notes = (
+        run.write(tmp_path / "cached"),
+        ["images: not cached (because)", "captions: computed once"],
+    )
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"caches": notes, "none": None}))
+    write_report(folder)
+    page = parse(folder)
+    values = {
+        text_of(key): [text_of(line) for line in value]
+        for pairs in page.iter("dl")
+        if pairs.get("class") == "pairs"
+        for key, value in zip(pairs.findall("dt"), pairs.findall("dd"), strict=True)
+    }
+    assert (values["caches"], values["none"], values["torch"]) == (notes, ["–"], ["2.13.0"])
+    assert "['" not in text_of(page)
+
+
+@pytest.mark.usefixtures("words_only")
+def test_a_run_of_the_full_model_is_told_what_its_messages_cost(tmp_path: Path) -> None:
+    run = FakeRun(exchanged=TOTAL, client_metrics=False)
+    folder = run.write(tmp_path / "full")
+    sizes = ModelSizes(4 * TOTAL, head_bytes=4 * 10 * 129, base_bytes=4 * TOTAL, ships_base=True)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["communication"] = communication_summary(run.ledger(), sizes, Bandwidth())
+    (folder / "summary.json").write_text(json.dumps(summary))
+    write_report(folder)
+    page = parse(folder)
+    assert cards_of(page)["Sent more than full model FedAvg"].startswith("0.01 %")
+    assert "This run sends every weight and needs none." in text_of(page)
+    ours, head = (
+        next(row for row in table_of(page, "savings") if row[0] == n) for n in ("this run", "head only")
+    )
+    assert (ours[3], ours[2] == ours[4]) == ("0.01 % more", True)
+    assert head[4] == format_bytes(4 * 10 * 129 * 100 + 10 * 4 * TOTAL)
+
+
+@pytest.mark.usefixtures("words_only")
 def test_another_headline_metric_leads_the_page(tmp_path: Path) -> None:
     run = FakeRun(metric="image_to_text_recall_at_5", client_metrics=False)
     folder = run.write(tmp_path / "retrieval")
@@ -265,6 +302,75 @@ def test_a_round_made_again_counts_once(tmp_path: Path) -> None:
     again = [{"server_round": 2, "accuracy": 0.3}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + again))
     assert [line["accuracy"] for line in read_run(tmp_path).metrics] == [0.1, 0.3]
+
+
+# Personal models
+
+
+@pytest.fixture(scope="module")
+def personal() -> FakeRun:
+    return FakeRun(accuracies=(0.9, 0.5, 0.6), personal=True)
+
+
+@pytest.mark.usefixtures("words_only")
+def test_personal_models_and_the_pre_trained_model_are_told_apart(personal: FakeRun, tmp_path: Path) -> None:
+    write_report(personal.write(tmp_path / "fedsa"))
+    page = parse(tmp_path / "fedsa")
+    card = cards_of(page)["Final accuracy"]
+    assert card.startswith("60.0 % mean of personal models, each on its own client's rows")
+    assert "pre-trained model, on the server's rows: 90.0 %" in card
+    assert "points" not in card  # a difference between two sets of rows says nothing
+    text = text_of(page)
+    assert "There is no global model." in text
+    assert not re.search("(?<!no )global model", text)
+
+
+def test_no_line_joins_what_was_scored_on_different_rows(personal: FakeRun) -> None:
+    metrics, ledger = personal.metrics(), personal.ledger()
+    top, losses = plots.metric_by_round(metrics, "accuracy", 0.9).axes
+    curve, before = top.lines
+    assert list(curve.get_xdata()) == [1, 2]
+    assert [text.get_text() for text in top.get_legend().get_texts()] == [
+        "personal models, clients' rows",
+        "pre-trained model, server's rows: 90.0 %",
+    ]
+    assert set(before.get_ydata()) == {0.9}
+    assert [list(line.get_xdata()) for line in losses.lines] == [[1, 2], [1, 2]]
+    assert plots.curve_of("fedsa", metrics, "accuracy", ledger).values == [0.5, 0.6]
+
+
+def test_the_best_of_personal_models_is_not_the_pre_trained_models(personal: FakeRun, tmp_path: Path) -> None:
+    folder = personal.write(tmp_path / "fedsa")
+    (folder / "summary.json").unlink()
+    headline = read_run(folder).headline
+    assert (headline["zero_shot"], headline["final"], headline["best"]) == (0.9, 0.6, 0.6)
+
+
+# Central training
+
+
+@pytest.mark.usefixtures("words_only")
+def test_a_central_run_has_epochs_and_no_rounds_clients_or_bytes(tmp_path: Path) -> None:
+    folder = FakeRun(central=True, accuracies=(0.2, 0.7, 0.6)).write(tmp_path / "central")
+    (folder / "config.yaml").unlink()  # it has the sections of federated runs
+    write_report(folder)
+    page = parse(folder)
+    text = text_of(page).replace("metrics.jsonl, communication.csv", "")
+    assert not re.search(r"\b(round|client|sent|travel|cohort|transfer|global model)", text), text
+    assert "best: 70.0 % after epoch 1" in cards_of(page)["Final accuracy"]
+    assert "weights of epoch 2" in cards_of(page)["Final accuracy"]
+    assert cards_of(page)["Time"].startswith("41.2 s 2 epochs on this machine")
+    assert [figure.get("id") for figure in page.iter("figure")] == ["metric_by_epoch"]
+    assert table_of(page, "rounds")[0] == [
+        "epoch",
+        "accuracy",
+        "validation accuracy",
+        "loss",
+        "train loss",
+        "seconds",
+    ]
+    figure = plots.metric_by_round(FakeRun(central=True).metrics(), "accuracy")
+    assert figure.axes[-1].get_xlabel() == "epoch"
 
 
 # Pictures
@@ -301,6 +407,22 @@ def test_bars_by_round_stack_to_the_ledgers_bytes(run: FakeRun) -> None:
         tops[center] = tops.get(center, 0.0) + bar.get_height()
     for server_round, megabytes in tops.items():
         assert megabytes == pytest.approx(ledger.total(server_round=server_round).wire_bytes / 1e6)
+
+
+@pytest.mark.parametrize("num_rounds", [1, 2, 3, 40, 300])
+def test_rounds_are_counted_in_whole_numbers(num_rounds: int) -> None:
+    run = FakeRun(accuracies=tuple(np.linspace(0.1, 0.9, num_rounds + 1)), num_clients=2, cohort_size=2)
+    metrics, ledger = run.metrics(), run.ledger()
+    for figure in (
+        plots.bytes_by_round(ledger),
+        plots.metric_by_round(metrics, "accuracy"),
+        plots.metric_by_round(metrics[-1:], "accuracy"),
+    ):
+        axis = figure.axes[-1]
+        left, right = axis.get_xlim()
+        ticks = [tick for tick in axis.get_xticks() if left <= tick <= right]
+        assert ticks
+        assert all(tick == round(tick) for tick in ticks), ticks
 
 
 def test_the_byte_curve_counts_what_was_sent_until_each_model_existed(run: FakeRun) -> None:
@@ -360,71 +482,6 @@ def test_drawing_leaves_matplotlibs_settings_and_pyplot_alone(run: FakeRun) -> N
 def test_an_svgs_title_is_escaped() -> None:
     svg = inline_svg(Figure(), "name", 'a "title" <b>')
     assert ET.fromstring(svg).get("aria-label") == 'a "title" <b>'
-
-
-# Comparing runs
-
-
-@pytest.fixture
-def two_runs(tmp_path: Path) -> list[Path]:
-    better = FakeRun(accuracies=ACCURACIES, client_metrics=False)
-    smaller = FakeRun(accuracies=(0.192, 0.4, 0.5, 0.6), exchanged=EXCHANGED // 4, client_metrics=False)
-    return [better.write(tmp_path / "fp32"), smaller.write(tmp_path / "int8|x")]
-
-
-def test_rows_hold_what_the_folders_hold(two_runs: list[Path]) -> None:
-    fp32, int8 = compare_runs(two_runs)
-    assert (fp32.final, fp32.best, fp32.rounds, fp32.zero_shot) == (0.708, 0.708, 5, 0.192)
-    assert (int8.final, int8.rounds, int8.exchanged_parameters) == (0.6, 3, EXCHANGED // 4)
-    assert fp32.uplink_wire_bytes == 5 * 10 * (4 * EXCHANGED + OVERHEAD_BYTES) == fp32.downlink_wire_bytes
-    assert (fp32.seconds, fp32.peak_memory_bytes) == (41.25, 812_000_000)
-
-
-def test_the_default_target_is_the_best_value_that_every_run_reached(two_runs: list[Path]) -> None:
-    fp32, int8 = compare_runs(two_runs)
-    assert fp32.target == int8.target == 0.6
-    assert fp32.wire_bytes_to_target == 2 * 2 * 10 * (4 * EXCHANGED + OVERHEAD_BYTES)  # in round 2
-    assert int8.wire_bytes_to_target == 3 * 2 * 10 * (EXCHANGED + OVERHEAD_BYTES)  # in round 3
-
-
-def test_a_target_that_was_not_reached_has_no_bytes(two_runs: list[Path]) -> None:
-    assert [row.wire_bytes_to_target is None for row in compare_runs(two_runs, target=0.65)] == [False, True]
-
-
-def test_markdown_json_and_csv_agree(two_runs: list[Path], tmp_path: Path) -> None:
-    path = write_comparison(two_runs, tmp_path / "out")
-    rows = compare_runs(two_runs)
-    markdown = path.read_text()
-    assert to_markdown(rows) in markdown
-    assert "int8\\|x" in markdown
-    assert len({line.replace("\\|", "").count("|") for line in to_markdown(rows).splitlines()}) == 1
-    from_json = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    from_csv = list(csv.DictReader(io.StringIO((tmp_path / "out" / "comparison.csv").read_text())))
-    assert from_json == json.loads(to_json(rows))
-    assert to_csv(rows).count("\n") == 3
-    for one, other in zip(from_json, from_csv, strict=True):
-        assert {key: str(value) for key, value in one.items()} == other
-    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:
-    folders = [FakeRun().write(tmp_path / parent / "run") for parent in ("a", "b")]
-    assert [row.name for row in compare_runs(folders)] == ["a/run", "b/run"]
-
-
-def test_runs_of_different_tasks_do_not_compare(tmp_path: Path) -> None:
-    one = FakeRun().write(tmp_path / "one")
-    other = FakeRun(metric="image_to_text_recall_at_5").write(tmp_path / "other")
-    with pytest.raises(UserError, match="different headline metrics"):
-        compare_runs([one, other])
-    with pytest.raises(UserError, match="no runs"):
-        compare_runs([])
-
-
-def test_an_unfinished_run_compares_as_far_as_it_went(two_runs: list[Path]) -> None:
-    (two_runs[0] / "summary.json").unlink()
-    row = compare_runs(two_runs)[0]
-    assert (row.final, row.exchanged_parameters, row.peak_memory_bytes) == (0.708, None, None)
 
 
 def test_bytes_in_the_round_table_come_from_metrics_when_there_is_no_ledger(run: FakeRun) -> None:

@@ -100,6 +100,8 @@ def test_the_adapter_loads_in_plain_peft_and_gives_the_same_features(quick_run: 
         ours = experiment.model.encode_image(pixel_values)
         theirs = plain.get_image_features(pixel_values=pixel_values).pooler_output
     assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not any("head" in name for name in load_file(quick_run / "adapter" / "adapter_model.safetensors"))
+    assert set(load_file(quick_run / "adapter" / "head.safetensors")) == {"head.weight", "head.bias"}
 
 
 def test_full_fine_tuning_measures_the_other_side_of_the_comparison(quick_run: Path, tmp_path: Path) -> None:
@@ -111,12 +113,24 @@ def test_full_fine_tuning_measures_the_other_side_of_the_comparison(quick_run: P
     assert ledger.total().payload_bytes == predicted["total_bytes"]
     assert theirs["parameters"]["exchanged"] == theirs["parameters"]["total"]
     assert theirs["communication"]["one_off_base_bytes"] == 0
+    assert ours["communication"]["comparison"][1:] == theirs["communication"]["comparison"][1:]
 
 
 def test_head_only_sends_the_head_alone(tmp_path: Path) -> None:
     run = run_experiment(small_config(tmp_path, "head_only"))
     exchanged = json.loads((run / "summary.json").read_text(encoding="utf-8"))["parameters"]["exchanged"]
     assert exchanged == 128 * 10 + 10
+
+
+def test_rounds_that_clients_scored_say_so_and_the_best_is_one_of_them(tmp_path: Path) -> None:
+    overrides = ["aggregation.name=fedsa", "evaluation.clients_every=1", "output.report=false"]
+    run = run_experiment(small_config(tmp_path, overrides=overrides))
+    before, *rounds = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert "scored_by" not in before
+    assert [line["scored_by"] for line in rounds] == ["clients"] * len(rounds)
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert summary["best"] == max(line["accuracy"] for line in rounds)
+    assert summary["zero_shot"] == before["accuracy"]
 
 
 def test_a_failing_client_is_named_and_the_round_goes_on(

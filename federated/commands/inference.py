@@ -214,12 +214,15 @@ def compare(
     Example: fedlora compare runs/quickstart runs/full_finetune --output comparison
     """
     from federated.reporting.compare import compare_runs, terminal_tables, write_comparison
-    from federated.reporting.console import print_table
+    from federated.reporting.console import print_note, print_table
 
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; --output takes a folder")
-    for title, table in terminal_tables(compare_runs(runs, target=target)).items():
-        print_table(Console(), table, title)
+    console, comparison = Console(), compare_runs(runs, target=target)
+    for title, table in terminal_tables(comparison.rows).items():
+        print_table(console, table, title)
+    for note in comparison.notes:
+        print_note(console, note)
     if output is not None:
         typer.echo(f"written: {write_comparison(runs, output, target=target)}")
 

@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from federated.reporting import plots
+from federated.reporting.compare_notes import comparison_notes
 from federated.reporting.plot_style import save_png
 from federated.reporting.round_table import TextTable
+from federated.reporting.run_kind import FEDERATED
 from federated.reporting.run_record import RunRecord, read_run
 from federated.reporting.wording import (
     MISSING,
@@ -30,7 +32,7 @@ from federated.reporting.wording import (
 from models.errors import UserError
 from models.files import write_text
 
-COST_COLUMNS = ("parameters sent", "time", "peak memory")
+COST_COLUMNS = ("MB up", "MB down", "parameters sent", "time", "peak memory")
 """Columns of a comparison that have a table of their own in the terminal."""
 
 
@@ -40,11 +42,12 @@ class RunRow:
 
     Attributes:
         name: the folder's name, with its parent's where two runs share it.
+        kind: federated, personal (the clients' own models, on their rows) or central.
         metric: key of the headline metric.
         zero_shot: its value before training.
         final: after the last round.
         best: over all rounds.
-        rounds: rounds run.
+        rounds: rounds run; epochs of a central run.
         exchanged_parameters: values that one transfer of the state carries.
         uplink_wire_bytes: sent by the clients, all rounds.
         downlink_wire_bytes: sent by the server, all rounds.
@@ -55,6 +58,7 @@ class RunRow:
     """
 
     name: str
+    kind: str
     metric: str
     zero_shot: float | None
     final: float | None
@@ -68,9 +72,32 @@ class RunRow:
     seconds: float | None
     peak_memory_bytes: int | None
 
+    @property
+    def label(self) -> str:
+        """The name, with the kind where that is not federated."""
+        return self.name if self.kind == FEDERATED.name else f"{self.name} ({self.kind})"
 
-def compare_runs(run_dirs: Sequence[str | Path], *, target: float | None = None) -> list[RunRow]:
-    """Return one row a run, in the order given.
+    @property
+    def wire_bytes(self) -> int:
+        """Sent in all, both ways."""
+        return self.uplink_wire_bytes + self.downlink_wire_bytes
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side.
+
+    Attributes:
+        rows: one a run.
+        notes: what a reader of the rows must know, a sentence each.
+    """
+
+    rows: list[RunRow]
+    notes: list[str]
+
+
+def compare_runs(run_dirs: Sequence[str | Path], *, target: float | None = None) -> Comparison:
+    """Return one row a run, in the order given, and in what the runs differ.
 
     Args:
         run_dirs: run folders with the same headline metric.
@@ -80,7 +107,7 @@ def compare_runs(run_dirs: Sequence[str | Path], *, target: float | None = None)
     Raises:
         UserError: no folder is given, one is no run folder, or the headline metrics differ.
     """
-    return _rows(_read(run_dirs), target)
+    return _compare(_read(run_dirs), target)
 
 
 def write_comparison(
@@ -92,16 +119,17 @@ def write_comparison(
         UserError: as ``compare_runs``.
     """
     runs = _read(run_dirs)
-    rows = _rows(runs, target)
+    comparison = _compare(runs, target)
+    rows = comparison.rows
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     curves = []
     for row, run in zip(rows, runs, strict=True):
         try:
-            curves.append(plots.curve_of(row.name, run.metrics, run.metric, run.ledger))
+            curves.append(plots.curve_of(row.label, run.metrics, run.metric, run.ledger))
         except plots.MissingData:
             continue
-    text = to_markdown(rows)
+    text = to_markdown(rows) + "".join(f"\n{_escape(note)}\n" for note in comparison.notes)
     if curves:
         save_png(plots.metric_by_bytes_of_runs(curves, rows[0].metric), folder / "comparison.png")
         text += "\n![metric against bytes sent](comparison.png)\n"
@@ -116,17 +144,18 @@ def comparison_table(rows: Sequence[RunRow]) -> TextTable:
     """Return one row a run; columns that no run recorded are left out."""
     metric, target = rows[0].metric, rows[0].target
     columns = {
-        "run": [row.name for row in rows],
+        "run": [row.label for row in rows],
         f"{metric_label(metric)} before": [format_metric(metric, row.zero_shot) for row in rows],
         "final": [format_metric(metric, row.final) for row in rows],
         "best": [format_metric(metric, row.best) for row in rows],
         "rounds": [str(row.rounds) for row in rows],
-        "parameters sent": [format_count(row.exchanged_parameters) for row in rows],
-        "MB up": [format_megabytes(row.uplink_wire_bytes) for row in rows],
-        "MB down": [format_megabytes(row.downlink_wire_bytes) for row in rows],
+        "MB sent": [format_megabytes(row.wire_bytes) for row in rows],
         f"MB to reach {format_metric(metric, target)}": [
             format_megabytes(row.wire_bytes_to_target) for row in rows
         ],
+        "MB up": [format_megabytes(row.uplink_wire_bytes) for row in rows],
+        "MB down": [format_megabytes(row.downlink_wire_bytes) for row in rows],
+        "parameters sent": [format_count(row.exchanged_parameters) for row in rows],
         "time": [format_seconds(row.seconds) for row in rows],
         "peak memory": [format_bytes(row.peak_memory_bytes) for row in rows],
     }
@@ -137,15 +166,8 @@ def comparison_table(rows: Sequence[RunRow]) -> TextTable:
 def terminal_tables(rows: Sequence[RunRow]) -> dict[str, TextTable]:
     """Return ``comparison_table`` in two parts that fit a terminal: title -> table."""
     table = comparison_table(rows)
-    reached = [head for head in table.columns if head not in COST_COLUMNS]
-    costs = [head for head in table.columns if head == "run" or head in COST_COLUMNS]
-    return {"Runs": _columns(table, reached), "What they took": _columns(table, costs)}
-
-
-def _columns(table: TextTable, heads: Sequence[str]) -> TextTable:
-    places = [table.columns.index(head) for head in heads]
-    rows = tuple(tuple(row[place] for place in places) for row in table.rows)
-    return TextTable(tuple(heads), rows, words=frozenset({0}))
+    reached = [head for head in table.columns if head != "run" and head not in COST_COLUMNS]
+    return {"Runs": table.without(*COST_COLUMNS), "What they took": table.without(*reached)}
 
 
 def to_markdown(rows: Sequence[RunRow]) -> str:
@@ -183,16 +205,20 @@ def _read(run_dirs: Sequence[str | Path]) -> list[RunRecord]:
     return runs
 
 
-def _rows(runs: Sequence[RunRecord], target: float | None) -> list[RunRow]:
-    bests = [run.headline["best"] for run in runs]
+def _compare(runs: Sequence[RunRecord], target: float | None) -> Comparison:
+    bests, names = [run.headline["best"] for run in runs], _names(runs)
     if target is None and all(best is not None for best in bests):
         target = min(bests)
-    return [_row(run, name, target) for run, name in zip(runs, _names(runs), strict=True)]
+    rows = [_row(run, name, target) for run, name in zip(runs, names, strict=True)]
+    has_bytes = any(row.wire_bytes_to_target is not None for row in rows)
+    shown = format_metric(runs[0].metric, target) if has_bytes else None
+    return Comparison(rows, comparison_notes(runs, names, shown))
 
 
 def _row(run: RunRecord, name: str, target: float | None) -> RunRow:
     return RunRow(
         name=name,
+        kind=run.kind.name,
         metric=run.metric,
         **run.headline | {"seconds": run.headline["seconds"] or None},
         exchanged_parameters=(run.summary.get("parameters") or {}).get("exchanged"),

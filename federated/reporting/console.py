@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -23,16 +23,19 @@ from rich.text import Text
 
 from federated.ledger import Ledger
 from federated.reporting.round_table import TextTable, failure_table, round_table, saving_table
+from federated.reporting.run_kind import PERSONAL, RunKind, kind_of
 from federated.reporting.wording import (
     format_bytes,
     format_metric,
-    format_percent,
+    format_saving,
     format_seconds,
     metric_label,
 )
+from federated.round_record import SCORED_BY
 from federated.savings import FULL_MODEL
 
 MAX_COLUMNS = 1000  # of a table that is not cut
+MIN_WORDS = 12  # columns that a folded word keeps
 MAX_FAILURES_SHOWN = 5  # of one round, in its line; the table at the end has them all
 _BYTE_KEYS = ("uplink_wire_bytes", "downlink_wire_bytes")
 
@@ -152,7 +155,8 @@ class RunDisplay(BarsDisplay):
         parts = []
         for key in (self._metric, "train_loss"):
             if metrics.get(key) is not None:
-                parts.append((f"{metric_label(key)} {format_metric(key, metrics[key])}", ""))
+                rows = " (clients' rows)" if key == self._metric and SCORED_BY in metrics else ""
+                parts.append((f"{metric_label(key)} {format_metric(key, metrics[key])}{rows}", ""))
         cohort, failed = metrics.get("cohort"), metrics.get("failed") or []
         if cohort:
             parts.append((f"{len(cohort)} clients", ""))
@@ -187,6 +191,9 @@ def print_results(
     """
     metric = str(summary.get("headline_metric", "accuracy"))
     print_table(console, round_table(metrics, metric, ledger), "Rounds")
+    kind = kind_of(metrics)
+    if kind is PERSONAL:
+        print_note(console, f"{kind.table_note}\n")
     failures = failure_table(metrics, ledger)
     if failures.rows:
         print_table(console, failures, "Failed clients")
@@ -194,7 +201,13 @@ def print_results(
     rows = communication.get("comparison") or []
     if rows:
         print_table(console, saving_table(rows), f"What travels (saved: against {FULL_MODEL})")
-    console.print(_closing_line(metric, summary, rows), highlight=False, soft_wrap=True)
+    for line in _closing_lines(metric, summary, kind, rows):
+        print_note(console, line)
+
+
+def print_note(console: Console, note: str | Text) -> None:
+    """Print a sentence, its words wrapped at the console's width; nothing in it is read as markup."""
+    console.print(Text(note) if isinstance(note, str) else note, highlight=False)
 
 
 def print_where(console: Console, folder: Path) -> None:
@@ -204,23 +217,50 @@ def print_where(console: Console, folder: Path) -> None:
         console.print(f"report:     {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _closing_line(metric: str, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Text:
-    line = Text(f"{metric_label(metric)} {format_metric(metric, summary.get('zero_shot'))} → ")
+def _closing_lines(
+    metric: str, summary: Mapping[str, Any], kind: RunKind, rows: Sequence[Mapping[str, Any]]
+) -> Iterator[Text]:
+    """Yield what was reached and sent, on which rows, and what was saved."""
+    label, before = metric_label(metric), format_metric(metric, summary.get("zero_shot"))
+    line = Text(f"{label} " if kind is PERSONAL else f"{label} {before} → ")
     line.append(format_metric(metric, summary.get("final")), style="bold")
     sent = (summary.get("communication") or {}).get("total_wire_bytes")
     if sent is not None:
         line.append(f", {format_bytes(sent)} sent")
+    yield line
+    if kind is PERSONAL:
+        yield Text(f"that is {kind.model}; {kind.before}: {before}")
     if rows:
-        line.append(f", {format_percent(rows[0]['saving'], 2)} saved against {FULL_MODEL}")
-        line.append(f" ({format_percent(rows[0]['saving_with_base'], 2)} with the base model counted)")
-    return line
+        saving, with_base = format_saving(rows[0]["saving"]), format_saving(rows[0]["saving_with_base"])
+        against = f"sent than {FULL_MODEL}" if saving.endswith("more") else f"saved against {FULL_MODEL}"
+        yield Text(f"{saving} {against} ({with_base} with the base model counted)")
 
 
 def print_table(console: Console, content: TextTable, title: str) -> None:
-    """Print a table of text; where it needs more columns than the console has, it is not cut but runs over.
+    """Print a table of text, as wide as the console at most where that cuts no number.
 
-    Nothing in the table is read as markup.
+    Columns that may be left out go first, then long words are folded. A table of too many numbers runs over
+    the console's edge. Nothing in the table is read as markup.
     """
+    table = _laid_out(content, title)
+    for head in content.optional:
+        if _width(console, table).maximum <= console.width:
+            break
+        content = content.without(head)
+        table = _laid_out(content, title)
+    too_wide = _width(console, table).minimum - console.width
+    if too_wide > 0 and content.words:
+        longest = {number: _longest_in_column(content, number) for number in content.words}
+        widest = max(longest, key=longest.__getitem__)
+        table.columns[widest].max_width = max(MIN_WORDS, longest[widest] - too_wide)
+    needed = _width(console, table).minimum
+    if needed > console.width:
+        table.width = needed
+    console.print(table, crop=False, overflow="ignore", no_wrap=True)
+    console.print()
+
+
+def _laid_out(content: TextTable, title: str) -> Table:
     table = Table(
         title=Text(title, style="bold"),
         title_justify="left",
@@ -233,7 +273,7 @@ def print_table(console: Console, content: TextTable, title: str) -> None:
     for number, column in enumerate(content.columns):
         words = number in content.words
         widest = max((len(row[number]) for row in content.rows), default=0)
-        header = column if words else "\n".join(textwrap.wrap(column, max(widest, _longest_word(column))))
+        header = column if words else "\n".join(textwrap.wrap(column, max(widest, _longest_word(column) + 1)))
         justify: Literal["left", "right"] = "left" if words else "right"
         table.add_column(
             Text(header),
@@ -245,12 +285,16 @@ def print_table(console: Console, content: TextTable, title: str) -> None:
         )
     for row in content.rows:
         table.add_row(*(Text(cell) for cell in row))
-    needed = Measurement.get(console, console.options.update(width=MAX_COLUMNS), table).minimum
-    if needed > console.width:
-        table.width = needed
-    console.print(table, crop=False, overflow="ignore", no_wrap=True)
-    console.print()
+    return table
+
+
+def _width(console: Console, table: Table) -> Measurement:
+    return Measurement.get(console, console.options.update(width=MAX_COLUMNS), table)
+
+
+def _longest_in_column(content: TextTable, number: int) -> int:
+    return max(max((len(word) for word in row[number].split()), default=0) for row in content.rows)
 
 
 def _longest_word(text: str) -> int:
-    return max((len(word) for word in re.split(r"[\s-]", text)), default=0) + 1
+    return max((len(word) for word in re.split(r"[\s-]", text)), default=0)

@@ -91,10 +91,10 @@ def name_metric_axis(axis: Axes, metric: str) -> None:
         percent_ticks(axis.yaxis)
 
 
-def name_round_axis(axis: Axes) -> None:
-    """Label the x axis as rounds, with whole numbers."""
-    axis.set_xlabel("round")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+def name_round_axis(axis: Axes, step: str = "round") -> None:
+    """Label the x axis as rounds (or epochs), with whole numbers; one alone is enough."""
+    axis.set_xlabel(step)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
 
 
 def draw_legend(axis: Axes, *, above: bool = False, columns: int = 1) -> None:

@@ -19,7 +19,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from federated.ledger import Ledger, Totals
 from federated.reporting import plot_style as style
+from federated.reporting.run_kind import kind_of
 from federated.reporting.wording import format_bytes, format_metric, is_share, metric_label
+from federated.round_record import curve_lines
 
 MAX_BARS = 40  # clients that are drawn one by one
 MAX_NUMBERED = 12  # clients and classes up to which a cell of the split carries its count
@@ -48,7 +50,7 @@ class MissingData(LookupError):  # noqa: N818 - it is an answer, not a fault
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's headline metric against the wire bytes it had sent by then."""
+    """A run's headline metric, all on the same rows, against the wire bytes it had sent by then."""
 
     name: str
     wire_bytes: Sequence[int]
@@ -77,7 +79,7 @@ def curve_of(name: str, metrics: Metrics, metric: str, ledger: Ledger) -> Curve:
     """
     if not len(ledger):
         raise MissingData("no transfers were recorded")
-    rounds, values = series(metrics, metric)
+    rounds, values = series(curve_lines(metrics), metric)
     sent = ledger.cumulative_wire_bytes()
     evaluation = ledger.totals_by("server_round", "phase")
     wire_bytes = []
@@ -88,16 +90,20 @@ def curve_of(name: str, metrics: Metrics, metric: str, ledger: Ledger) -> Curve:
 
 
 def metric_by_round(metrics: Metrics, metric: str, zero_shot: float | None = None) -> Figure:
-    """Draw the headline metric by round and, below it, the losses that were recorded."""
-    rounds, values = series(metrics, metric)
+    """Draw the headline metric by round and, below it, the losses that were recorded.
+
+    A line joins only what was scored on the same rows; the value before training has a line of its own.
+    """
+    kind, lines = kind_of(metrics), curve_lines(metrics)
+    rounds, values = series(lines, metric)
     losses = {}
-    for key, label in (("loss", "on the test set"), ("train_loss", "in local training")):
-        if key != metric and any(line.get(key) is not None for line in metrics):
-            losses[label] = series(metrics, key)
+    for key, label in (("loss", kind.model_loss), ("train_loss", kind.train_loss)):
+        if key != metric and any(line.get(key) is not None for line in lines):
+            losses[label] = series(lines, key)
     figure, axes = style.new_figure(rows=2 if losses else 1, ratios=(3, 2) if losses else None)
-    style.draw_line(axes[0], rounds, values, 0, label="global model")
+    style.draw_line(axes[0], rounds, values, 0, label=kind.model)
     if zero_shot is not None:
-        label = f"before training: {format_metric(metric, zero_shot)}"
+        label = f"{kind.before}: {format_metric(metric, zero_shot)}"
         axes[0].axhline(zero_shot, color=style.INK, linestyle=style.DASHED, linewidth=1, label=label)
         style.draw_legend(axes[0])
     style.name_metric_axis(axes[0], metric)
@@ -105,7 +111,7 @@ def metric_by_round(metrics: Metrics, metric: str, zero_shot: float | None = Non
         style.draw_line(axes[1], loss_rounds, loss_values, number, label=label)
         axes[1].set_ylabel("loss")
         style.draw_legend(axes[1])
-    style.name_round_axis(axes[-1])
+    style.name_round_axis(axes[-1], kind.step)
     return figure
 
 
@@ -163,6 +169,7 @@ def bytes_by_round(ledger: Ledger) -> Figure:
             axis.bar(rounds, heights, bottom=below, label=label, color=color, **look)
             below = below + heights
     axis.set_ylabel("sent (MB on the wire)")
+    axis.set_xlim(rounds[0] - 0.75, rounds[-1] + 0.75)
     axis.set_ylim(0, max(1.05 * float(below.max()), 1e-9))
     axis.grid(visible=False, axis="x")
     style.name_round_axis(axis)

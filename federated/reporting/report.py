@@ -91,15 +91,15 @@ def _pictures(run: RunRecord) -> list[Picture]:
     zero_shot = run.headline["zero_shot"]
     makers: tuple[tuple[str, str, str, Callable[[], Figure]], ...] = (
         (
-            "metric_by_round",
-            f"{label} and loss by round",
-            "The global model on the server's test set; local training losses are means over the cohort.",
+            f"metric_by_{run.kind.step}",
+            f"{label} and loss by {run.kind.step}",
+            run.kind.caption,
             lambda: plots.metric_by_round(run.metrics, run.metric, zero_shot),
         ),
         (
             "metric_by_bytes",
             f"{label} against bytes sent",
-            "Every point is a round: what was sent until its model existed, without the base model.",
+            f"Every point is a round: {run.kind.model}, and what was sent until then without the base.",
             lambda: plots.metric_by_bytes(run.metrics, run.metric, run.ledger),
         ),
         (
@@ -117,7 +117,7 @@ def _pictures(run: RunRecord) -> list[Picture]:
         (
             "client_metric",
             f"{label} of each client",
-            "The global model on each client's own held-out data.",
+            run.kind.client_caption,
             lambda: plots.client_metric(run.metrics, run.metric),
         ),
         (
@@ -129,7 +129,8 @@ def _pictures(run: RunRecord) -> list[Picture]:
     )
     folder = run.directory / "plots"
     folder.mkdir(exist_ok=True)
-    return [_picture(folder, name, title, caption, make) for name, title, caption, make in makers]
+    shown = makers if run.kind.has_clients else makers[:1]  # the others are of clients and what they send
+    return [_picture(folder, name, title, caption, make) for name, title, caption, make in shown]
 
 
 def _picture(folder: Path, name: str, title: str, caption: str, make: Callable[[], Figure]) -> Picture:
@@ -143,12 +144,13 @@ def _picture(folder: Path, name: str, title: str, caption: str, make: Callable[[
     return Picture(name, title, caption, Markup(inline_svg(figure, name, title)))
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return (dotted key, value as text) of a tree, in its order."""
-    pairs: list[tuple[str, str]] = []
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, list[str]]]:
+    """Return (dotted key, lines of text) of a tree, in its order: a line for each item of a list."""
+    pairs: list[tuple[str, list[str]]] = []
     for key, value in tree.items():
         if isinstance(value, Mapping):
             pairs.extend(_flatten(value, f"{prefix}{key}."))
         else:
-            pairs.append((f"{prefix}{key}", MISSING if value is None else str(value)))
+            items = value if isinstance(value, list) else [value]
+            pairs.append((f"{prefix}{key}", [MISSING if item is None else str(item) for item in items]))
     return pairs

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from federated.reporting.run_kind import PERSONAL, count_steps
 from federated.reporting.run_record import RunRecord
 from federated.reporting.wording import (
     format_bytes,
     format_count,
     format_metric,
     format_percent,
+    format_saving,
     format_seconds,
     is_share,
     metric_label,
@@ -41,15 +43,18 @@ def subtitle(run: RunRecord) -> str:
     adapters = (config.get("lora") or {}).get("enabled", True) and of("model", "type").endswith("_lora")
     alpha = ((config.get("partition") or {}).get("options") or {}).get("alpha")
     split = of("partition", "name") + (f" α={alpha}" if alpha is not None else "")
+    federation = [
+        of("partition", "num_clients", "{} clients"),
+        split,
+        of("aggregation", "name"),
+        of("communication", "uplink", "uplink {}"),
+    ]
     parts = (
         of("model", "model_name"),
         of("lora", "r", "LoRA r={}") if adapters else of("model", "fine_tuning"),
         of("task", "name").replace("_", " "),
         of("data", "source"),
-        of("partition", "num_clients", "{} clients"),
-        split,
-        of("aggregation", "name"),
-        of("communication", "uplink", "uplink {}"),
+        *(federation if run.kind.has_clients else ["central training"]),
         f"seed {config['seed']}" if "seed" in config else "",
     )
     return " · ".join(part for part in parts if part)
@@ -70,7 +75,7 @@ def notices(run: RunRecord) -> list[str]:
             f"summary.json says {format_count(recorded)} bytes on the wire, communication.csv adds up to "
             f"{format_count(counted)}: this page shows communication.csv."
         )
-    if not len(run.ledger):
+    if not len(run.ledger) and run.kind.has_clients:
         found.append("No transfers were recorded (communication.csv).")
     return found
 
@@ -84,14 +89,20 @@ def cards(run: RunRecord) -> list[Card]:
 def _metric_card(run: RunRecord) -> Card:
     metric, headline = run.metric, run.headline
     final, zero_shot, best = headline["final"], headline["zero_shot"], headline["best"]
-    notes = []
-    if zero_shot is not None:
+    notes = ["mean of personal models, each on its own client's rows"] if run.kind is PERSONAL else []
+    if zero_shot is not None and run.kind is PERSONAL:
+        notes.append(f"pre-trained model, on the server's rows: {format_metric(metric, zero_shot)}")
+    elif zero_shot is not None:
         notes.append(
             f"zero-shot, before training: {format_metric(metric, zero_shot)}{_gain(metric, zero_shot, final)}"
         )
     if best is not None and best != final:
         at = [line["server_round"] for line in run.metrics if line.get(metric) == best]
-        notes.append(f"best: {format_metric(metric, best)}" + (f" after round {at[0]}" if at else ""))
+        notes.append(
+            f"best: {format_metric(metric, best)}" + (f" after {run.kind.step} {at[0]}" if at else "")
+        )
+    if "training" in run.summary:
+        notes.append(f"weights of epoch {run.summary['training']['kept_epoch']}")
     return Card(f"Final {metric_label(metric)}", format_metric(metric, final), tuple(notes))
 
 
@@ -127,19 +138,20 @@ def _saving_card(run: RunRecord) -> Card | None:
     source = (
         "measured in a run of its own" if full["measured"] else "computed for the same clients and rounds"
     )
+    # a run of the full model itself sends what was computed, and its messages' overhead
+    label, sign = ("Saved against", 1) if ours["saving"] > -5e-5 else ("Sent more than", -1)
     return Card(
-        f"Saved against {FULL_MODEL}",
-        format_percent(ours["saving"], 2),
+        f"{label} {FULL_MODEL}",
+        format_percent(sign * ours["saving"], 2),
         (
-            f"with the base model counted: {format_percent(ours['saving_with_base'], 2)}",
+            f"with the base model counted: {format_saving(ours['saving_with_base'])}",
             f"{FULL_MODEL} would send {format_bytes(full['total_bytes'])} ({source})",
         ),
     )
 
 
 def _time_card(run: RunRecord) -> Card:
-    rounds = run.headline["rounds"]
-    notes = [f"{rounds} round{'' if rounds == 1 else 's'} on this machine"]
+    notes = [f"{count_steps(run.kind, run.headline['rounds'])} on this machine"]
     link = run.summary.get("communication", {}).get("seconds_at_bandwidth")
     if link:
         notes.append(
@@ -154,22 +166,27 @@ def _time_card(run: RunRecord) -> Card:
 
 def _parameter_card(run: RunRecord) -> Card | None:
     parameters = run.summary.get("parameters") or {}
-    exchanged, total = parameters.get("exchanged"), parameters.get("total")
-    if exchanged is None:
+    trained, total = parameters.get("trainable"), parameters.get("total")
+    travel = run.kind.has_clients
+    shown = parameters.get("exchanged") if travel else trained
+    if shown is None:
         return None
-    notes = [f"{format_percent(exchanged / total, 2)} of the model's {format_count(total)}"] if total else []
-    notes.append(f"trained on a client: {format_count(parameters.get('trainable'))}")
-    return Card("Parameters that travel", format_count(exchanged), tuple(notes))
+    notes = [f"{format_percent(shown / total, 2)} of the model's {format_count(total)}"] if total else []
+    notes += [f"trained on a client: {format_count(trained)}"] if travel else []
+    return Card(f"Parameters that {'travel' if travel else 'train'}", format_count(shown), tuple(notes))
 
 
 def base_note(run: RunRecord) -> str:
     """Say what "with base" adds, or why it adds nothing."""
     if (run.config.get("communication") or {}).get("base_preinstalled"):
         return "The configuration declares that clients hold the base model already: it is not counted."
-    base = run.summary.get("communication", {}).get("one_off_base_bytes")
+    communication = run.summary.get("communication", {})
+    rows = communication.get("comparison") or []
+    base = max((row["total_bytes_with_base"] - row["total_bytes"] for row in rows), default=0)
     if not base:
-        return "Clients of this run need no base model before round 1."
+        return "Clients need no base model before round 1."
+    ours = "" if communication.get("one_off_base_bytes") else " This run sends every weight and needs none."
     return (
         f"“With base” adds the frozen base model, once for each client that took part: {format_bytes(base)} "
-        f"in all. {FULL_MODEL[0].upper()}{FULL_MODEL[1:]} ships it in its normal downlink."
+        f"in all. {FULL_MODEL[0].upper()}{FULL_MODEL[1:]} ships it in its normal downlink.{ours}"
     )

@@ -10,47 +10,59 @@ from dataclasses import dataclass
 from typing import Any
 
 from federated.ledger import Ledger, Totals
+from federated.reporting.run_kind import kind_of
 from federated.reporting.wording import (
     MISSING,
     format_bytes,
     format_megabytes,
     format_metric,
-    format_percent,
     format_rounds,
+    format_saving,
     is_share,
     metric_label,
 )
 
 MAX_EXTRA_METRICS = 6
+_OF_CLIENTS = ("clients", "failed", "up MB", "down MB", "total MB")
 _NOT_METRICS = frozenset({"server_round", "seconds", "loss", "train_loss"})
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table of text; ``words`` says which columns hold words (left) rather than numbers (right)."""
+    """A table of text.
+
+    Attributes:
+        columns: their headings.
+        rows: a cell a column.
+        words: columns that hold words (left) rather than numbers (right).
+        optional: headings of columns that a narrow terminal leaves out, the first one first.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     words: frozenset[int] = frozenset()
+    optional: tuple[str, ...] = ()
+
+    def without(self, *left_out: str) -> TextTable:
+        """Return the table without some columns."""
+        kept = [place for place, head in enumerate(self.columns) if head not in left_out]
+        return TextTable(
+            tuple(self.columns[place] for place in kept),
+            tuple(tuple(row[place] for place in kept) for row in self.rows),
+            frozenset(new for new, place in enumerate(kept) if place in self.words),
+            tuple(head for head in self.optional if head not in left_out),
+        )
 
 
 def round_table(metrics: Sequence[Mapping[str, Any]], metric: str, ledger: Ledger | None = None) -> TextTable:
-    """Return one row a round: metrics, losses, clients, MB up and down, seconds.
+    """Return one row a round (or epoch): metrics, losses, clients, MB up and down, seconds.
 
     Bytes are wire bytes, from the ledger when it is given and from the lines of ``metrics`` otherwise.
     """
     extra = _extra_metrics(metrics, metric)
     shown = [metric, *extra, *(key for key in ("loss", "train_loss") if key != metric)]
-    columns = (
-        "round",
-        *map(metric_label, shown),
-        "clients",
-        "failed",
-        "up MB",
-        "down MB",
-        "total MB",
-        "seconds",
-    )
+    kind = kind_of(metrics)
+    columns = (kind.step, *map(metric_label, shown), *_OF_CLIENTS, "seconds")
     sent = _bytes_by_round(metrics, ledger)
     so_far, rows = 0, []
     for line in metrics:
@@ -69,7 +81,8 @@ def round_table(metrics: Sequence[Mapping[str, Any]], metric: str, ledger: Ledge
                 f"{seconds:.1f}" if seconds is not None else MISSING,
             )
         )
-    return TextTable(columns, tuple(rows))
+    table = TextTable(columns, tuple(rows), optional=tuple(map(metric_label, reversed(extra))))
+    return table if kind.has_clients else table.without(*_OF_CLIENTS)
 
 
 def _extra_metrics(metrics: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
@@ -108,9 +121,9 @@ def saving_table(comparison: Sequence[Mapping[str, Any]]) -> TextTable:
             row["name"],
             format_bytes(row["payload_bytes_per_client_round"]),
             format_bytes(row["total_bytes"]),
-            format_percent(row["saving"], 2),
+            format_saving(row["saving"]),
             format_bytes(row["total_bytes_with_base"]),
-            format_percent(row["saving_with_base"], 2),
+            format_saving(row["saving_with_base"]),
             "measured" if row["measured"] else "computed",
         )
         for row in comparison
@@ -124,7 +137,7 @@ def saving_table(comparison: Sequence[Mapping[str, Any]]) -> TextTable:
         "saved with base",
         "",
     )
-    return TextTable(columns, rows, words=frozenset({0, 6}))
+    return TextTable(columns, rows, words=frozenset({0, 6}), optional=("client-round",))
 
 
 def failure_table(metrics: Sequence[Mapping[str, Any]], ledger: Ledger | None = None) -> TextTable:

@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 
 from federated.ledger import Ledger
+from federated.reporting.run_kind import RunKind, kind_of
+from federated.round_record import curve_lines
 from models.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,11 @@ class RunRecord:
         """Whether the run came to its end."""
         return bool(self.summary)
 
+    @cached_property
+    def kind(self) -> RunKind:
+        """Federated, personal or central, and the words for it."""
+        return kind_of(self.metrics)
+
     @property
     def metric(self) -> str:
         """Key of the headline metric."""
@@ -77,7 +84,9 @@ class RunRecord:
 
         A value that neither has is None.
         """
-        values = [line[self.metric] for line in self.metrics if line.get(self.metric) is not None]
+        values = [
+            line[self.metric] for line in curve_lines(self.metrics) if line.get(self.metric) is not None
+        ]
         first = self.metrics[0] if self.metrics and self.metrics[0]["server_round"] == 0 else {}
         derived = {
             "zero_shot": first.get(self.metric),

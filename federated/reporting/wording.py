@@ -54,6 +54,13 @@ def format_percent(share: float | None, decimals: int = 1) -> str:
     return f"{text} %"
 
 
+def format_saving(share: float | None) -> str:
+    """Write what was saved of something, or by how much more was sent: ``98.01 %``, ``0.02 % more``."""
+    if share is not None and round(share, 4) < 0:
+        return f"{format_percent(-share, 2)} more"
+    return format_percent(None if share is None else abs(share), 2)
+
+
 def format_seconds(seconds: float | None) -> str:
     """Write a duration: ``0.41 s``, ``41.2 s``, ``3 min 20 s``, ``2 h 05 min``."""
     if seconds is None:

@@ -53,8 +53,8 @@ def valid_cache(model: FederatedCLIPModel, tower: str, settings: CacheSection) -
         return Valid(FEATURES, "the tower is frozen") if on else Valid(None, f"cache.{switch}=false")
     block, num_blocks = model.moving.first_blocks[tower], model.num_blocks[tower]
     if not 0 < block < num_blocks:
-        reason = "the tower changes from its start on" if block == 0 else "its projection changes"
-        return Valid(None, reason)
+        where = "from its first block on" if block == 0 else "in its projection"
+        return Valid(None, f"training changes the {tower} tower {where}, so its work cannot be kept")
     if not settings.activations:
         return Valid(None, "cache.activations=false")
     if tower == "text" and not model.trims_prompts:
@@ -146,8 +146,9 @@ def build_feature_caches(
     vision = valid_cache(model, "vision", settings)
     for name, images in splits.items():
         if vision.kind is None:
-            caches.note(f"{name} images", vision.reason)
-        elif name == "train" and augmentation.changes_images:
+            caches.note("images", vision.reason)  # of every split alike
+            break
+        if name == "train" and augmentation.changes_images:
             caches.note("train images", "client.augmentation changes them")
         else:
             caches.image_key = IMAGE_FEATURES if vision.kind == FEATURES else ACTIVATIONS["vision"]

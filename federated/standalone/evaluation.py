@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from federated.checkpoint import SERVER_FILE, load_server_checkpoint
-from federated.config import load_config
+from federated.config import AggregationSection, load_config
 from federated.data.loading import ImageTensors, image_tensors
 from federated.experiment import Experiment, build_experiment
 from federated.global_model import load_global_state
@@ -31,6 +31,7 @@ from federated.standalone.detailed_metrics import (
     embed_pairs,
     predict_classes,
 )
+from federated.standalone.trained_models import check_global_model, has_global_model
 from lora.checkpoint import FULL_FILE
 from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.errors import UserError
@@ -80,6 +81,10 @@ def evaluate_source(
     config = load_config(source if run is None else run / "config.yaml", overrides)
     default = Path(config.output.root) / f"{config.output.name}-evaluation_{split}"
     folder = output or (default if run is None else run / f"evaluation_{split}")
+    if run is not None and adapter is None:
+        check_global_model(run, config)
+    elif not has_global_model(config):  # it would ask for clients that evaluate, and there are none here
+        config = config.model_copy(update={"aggregation": AggregationSection()})
     check_outputs(folder, overwrite=overwrite)
     with limited_threads(config.engine.threads):
         experiment = build_experiment(one_shard(config))
@@ -131,7 +136,7 @@ def load_trained(experiment: Experiment, run: Path | None, adapter: Path | None)
     """Put what was trained into the model; return where it came from.
 
     Raises:
-        UserError: There is nothing to load, it is damaged, or there is no global model.
+        UserError: There is nothing to load, or it is damaged.
     """
     if adapter is not None:
         load = load_full_checkpoint if (adapter / FULL_FILE).is_file() else load_lora_adapters
@@ -139,12 +144,6 @@ def load_trained(experiment: Experiment, run: Path | None, adapter: Path | None)
         return str(adapter)
     if run is None:
         return "none (untrained)"
-    if not experiment.aggregator.has_global_model:
-        name = experiment.config.aggregation.name
-        raise UserError(
-            f"{run} was aggregated by {name}, after which only clients hold complete models: "
-            "there is no global one to evaluate"
-        )
     try:
         return load_checkpoint(experiment, run / "checkpoint")
     except SafetensorError as error:

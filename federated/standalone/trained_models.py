@@ -103,12 +103,7 @@ def _open_run(run: Path, device: torch.device) -> OpenedModel:
     folder = run / "adapter"
     if not folder.is_dir():
         raise UserError(f"{run} has no adapter/: the run did not come to its end; let it finish first")
-    aggregation = config.aggregation
-    if not aggregator_from_name(aggregation.name, aggregation.options, seed=config.seed).has_global_model:
-        raise UserError(
-            f"{run} was aggregated by {aggregation.name}, where only the clients hold complete models: it "
-            "has no global model to use"
-        )
+    check_global_model(run, config)
     bare = config.model.model_copy(update={"type": "clip", "fine_tuning": "lora", "device": str(device)})
     model = build_model(config.model_copy(update={"model": bare}), _class_names(run, config))
     assert isinstance(model, FederatedCLIPModel)
@@ -120,6 +115,25 @@ def _open_run(run: Path, device: torch.device) -> OpenedModel:
         adapter=str(folder.resolve()),
         uses_head=model.task.uses_head,
     )
+
+
+def has_global_model(config: ExperimentConfig) -> bool:
+    """Return whether a run of this configuration ends with one model, and not with its clients' alone."""
+    aggregation = config.aggregation
+    return aggregator_from_name(aggregation.name, aggregation.options, seed=config.seed).has_global_model
+
+
+def check_global_model(run: Path, config: ExperimentConfig) -> None:
+    """Refuse a run that left no global model behind.
+
+    Raises:
+        UserError: its aggregator leaves complete models to the clients alone.
+    """
+    if not has_global_model(config):
+        raise UserError(
+            f"{run} was aggregated by {config.aggregation.name}, where only the clients hold complete "
+            "models: it has no global model to use"
+        )
 
 
 def _class_names(run: Path, config: ExperimentConfig) -> tuple[str, ...] | None:

@@ -1,0 +1,149 @@
+"""Runs side by side say what their folders say, and name what else sets them apart."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from federated.reporting.compare import (
+    compare_runs,
+    comparison_table,
+    to_csv,
+    to_json,
+    to_markdown,
+    write_comparison,
+)
+from federated.reporting.wording import format_megabytes
+from models.errors import UserError
+from tests.fake_run import ACCURACIES, EXCHANGED, OVERHEAD_BYTES, FakeRun
+
+
+@pytest.fixture
+def two_runs(tmp_path: Path) -> list[Path]:
+    better = FakeRun(accuracies=ACCURACIES, client_metrics=False)
+    smaller = FakeRun(accuracies=(0.192, 0.4, 0.5, 0.6), exchanged=EXCHANGED // 4, client_metrics=False)
+    return [better.write(tmp_path / "fp32"), smaller.write(tmp_path / "int8|x")]
+
+
+def test_rows_hold_what_the_folders_hold(two_runs: list[Path]) -> None:
+    fp32, int8 = compare_runs(two_runs).rows
+    assert (fp32.final, fp32.best, fp32.rounds, fp32.zero_shot) == (0.708, 0.708, 5, 0.192)
+    assert (int8.final, int8.rounds, int8.exchanged_parameters) == (0.6, 3, EXCHANGED // 4)
+    assert fp32.uplink_wire_bytes == 5 * 10 * (4 * EXCHANGED + OVERHEAD_BYTES) == fp32.downlink_wire_bytes
+    assert (fp32.seconds, fp32.peak_memory_bytes) == (41.25, 812_000_000)
+
+
+def test_the_default_target_is_the_best_value_that_every_run_reached(two_runs: list[Path]) -> None:
+    fp32, int8 = compare_runs(two_runs).rows
+    assert fp32.target == int8.target == 0.6
+    assert fp32.wire_bytes_to_target == 2 * 2 * 10 * (4 * EXCHANGED + OVERHEAD_BYTES)  # in round 2
+    assert int8.wire_bytes_to_target == 3 * 2 * 10 * (EXCHANGED + OVERHEAD_BYTES)  # in round 3
+
+
+def test_a_target_that_was_not_reached_has_no_bytes(two_runs: list[Path]) -> None:
+    assert [row.wire_bytes_to_target is None for row in compare_runs(two_runs, target=0.65).rows] == [
+        False,
+        True,
+    ]
+
+
+def test_markdown_json_and_csv_agree(two_runs: list[Path], tmp_path: Path) -> None:
+    path = write_comparison(two_runs, tmp_path / "out")
+    rows = compare_runs(two_runs).rows
+    markdown = path.read_text()
+    assert to_markdown(rows) in markdown
+    assert "int8\\|x" in markdown
+    assert len({line.replace("\\|", "").count("|") for line in to_markdown(rows).splitlines()}) == 1
+    from_json = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    from_csv = list(csv.DictReader(io.StringIO((tmp_path / "out" / "comparison.csv").read_text())))
+    assert from_json == json.loads(to_json(rows))
+    assert to_csv(rows).count("\n") == 3
+    for one, other in zip(from_json, from_csv, strict=True):
+        assert {key: str(value) for key, value in one.items()} == other
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:
+    folders = [FakeRun().write(tmp_path / parent / "run") for parent in ("a", "b")]
+    assert [row.name for row in compare_runs(folders).rows] == ["a/run", "b/run"]
+
+
+def test_runs_of_different_tasks_do_not_compare(tmp_path: Path) -> None:
+    one = FakeRun().write(tmp_path / "one")
+    other = FakeRun(metric="image_to_text_recall_at_5").write(tmp_path / "other")
+    with pytest.raises(UserError, match="different headline metrics"):
+        compare_runs([one, other])
+    with pytest.raises(UserError, match="no runs"):
+        compare_runs([])
+
+
+def test_an_unfinished_run_compares_as_far_as_it_went(two_runs: list[Path]) -> None:
+    (two_runs[0] / "summary.json").unlink()
+    row = compare_runs(two_runs).rows[0]
+    assert (row.final, row.exchanged_parameters, row.peak_memory_bytes) == (0.708, None, None)
+
+
+def test_what_is_sent_in_all_is_up_and_down_together(two_runs: list[Path]) -> None:
+    rows = compare_runs(two_runs).rows
+    table = comparison_table(rows)
+    column = table.columns.index("MB sent")
+    assert [cells[column] for cells in table.rows] == [
+        format_megabytes(row.uplink_wire_bytes + row.downlink_wire_bytes) for row in rows
+    ]
+
+
+def test_runs_of_the_same_data_split_model_and_seed_are_compared_without_remark(two_runs: list[Path]) -> None:
+    (only,) = compare_runs(two_runs).notes
+    assert only.startswith("MB are wire bytes")
+    assert "MB to reach 60.0 %: until the first round" in only
+
+
+@pytest.mark.parametrize(
+    ("there", "instead", "note"),
+    [
+        ("seed: 0", "seed: 7", "seed differs: 7 in c; 0 in the other runs."),
+        (
+            "source: fashion_mnist",
+            "source: emoji",
+            "data.source differs: emoji in c; fashion_mnist in the other",
+        ),
+        ("alpha: 0.5", "alpha: 9", "partition.options.alpha differs: 9 in c; 0.5 in the other runs."),
+        ("\n    alpha: 0.5", " {}", "partition.options.alpha differs: not set in c; 0.5 in the other runs."),
+        ("model_name: tiny", "model_name: b", "model.model_name differs: b in c; tiny in the other runs."),
+        ("r: 8", "r: 4", None),  # the method may differ
+        ("name: fedavg", "name: ffa", None),
+    ],
+)
+def test_runs_that_differ_in_more_than_the_method_are_named_with_the_difference(
+    there: str, instead: str, note: str | None, tmp_path: Path
+) -> None:
+    folders = [FakeRun().write(tmp_path / name) for name in "abcd"]
+    config = folders[2] / "config.yaml"
+    assert there in config.read_text()
+    config.write_text(config.read_text().replace(there, instead))
+    differing = [line for line in compare_runs(folders).notes if " differs: " in line]
+    assert len(differing) == (0 if note is None else 1)
+    assert all(line.startswith(str(note)) for line in differing)
+    assert all(line in write_comparison(folders, tmp_path / "out").read_text() for line in differing)
+
+
+def test_central_and_personal_runs_are_marked_in_table_and_notes(tmp_path: Path) -> None:
+    folders = [
+        FakeRun().write(tmp_path / "quickstart"),
+        FakeRun(central=True).write(tmp_path / "upper"),
+        FakeRun(personal=True).write(tmp_path / "own"),
+    ]
+    config = folders[1] / "config.yaml"
+    config.write_text(config.read_text().replace("num_clients: 10", "num_clients: 1"))
+    (folders[2] / "config.yaml").unlink()
+    comparison = compare_runs(folders)
+    names = [row[0] for row in comparison_table(comparison.rows).rows]
+    assert names == ["quickstart", "upper (central)", "own (personal)"]
+    assert any(note.startswith("Central training") and note.endswith(": upper.") for note in comparison.notes)
+    assert any(note.startswith("Personal models") and note.endswith(": own.") for note in comparison.notes)
+    assert any(note.startswith("No config.yaml") and note.endswith(": own.") for note in comparison.notes)
+    assert not any("differs" in note for note in comparison.notes)  # a central run has no split
