@@ -331,17 +331,26 @@ def load_config(
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, source=str(path), default_name=path.stem + name_suffix)
+    overridden = [_apply_override(tree, override) for override in overrides]
+    return parse_config(tree, source=str(path), overridden=overridden, default_name=path.stem + name_suffix)
 
 
-def parse_config(tree: dict[str, Any], *, source: str, default_name: str | None = None) -> ExperimentConfig:
-    """Validate a configuration tree; ``default_name`` becomes ``output.name`` when the tree has none."""
+def parse_config(
+    tree: dict[str, Any], *, source: str, overridden: Sequence[str] = (), default_name: str | None = None
+) -> ExperimentConfig:
+    """Validate a configuration tree.
+
+    Args:
+        tree: Sections by name.
+        source: Where it was read, for errors.
+        overridden: Keys that do not come from there, but from the command line.
+        default_name: Becomes ``output.name`` when the tree has none.
+    """
     try:
         config = ExperimentConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}:\n  " + "\n  ".join(explain(error, ExperimentConfig))) from error
+        text = explain(error, ExperimentConfig, source=source, overridden=overridden)
+        raise UserError(text) from error
     if config.output.name is None and default_name is not None:
         config = config.model_copy(update={"output": config.output.model_copy(update={"name": default_name})})
     return config
@@ -352,7 +361,8 @@ def dump_config(config: ExperimentConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str) -> str:
+    """Put an override's value into the tree and return its key."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override {override!r} is not of the form key=value, such as federation.rounds=3")
@@ -360,7 +370,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"the value of {override!r} is not valid YAML: {error}") from error
-    *parents, leaf = key.strip().split(".")
+    key = key.strip()
+    *parents, leaf = key.split(".")
     node = tree
     for part in parents:
         child = node.setdefault(part, {})
@@ -368,3 +379,4 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {part} is a value, not a section")
         node = child
     node[leaf] = value
+    return key
