@@ -90,16 +90,31 @@ def test_a_folder_that_is_no_run_is_never_overwritten(capsys: pytest.CaptureFixt
         (["nowhere.yaml"], ["nowhere.yaml", "quickstart"]),
         (["quickstart", "federation.cohort_size=11"], ["cohort_size"]),
         (["quickstart", "partition.num_clients=5000"], ["5000", "4000"]),
-        (["quickstart", "partition.options.min_samples=400"], ["min_samples"]),
-        (["quickstart", "partition.options.alfa=1"], ["alfa", "alpha"]),
-        (["quickstart", "partition.name=dirchlet"], ["dirchlet", "dirichlet"]),
-        (["quickstart", "data.source=fashion_mnst"], ["fashion_mnst", "fashion_mnist"]),
+        (["quickstart", "partition.num_clients=5000"], ["partition.num_clients: "]),
+        (["quickstart", "partition.options.min_samples=401"], ["partition.options.min_samples: ", "400"]),
+        (["quickstart", "partition.options.alpha=0"], ["partition.options.alpha: ", "above 0"]),
+        (["quickstart", "partition.options.alpha=x"], ["partition.options.alpha: ", "valid number"]),
+        (["quickstart", "partition.options.alfa=1"], ["partition.options.alfa: ", "alpha"]),
+        (["quickstart", "partition.name=dirchlet"], ["partition.name: ", "dirchlet", "dirichlet"]),
+        (["quickstart", "partition.name=iid"], ["partition.options.alpha: ", "partition.options={}"]),
+        (["quickstart", "data.source=fashion_mnst"], ["data.source: ", "fashion_mnst", "fashion_mnist"]),
+        (["quickstart", "data.source=csv"], ["data.path: ", "csv"]),
+        (["quickstart", "data.path=pets"], ["data.path: ", "data.source"]),
         (["quickstart", "model.model_name=openai/clip-vit-base-patch32"], ["openai/clip-vit-base-patch32"]),
         (["quickstart", "model.num_classes=12"], ["12", "10 classes"]),
         (["quickstart", "lora.target_modules=[query]"], ["query", "q_proj"]),
-        (["quickstart", "aggregation.name=fedavgg"], ["fedavgg", "fedavg"]),
-        (["quickstart", "communication.uplink=int7"], ["int7", "int8"]),
-        (["quickstart", "data.source=imagefolder", "data.path=missing"], ["missing"]),
+        (["quickstart", "aggregation.name=fedavgg"], ["aggregation.name: ", "fedavgg", "fedavg"]),
+        (["quickstart", "aggregation.name=fedprox"], ["aggregation.name=fedprox", "client.proximal_mu"]),
+        (["quickstart", "aggregation.name=scaffold"], ["client.scaffold=true"]),
+        (["quickstart", "aggregation.name=fedyogi"], ["aggregation.server_optimizer.name=fedyogi"]),
+        (["quickstart", "aggregation.options.rank_cap=2"], ["aggregation.options.rank_cap: "]),
+        (
+            ["quickstart", "aggregation.server_optimizer={name: fedadam, eta: -1e-3}"],
+            ["aggregation.server_optimizer.eta: ", "positive"],
+        ),
+        (["quickstart", "communication.uplink=int7"], ["communication.uplink: ", "int7", "int8"]),
+        (["quickstart", "communication.downlink=int7"], ["communication.downlink: ", "int7", "int8"]),
+        (["quickstart", "data.source=imagefolder", "data.path=missing"], ["data.path: ", "missing"]),
     ],
 )
 def test_bad_input_ends_with_code_2_a_remedy_and_no_run_folder(
@@ -123,7 +138,9 @@ def test_a_corrupt_image_is_named_and_skipped_only_when_the_configuration_says_s
     small += ["model.num_classes=2", "partition.name=iid", "partition.options={}", "output.name=pets"]
     arguments = ["run", "quickstart", "data.source=imagefolder", f"data.path={folder}", *small]
     assert run_command(*arguments) == 2
-    assert "3.png" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "3.png" in message
+    assert "data.options.skip_corrupt: " in message
     assert not Path("runs").exists()
     assert run_command(*arguments, "data.options.skip_corrupt=true") == 0
 

@@ -160,7 +160,7 @@ def test_the_check_reports_what_the_source_refuses(tmp_path):
     report = check_folder(tmp_path)
     with pytest.raises(UserError) as refusal:
         load_data("imagefolder", path=str(tmp_path))
-    assert str(refusal.value) == "; ".join(report.problems)
+    assert str(refusal.value) == "data.path: " + "; ".join(report.problems)
     assert report.imbalance() == float("inf")
     with pytest.raises(UserError, match="is no folder"):
         check_folder(tmp_path / "nowhere")
