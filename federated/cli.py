@@ -7,12 +7,13 @@ and exit code 2.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -40,6 +41,10 @@ OverridesArgument = Annotated[
 ]
 
 
+_TELL_OF_FAILURES = ("federated.aggregators.checks", "federated.engines.inprocess", "federated.strategy")
+"""Loggers that warn of clients whose answers cannot be used."""
+
+
 @app.command()
 def run(
     config: ConfigArgument,
@@ -61,10 +66,12 @@ def run(
 
     loaded = load_config(config, overrides or [])
     console = Console()
-    folder = run_experiment(loaded, overwrite=overwrite, display=RunDisplay(console))
+    with _failures_shown_once():
+        folder = run_experiment(loaded, overwrite=overwrite, display=RunDisplay(console))
     record = read_run(folder)
     print_results(console, record.metrics, record.summary, record.ledger)
     print_where(console, folder)
+    _print_skipped(console, record.metrics, folder)
 
 
 @app.command("show-config")
@@ -109,6 +116,41 @@ app.command()(training.train)
 app.command()(training.evaluate)
 inference.register(app)
 app.add_typer(data.app, name="data")
+
+
+@contextlib.contextmanager
+def _failures_shown_once() -> Iterator[None]:
+    """Keep failed clients out of the log inside the block: the display names them, round by round."""
+    levels = {name: logging.getLogger(name).level for name in _TELL_OF_FAILURES}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _print_skipped(console: Console, metrics: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Say how many rounds were skipped, and why the first was.
+
+    Raises:
+        UserError: All of them were.
+    """
+    skipped = [line for line in metrics if line.get("skipped")]
+    if not skipped:
+        return
+    num_rounds = metrics[-1]["server_round"]
+    failure, server_round = skipped[0]["failed"][0], skipped[0]["server_round"]
+    reason = str(failure["reason"]).strip().partition("\n")[0]
+    cause = f"round {server_round}, client {failure['client_id']}: {reason}"
+    if len(skipped) == num_rounds:
+        raise UserError(
+            f"no update could be used in any round, so the model is as it was before training. {cause}. "
+            f"{folder / 'metrics.jsonl'} has the other clients' reasons"
+        )
+    message = f"{len(skipped)} of {num_rounds} rounds were skipped, as no update could be used. {cause}"
+    console.print(message, style="red", highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+import federated.client
 from federated.cli import main
 from federated.commands.importing import modules_that_stay
 from tests.small_run import SMALL
@@ -56,6 +59,40 @@ def test_info_states_the_documented_figures_of_vit_b32(capsys: pytest.CaptureFix
     assert "151,277,313" in shown
     assert "1.97 MB" in shown
     assert "605.1 MB" in shown
+
+
+def test_a_run_without_a_usable_update_ends_with_code_2_the_cause_and_its_folder(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run_command("run", "quickstart", *SMALL, "client.learning_rate=1e30") == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: no update could be used in any round")
+    assert "client.learning_rate" in shown.err
+    assert "round 1, client 0: " in shown.err
+    assert Path("runs/quickstart/report.html").is_file()
+    assert "client 0: " in shown.out
+    assert not [record for record in caplog.records if "not a finite number" in record.getMessage()]
+
+
+def test_rounds_that_were_skipped_are_counted_at_the_end(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = federated.client.train_locally
+
+    def breaks_in_round_1(experiment: Any, assignment: Any, held: Any) -> Any:
+        if assignment.server_round == 1:
+            raise MemoryError("no memory left")
+        return original(experiment, assignment, held)
+
+    monkeypatch.setattr(federated.client, "train_locally", breaks_in_round_1)
+    assert run_command("run", "quickstart", *SMALL) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("1 of 2 rounds were skipped")
+    assert last.endswith("round 1, client 0: MemoryError: no memory left")
+    logging.getLogger("federated.engines.inprocess").warning("heard again")
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        "heard again"
+    ]
 
 
 def test_report_can_be_written_again() -> None:
