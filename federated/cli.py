@@ -1,4 +1,4 @@
-"""The command ``fedlora``: run, show-config, info, report.
+"""The command ``fedlora``: its version, run, show-config, info, report.
 
 Everything a person types ends up here; the other commands (``federated.commands``) are registered below.
 Commands only read arguments, call one function of the package and print. Bad input ends with one message
@@ -8,6 +8,7 @@ and exit code 2.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import logging
 import os
 import sys
@@ -24,7 +25,6 @@ from federated.commands.importing import modules_that_stay
 from models.errors import UserError
 
 app = typer.Typer(
-    help="Federated fine-tuning of CLIP-class models in which only LoRA adapters travel.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -39,6 +39,23 @@ OverridesArgument = Annotated[
         metavar="[KEY=VALUE]...", help="Overrides such as federation.rounds=3 client.batch_size=16."
     ),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedlora {importlib.metadata.version('fedlora')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end."),
+    ] = False,
+) -> None:
+    """Federated fine-tuning of CLIP-class models in which only LoRA adapters travel."""
 
 
 _TELL_OF_FAILURES = ("federated.aggregators.checks", "federated.engines.inprocess", "federated.strategy")
@@ -75,13 +92,26 @@ def run(
 
 
 @app.command("show-config")
-def show_config(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-    """Print the resolved configuration, defaults included.
+def show_config(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="CONFIG", help="As for run; without it the shipped ones are listed."),
+    ] = None,
+    overrides: OverridesArgument = None,
+) -> None:
+    """Print the resolved configuration, defaults included; without CONFIG, which configurations are shipped.
 
     Example: fedlora show-config quickstart lora.r=4
     """
-    from federated.config import dump_config, load_config
+    from federated.config import dump_config, load_config, shipped_descriptions
+    from federated.reporting.console import print_table
+    from federated.reporting.round_table import TextTable
 
+    if config is None:
+        rows = tuple(shipped_descriptions().items())
+        table = TextTable(("CONFIG", "what it is"), rows, frozenset({0, 1}))
+        print_table(Console(), table, "Shipped configurations")
+        return
     typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
 
 

@@ -7,6 +7,7 @@ configuration objects go no deeper than ``federated.builders`` and ``federated.e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -291,6 +292,18 @@ def config_folder() -> Path:
 def shipped_names() -> list[str]:
     """Return the names that ``find_config`` knows."""
     return sorted(path.stem for path in config_folder().glob("*.yaml"))
+
+
+def shipped_descriptions() -> dict[str, str]:
+    """Return what each shipped configuration is, by its name: the comment at the top of its file."""
+    return {name: _description(config_folder() / f"{name}.yaml") for name in shipped_names()}
+
+
+def _description(path: Path) -> str:
+    """Return the comment at the top of a file without its first line, which is the command that runs it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    return " ".join(line.removeprefix("#").strip() for line in comment[1:])
 
 
 def find_config(name_or_path: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import logging
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 import federated.client
 from federated.cli import main
 from federated.commands.importing import modules_that_stay
+from federated.config import shipped_names
 from tests.small_run import SMALL
 
 
@@ -50,6 +52,19 @@ def test_run_prints_a_row_a_round_and_a_saving(capsys: pytest.CaptureFixture[str
 def test_show_config_prints_what_the_run_will_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("show-config", "quickstart", "lora.r=4") == 0
     assert "r: 4" in capsys.readouterr().out
+
+
+def test_show_config_alone_lists_the_shipped_configurations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("show-config") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in shipped_names():
+        assert name in shown
+    assert "Baseline of quickstart: the same run, but the whole model trains and travels." in shown
+
+
+def test_the_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("--version") == 0
+    assert capsys.readouterr().out == f"fedlora {importlib.metadata.version('fedlora')}\n"
 
 
 def test_info_states_the_documented_figures_of_vit_b32(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from federated.config import config_folder, dump_config, load_config, parse_config, shipped_names
+from federated.config import (
+    config_folder,
+    dump_config,
+    load_config,
+    parse_config,
+    shipped_descriptions,
+    shipped_names,
+)
 from models.errors import UserError
 
 
@@ -22,6 +29,14 @@ def test_every_shipped_configuration_loads_and_survives_a_round_trip(name: str) 
 def test_the_first_line_of_every_shipped_configuration_is_the_command_that_runs_it(name: str) -> None:
     first_line = (config_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
     assert first_line in {f"# fedlora run {name}", f"# fedlora train {name}"}
+
+
+def test_every_shipped_configuration_says_what_it_is_in_a_sentence() -> None:
+    descriptions = shipped_descriptions()
+    assert list(descriptions) == shipped_names()
+    for description in descriptions.values():
+        assert description.endswith(".")
+        assert "fedlora run" not in description
 
 
 def test_the_documented_configurations_ship() -> None:
