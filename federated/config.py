@@ -387,7 +387,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
     *parents, leaf = key.split(".")
     node = tree
     for part in parents:
-        child = node.setdefault(part, {})
+        if node.get(part) is None:  # a resolved configuration writes null for what is not given
+            node[part] = {}
+        child = node[part]
         if not isinstance(child, dict):
             raise UserError(f"override {override!r}: {part} is a value, not a section")
         node = child

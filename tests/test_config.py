@@ -122,6 +122,13 @@ def test_a_key_of_several_types_has_one_line_that_says_what_is_allowed(override:
     assert message_of("quickstart", override).splitlines()[1:] == [f"  {line}"]
 
 
+def test_an_override_fills_a_section_that_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump_config(load_config("quickstart")), encoding="utf-8")
+    config = load_config(path, ["aggregation.server_optimizer.name=fedadam"])
+    assert config.aggregation.server_optimizer == {"name": "fedadam"}
+
+
 def test_an_unknown_key_of_an_optional_section_has_its_nearest_one_named() -> None:
     assert "did you mean lora.vision.lora_alpha?" in message_of("quickstart", "lora.vision.lora_alfa=2")
 
