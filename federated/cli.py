@@ -1,4 +1,4 @@
-"""The command ``fedlora``: run, show-config, info, report.
+"""The command ``fedlora``: its version, run, show-config, info, report.
 
 Everything a person types ends up here; the other commands (``federated.commands``) are registered below.
 Commands only read arguments, call one function of the package and print. Bad input ends with one message
@@ -7,12 +7,14 @@ and exit code 2.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,7 +25,6 @@ from federated.commands.importing import modules_that_stay
 from models.errors import UserError
 
 app = typer.Typer(
-    help="Federated fine-tuning of CLIP-class models in which only LoRA adapters travel.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -38,6 +39,27 @@ OverridesArgument = Annotated[
         metavar="[KEY=VALUE]...", help="Overrides such as federation.rounds=3 client.batch_size=16."
     ),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedlora {importlib.metadata.version('fedlora')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end."),
+    ] = False,
+) -> None:
+    """Federated fine-tuning of CLIP-class models in which only LoRA adapters travel."""
+
+
+_TELL_OF_FAILURES = ("federated.aggregators.checks", "federated.engines.inprocess", "federated.strategy")
+"""Loggers that warn of clients whose answers cannot be used."""
 
 
 @app.command()
@@ -61,20 +83,35 @@ def run(
 
     loaded = load_config(config, overrides or [])
     console = Console()
-    folder = run_experiment(loaded, overwrite=overwrite, display=RunDisplay(console))
+    with _failures_shown_once():
+        folder = run_experiment(loaded, overwrite=overwrite, display=RunDisplay(console))
     record = read_run(folder)
     print_results(console, record.metrics, record.summary, record.ledger)
     print_where(console, folder)
+    _print_skipped(console, record.metrics, folder)
 
 
 @app.command("show-config")
-def show_config(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
-    """Print the resolved configuration, defaults included.
+def show_config(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="CONFIG", help="As for run; without it the shipped ones are listed."),
+    ] = None,
+    overrides: OverridesArgument = None,
+) -> None:
+    """Print the resolved configuration, defaults included; without CONFIG, which configurations are shipped.
 
     Example: fedlora show-config quickstart lora.r=4
     """
-    from federated.config import dump_config, load_config
+    from federated.config import dump_config, load_config, shipped_descriptions
+    from federated.reporting.console import print_table
+    from federated.reporting.round_table import TextTable
 
+    if config is None:
+        rows = tuple(shipped_descriptions().items())
+        table = TextTable(("CONFIG", "what it is"), rows, frozenset({0, 1}))
+        print_table(Console(), table, "Shipped configurations")
+        return
     typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
 
 
@@ -109,6 +146,41 @@ app.command()(training.train)
 app.command()(training.evaluate)
 inference.register(app)
 app.add_typer(data.app, name="data")
+
+
+@contextlib.contextmanager
+def _failures_shown_once() -> Iterator[None]:
+    """Keep failed clients out of the log inside the block: the display names them, round by round."""
+    levels = {name: logging.getLogger(name).level for name in _TELL_OF_FAILURES}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _print_skipped(console: Console, metrics: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Say how many rounds were skipped, and why the first was.
+
+    Raises:
+        UserError: All of them were.
+    """
+    skipped = [line for line in metrics if line.get("skipped")]
+    if not skipped:
+        return
+    num_rounds = metrics[-1]["server_round"]
+    failure, server_round = skipped[0]["failed"][0], skipped[0]["server_round"]
+    reason = str(failure["reason"]).strip().partition("\n")[0]
+    cause = f"round {server_round}, client {failure['client_id']}: {reason}"
+    if len(skipped) == num_rounds:
+        raise UserError(
+            f"no update could be used in any round, so the model is as it was before training. {cause}. "
+            f"{folder / 'metrics.jsonl'} has the other clients' reasons"
+        )
+    message = f"{len(skipped)} of {num_rounds} rounds were skipped, as no update could be used. {cause}"
+    console.print(message, style="red", highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,11 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from federated.aggregators import Aggregator, ServerState, aggregator_from_name, check_ranks
-from federated.codecs import codec_from_name
+from federated.codecs import Codec, codec_from_name
 from federated.codecs.selection import SELECTIONS
 from federated.config import ExperimentConfig
-from federated.server_optimizers import server_optimizer_from_name, with_server_optimizer
+from federated.server_optimizers import SERVER_OPTIMIZERS, server_optimizer_from_name, with_server_optimizer
 from models.errors import UserError
+
+_SET_ELSEWHERE = {
+    "fedprox": "client.proximal_mu=0.01",
+    "scaffold": "client.scaffold=true",
+    **{name: f"aggregation.server_optimizer.name={name}" for name in SERVER_OPTIMIZERS},
+}
+"""What is often called an aggregator, and goes with one here -> what sets it."""
 
 _EXAMPLE_NAMES = ("m.lora_A.weight", "m.lora_B.weight", "head.bias")
 
@@ -25,6 +32,11 @@ def build_aggregator(config: ExperimentConfig) -> Aggregator:
         UserError: Something is unknown, out of range, or does not go with the aggregator.
     """
     section = config.aggregation
+    if section.name.lower() in _SET_ELSEWHERE:
+        raise UserError(
+            f"aggregation.name={section.name}: that goes with an aggregator, such as "
+            f"aggregation.name=fedavg, and is set by {_SET_ELSEWHERE[section.name.lower()]}"
+        )
     aggregator = aggregator_from_name(section.name, section.options, seed=config.seed)
     if section.server_optimizer is not None:
         options = dict(section.server_optimizer)
@@ -56,9 +68,17 @@ def check_client_ranks(config: ExperimentConfig, aggregator: Aggregator, server:
     check_ranks(aggregator, server, {client_id: ranks[client_id % len(ranks)] for client_id in clients})
 
 
+def _codec_under(key: str, name: str) -> Codec:
+    """Return the codec of that name; where there is none, say under which key it stands."""
+    try:
+        return codec_from_name(name)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
 def _check_downlink_codec(config: ExperimentConfig, aggregator: Aggregator) -> None:
     name = config.communication.downlink
-    if codec_from_name(name).error_feedback or name.partition(":")[0] in SELECTIONS:
+    if _codec_under("communication.downlink", name).error_feedback or name.partition(":")[0] in SELECTIONS:
         raise UserError(
             f"communication.downlink={name}: the downlink carries values, not changes, so a sparse "
             "codec would set the rest to zero and error feedback has nothing to add to; take fp32, fp16, "
@@ -73,7 +93,7 @@ def _check_downlink_codec(config: ExperimentConfig, aggregator: Aggregator) -> N
 
 def _check_uplink_codec(config: ExperimentConfig, aggregator: Aggregator) -> None:
     name = config.communication.uplink
-    if codec_from_name(name).error_feedback and not aggregator.keeps_basis:
+    if _codec_under("communication.uplink", name).error_feedback and not aggregator.keeps_basis:
         raise UserError(
             f"communication.uplink={name}: with {aggregator.name} factors do not mean the same from round to "
             "round, so what an earlier update lost cannot be added to a later one; take the codec without "
@@ -91,7 +111,7 @@ def _check_base_precision(config: ExperimentConfig, aggregator: Aggregator) -> N
 
 def _check_adapters(config: ExperimentConfig, aggregator: Aggregator) -> None:
     if config.aggregation.name == "dual" and not config.uses_adapters:
-        raise UserError("dual needs adapters: set model.type=clip_lora, or take fedavg")
+        raise UserError("aggregation.name=dual needs adapters: set model.type=clip_lora, or take fedavg")
 
 
 def _check_evaluation(config: ExperimentConfig, aggregator: Aggregator) -> None:

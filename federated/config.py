@@ -7,6 +7,7 @@ configuration objects go no deeper than ``federated.builders`` and ``federated.e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -293,6 +294,18 @@ def shipped_names() -> list[str]:
     return sorted(path.stem for path in config_folder().glob("*.yaml"))
 
 
+def shipped_descriptions() -> dict[str, str]:
+    """Return what each shipped configuration is, by its name: the comment at the top of its file."""
+    return {name: _description(config_folder() / f"{name}.yaml") for name in shipped_names()}
+
+
+def _description(path: Path) -> str:
+    """Return the comment at the top of a file without its first line, which is the command that runs it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    return " ".join(line.removeprefix("#").strip() for line in comment[1:])
+
+
 def find_config(name_or_path: str | Path) -> Path:
     """Return the file of a configuration given by path or by shipped name.
 
@@ -331,17 +344,26 @@ def load_config(
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, source=str(path), default_name=path.stem + name_suffix)
+    overridden = [_apply_override(tree, override) for override in overrides]
+    return parse_config(tree, source=str(path), overridden=overridden, default_name=path.stem + name_suffix)
 
 
-def parse_config(tree: dict[str, Any], *, source: str, default_name: str | None = None) -> ExperimentConfig:
-    """Validate a configuration tree; ``default_name`` becomes ``output.name`` when the tree has none."""
+def parse_config(
+    tree: dict[str, Any], *, source: str, overridden: Sequence[str] = (), default_name: str | None = None
+) -> ExperimentConfig:
+    """Validate a configuration tree.
+
+    Args:
+        tree: Sections by name.
+        source: Where it was read, for errors.
+        overridden: Keys that do not come from there, but from the command line.
+        default_name: Becomes ``output.name`` when the tree has none.
+    """
     try:
         config = ExperimentConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}:\n  " + "\n  ".join(explain(error, ExperimentConfig))) from error
+        text = explain(error, ExperimentConfig, source=source, overridden=overridden)
+        raise UserError(text) from error
     if config.output.name is None and default_name is not None:
         config = config.model_copy(update={"output": config.output.model_copy(update={"name": default_name})})
     return config
@@ -352,7 +374,8 @@ def dump_config(config: ExperimentConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str) -> str:
+    """Put an override's value into the tree and return its key."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override {override!r} is not of the form key=value, such as federation.rounds=3")
@@ -360,11 +383,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"the value of {override!r} is not valid YAML: {error}") from error
-    *parents, leaf = key.strip().split(".")
+    key = key.strip()
+    *parents, leaf = key.split(".")
     node = tree
     for part in parents:
-        child = node.setdefault(part, {})
+        if node.get(part) is None:  # a resolved configuration writes null for what is not given
+            node[part] = {}
+        child = node[part]
         if not isinstance(child, dict):
             raise UserError(f"override {override!r}: {part} is a value, not a section")
         node = child
     node[leaf] = value
+    return key

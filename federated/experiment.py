@@ -20,7 +20,6 @@ from torch import nn
 from federated.aggregators import Aggregator, ServerState, cut_to_rank
 from federated.base_weights import BaseWeights
 from federated.builders import Shard, build_model, load_run_data, split_shards, training_settings
-from federated.codecs import codec_from_name
 from federated.compatibility import build_aggregator, check_client_ranks
 from federated.config import ExperimentConfig, load_config, parse_config
 from federated.data.augment import Augmentation
@@ -264,9 +263,7 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
     Raises:
         UserError: Something the configuration names is missing or does not fit the rest.
     """
-    for codec in (config.communication.uplink, config.communication.downlink):
-        codec_from_name(codec)  # a wrong name should not come up after minutes of loading
-    aggregator = build_aggregator(config)
+    aggregator = build_aggregator(config)  # a wrong name should not come up after minutes of loading
     data = load_run_data(config)
     split = partition(
         data.train,

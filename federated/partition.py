@@ -21,7 +21,7 @@ from datasets import Dataset
 
 from federated.data.partitioners import DOMAIN, LABEL, PARTITIONERS, ROW
 from federated.data.splits import IntArray, column_values, hold_out
-from federated.registry import look_up
+from federated.registry import Choice, build
 from federated.seeding import generator
 from models.errors import UserError
 from models.files import write_text
@@ -38,6 +38,10 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+PARTITIONER = Choice(
+    "partitioner", "partition.name", "partition.options", {"num_clients": "partition.num_clients"}
+)
 
 
 @dataclass(frozen=True)
@@ -93,13 +97,12 @@ def partition(
     Raises:
         UserError: an unknown partitioner, option or column, or a split that cannot be had.
     """
-    build = look_up(PARTITIONERS, "partitioner", name, options)
     if num_clients < 1:
-        raise UserError(f"num_clients is {num_clients}; it must be at least 1")
+        raise UserError(f"partition.num_clients is {num_clients}; it must be at least 1")
     if num_clients > len(dataset):
         raise UserError(
-            f"{num_clients} clients cannot share {len(dataset)} training samples; "
-            f"set num_clients to {len(dataset)} or fewer, or use more data"
+            f"partition.num_clients: {num_clients} clients cannot share {len(dataset)} training samples; "
+            f"set it to {len(dataset)} or fewer, or use more data"
         )
     rng = generator(seed, "split")
     light = _light_dataset(dataset, label_column, domain_column, rng)
@@ -107,9 +110,11 @@ def partition(
         # Flower warns at every draw of Dirichlet and at unused classes: both are reported below instead.
         warnings.simplefilter("ignore")
         try:
-            indices = build(light, num_clients, rng, **options)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"partitioner {name!r}, {num_clients} clients, {options}: {error}") from error
+            indices = build(PARTITIONERS, PARTITIONER, name, options, light, num_clients, rng)
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:  # Flower's
+            raise UserError(f"partition: {name}, {num_clients} clients, {options}: {error}") from error
     result = Partition(tuple(np.sort(rows) for rows in indices), name, seed, dict(options))
     _check_partition(result, len(dataset))
     return result
@@ -200,7 +205,8 @@ def _check_partition(partition: Partition, num_samples: int) -> None:
     empty = [k for k, rows in enumerate(partition.indices) if len(rows) == 0]
     if empty:
         raise UserError(
-            f"partitioner {partition.name!r} leaves clients {empty[:10]} without samples; use fewer clients"
+            f"partition.num_clients: partitioner {partition.name!r} leaves clients {empty[:10]} without "
+            "samples; use fewer clients"
         )
     assigned = np.concatenate(partition.indices)
     if len(np.unique(assigned)) != len(assigned):

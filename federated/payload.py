@@ -134,9 +134,11 @@ def check_finite(vector: np.ndarray, layout: Layout, *, largest: float = LARGEST
     ends = np.cumsum(_sizes(layout))
     name = layout[int(np.searchsorted(ends, first, side="right"))][0]
     count = vector.size - int(np.count_nonzero(valid))
+    wrong, remedy = "which is not a finite number", "lower client.learning_rate or set client.clip_norm"
+    if np.isfinite(vector[first]):
+        wrong, remedy = f"but at most {largest:.4g} can be sent", f"{remedy}, or take a codec of wider range"
     raise PayloadError(
-        f"tensor {name} holds {vector[first]}, but only {largest:.4g} can be sent ({count} such values in "
-        "the state): lower the learning rate, set clip_norm, or take a codec of wider range"
+        f"tensor {name} holds {vector[first]}, {wrong} (values that cannot be sent: {count}): {remedy}"
     )
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from federated.aggregators.protocol import Aggregator, ServerState, Update, sorted_state
-from federated.registry import look_up
+from federated.registry import Choice, build
 from models.errors import UserError
 from models.state import State
 
@@ -116,6 +116,10 @@ SERVER_OPTIMIZERS: dict[str, Callable[..., ServerOptimizer]] = {
     "fedadagrad": fedadagrad,
 }
 
+SERVER_OPTIMIZER = Choice(
+    "server optimizer", "aggregation.server_optimizer.name", "aggregation.server_optimizer"
+)
+
 
 def server_optimizer_from_name(name: str, options: Mapping[str, Any]) -> ServerOptimizer:
     """Return a server optimizer.
@@ -123,7 +127,7 @@ def server_optimizer_from_name(name: str, options: Mapping[str, Any]) -> ServerO
     Raises:
         UserError: There is no such optimizer or option, or a value is out of range.
     """
-    return look_up(SERVER_OPTIMIZERS, "server optimizer", name, options)(**options)
+    return build(SERVER_OPTIMIZERS, SERVER_OPTIMIZER, name, options)
 
 
 def with_server_optimizer(aggregator: Aggregator, optimizer: ServerOptimizer) -> Aggregator:
@@ -136,8 +140,9 @@ def with_server_optimizer(aggregator: Aggregator, optimizer: ServerOptimizer) ->
     """
     if not aggregator.keeps_basis:
         raise UserError(
-            f"{aggregator.name} changes the basis of its factors between rounds, so {optimizer.name} has "
-            "nothing to accumulate; take fedavg, ffa, rolora, fedsa, fed_sb or dual, or no server optimizer"
+            f"aggregation.server_optimizer: {aggregator.name} changes the basis of its factors between "
+            f"rounds, so {optimizer.name} has nothing to accumulate; take fedavg, ffa, rolora, fedsa, fed_sb "
+            "or dual, or no server optimizer"
         )
 
     def apply(server: ServerState, updates: Sequence[Update]) -> ServerState:

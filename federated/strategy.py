@@ -251,7 +251,9 @@ class LoRAStrategy(FedAvg):
                 log.warning("a reply from node %s was not asked for: ignored", reply.metadata.src_node_id)
         asked.sort(key=self._client_of)
         silent = sorted(self._addressed - {self._client_of(reply) for reply in asked})
-        self.record.failed += [Failure(client_id, "no reply within the timeout") for client_id in silent]
+        self.record.failed += [
+            Failure(client_id, "no reply within federation.timeout_seconds") for client_id in silent
+        ]
         answered = []
         for reply in asked:
             client_id = self._client_of(reply)

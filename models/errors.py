@@ -9,3 +9,8 @@ from __future__ import annotations
 
 class UserError(ValueError):
     """Bad input. The message names the file, key or client at fault and the remedy."""
+
+
+def install_command(extra: str) -> str:
+    """Return how to install an optional part; the package is on no index, so that it comes from a clone."""
+    return f"pip install -c constraints.txt '.[{extra}]' in the clone of fedlora"

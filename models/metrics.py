@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from models.errors import UserError
+from models.errors import UserError, install_command
 
 SearchEngine = Literal["auto", "faiss", "torch"]
 
@@ -67,7 +67,7 @@ def nearest_neighbours(
     """
     has_faiss = find_spec("faiss") is not None
     if engine == "faiss" and not has_faiss:
-        raise UserError("engine='faiss' needs the package: pip install faiss-cpu, or use engine='torch'")
+        raise UserError(f"engine='faiss' needs faiss: {install_command('faiss')}, or use engine='torch'")
     if has_faiss and engine != "torch" and gallery.device.type == "cpu":
         return _search_with_faiss(queries, gallery, k)
     chunks = [(chunk @ gallery.T).topk(k, dim=1).indices.cpu() for chunk in queries.split(chunk_size)]

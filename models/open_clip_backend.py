@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.construction import seeded_construction
-from models.errors import UserError
+from models.errors import UserError, install_command
 from models.images import ImageProcessor
 from models.towers import LoadedCLIP, Tokens, Towers
 
@@ -40,7 +40,7 @@ def load_open_clip(
     """
     if find_spec("open_clip") is None:
         raise UserError(
-            f"model_name={model_name!r} needs the open_clip package: pip install fedlora[open-clip]"
+            f"model_name={model_name!r} needs the open_clip package: {install_command('open-clip')}"
         )
     import open_clip
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
+import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+import federated.client
 from federated.cli import main
 from federated.commands.importing import modules_that_stay
+from federated.config import shipped_names
 from tests.small_run import SMALL
 
 
@@ -49,6 +54,19 @@ def test_show_config_prints_what_the_run_will_use(capsys: pytest.CaptureFixture[
     assert "r: 4" in capsys.readouterr().out
 
 
+def test_show_config_alone_lists_the_shipped_configurations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("show-config") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in shipped_names():
+        assert name in shown
+    assert "Baseline of quickstart: the same run, but the whole model trains and travels." in shown
+
+
+def test_the_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("--version") == 0
+    assert capsys.readouterr().out == f"fedlora {importlib.metadata.version('fedlora')}\n"
+
+
 def test_info_states_the_documented_figures_of_vit_b32(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("info", "clip_lora") == 0
     shown = capsys.readouterr().out
@@ -56,6 +74,40 @@ def test_info_states_the_documented_figures_of_vit_b32(capsys: pytest.CaptureFix
     assert "151,277,313" in shown
     assert "1.97 MB" in shown
     assert "605.1 MB" in shown
+
+
+def test_a_run_without_a_usable_update_ends_with_code_2_the_cause_and_its_folder(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run_command("run", "quickstart", *SMALL, "client.learning_rate=1e30") == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: no update could be used in any round")
+    assert "client.learning_rate" in shown.err
+    assert "round 1, client 0: " in shown.err
+    assert Path("runs/quickstart/report.html").is_file()
+    assert "client 0: " in shown.out
+    assert not [record for record in caplog.records if "not a finite number" in record.getMessage()]
+
+
+def test_rounds_that_were_skipped_are_counted_at_the_end(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = federated.client.train_locally
+
+    def breaks_in_round_1(experiment: Any, assignment: Any, held: Any) -> Any:
+        if assignment.server_round == 1:
+            raise MemoryError("no memory left")
+        return original(experiment, assignment, held)
+
+    monkeypatch.setattr(federated.client, "train_locally", breaks_in_round_1)
+    assert run_command("run", "quickstart", *SMALL) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("1 of 2 rounds were skipped")
+    assert last.endswith("round 1, client 0: MemoryError: no memory left")
+    logging.getLogger("federated.engines.inprocess").warning("heard again")
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        "heard again"
+    ]
 
 
 def test_report_can_be_written_again() -> None:
@@ -90,16 +142,31 @@ def test_a_folder_that_is_no_run_is_never_overwritten(capsys: pytest.CaptureFixt
         (["nowhere.yaml"], ["nowhere.yaml", "quickstart"]),
         (["quickstart", "federation.cohort_size=11"], ["cohort_size"]),
         (["quickstart", "partition.num_clients=5000"], ["5000", "4000"]),
-        (["quickstart", "partition.options.min_samples=400"], ["min_samples"]),
-        (["quickstart", "partition.options.alfa=1"], ["alfa", "alpha"]),
-        (["quickstart", "partition.name=dirchlet"], ["dirchlet", "dirichlet"]),
-        (["quickstart", "data.source=fashion_mnst"], ["fashion_mnst", "fashion_mnist"]),
+        (["quickstart", "partition.num_clients=5000"], ["partition.num_clients: "]),
+        (["quickstart", "partition.options.min_samples=401"], ["partition.options.min_samples: ", "400"]),
+        (["quickstart", "partition.options.alpha=0"], ["partition.options.alpha: ", "above 0"]),
+        (["quickstart", "partition.options.alpha=x"], ["partition.options.alpha: ", "valid number"]),
+        (["quickstart", "partition.options.alfa=1"], ["partition.options.alfa: ", "alpha"]),
+        (["quickstart", "partition.name=dirchlet"], ["partition.name: ", "dirchlet", "dirichlet"]),
+        (["quickstart", "partition.name=iid"], ["partition.options.alpha: ", "partition.options={}"]),
+        (["quickstart", "data.source=fashion_mnst"], ["data.source: ", "fashion_mnst", "fashion_mnist"]),
+        (["quickstart", "data.source=csv"], ["data.path: ", "csv"]),
+        (["quickstart", "data.path=pets"], ["data.path: ", "data.source"]),
         (["quickstart", "model.model_name=openai/clip-vit-base-patch32"], ["openai/clip-vit-base-patch32"]),
         (["quickstart", "model.num_classes=12"], ["12", "10 classes"]),
         (["quickstart", "lora.target_modules=[query]"], ["query", "q_proj"]),
-        (["quickstart", "aggregation.name=fedavgg"], ["fedavgg", "fedavg"]),
-        (["quickstart", "communication.uplink=int7"], ["int7", "int8"]),
-        (["quickstart", "data.source=imagefolder", "data.path=missing"], ["missing"]),
+        (["quickstart", "aggregation.name=fedavgg"], ["aggregation.name: ", "fedavgg", "fedavg"]),
+        (["quickstart", "aggregation.name=fedprox"], ["aggregation.name=fedprox", "client.proximal_mu"]),
+        (["quickstart", "aggregation.name=scaffold"], ["client.scaffold=true"]),
+        (["quickstart", "aggregation.name=fedyogi"], ["aggregation.server_optimizer.name=fedyogi"]),
+        (["quickstart", "aggregation.options.rank_cap=2"], ["aggregation.options.rank_cap: "]),
+        (
+            ["quickstart", "aggregation.server_optimizer={name: fedadam, eta: -1e-3}"],
+            ["aggregation.server_optimizer.eta: ", "positive"],
+        ),
+        (["quickstart", "communication.uplink=int7"], ["communication.uplink: ", "int7", "int8"]),
+        (["quickstart", "communication.downlink=int7"], ["communication.downlink: ", "int7", "int8"]),
+        (["quickstart", "data.source=imagefolder", "data.path=missing"], ["data.path: ", "missing"]),
     ],
 )
 def test_bad_input_ends_with_code_2_a_remedy_and_no_run_folder(
@@ -123,7 +190,9 @@ def test_a_corrupt_image_is_named_and_skipped_only_when_the_configuration_says_s
     small += ["model.num_classes=2", "partition.name=iid", "partition.options={}", "output.name=pets"]
     arguments = ["run", "quickstart", "data.source=imagefolder", f"data.path={folder}", *small]
     assert run_command(*arguments) == 2
-    assert "3.png" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "3.png" in message
+    assert "data.options.skip_corrupt: " in message
     assert not Path("runs").exists()
     assert run_command(*arguments, "data.options.skip_corrupt=true") == 0
 

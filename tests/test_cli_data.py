@@ -159,7 +159,7 @@ def test_the_check_says_how_unlike_the_classes_sizes_are(prepared, tmp_path, cap
 def test_a_folder_of_another_kind_is_refused(flat, tmp_path, capsys):
     code, _, error = fedlora(capsys, "data", "check", flat)
     assert code == 2
-    assert "train is missing" in error
+    assert "test are missing" in error
     code, _, error = fedlora(capsys, "data", "check", tmp_path / "none")
     assert code == 2
     assert "is no folder" in error

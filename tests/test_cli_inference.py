@@ -265,6 +265,7 @@ def test_skip_corrupt_names_what_is_left_out_and_predicts_the_rest(corrupt_image
         (["encode", "{merged_run}", "{images}", "--compare-base"], "base weights too"),
         (["encode", "tiny", "{images}", "--text", "--output", "{tmp}/e.npy"], "no such file"),
         (["search", "{index}", " "], "query is empty"),
+        (["search", "{index}", "{images}/green/1.png"], "1.png is an image file, not a text: pass --image"),
         (["search", "{index}", "{tmp}/no.png", "--image"], "no.png"),
         (["search", "{tmp}/none.npy", "red"], "none.npy.json is missing"),
         (["compare", "{images}"], "not a run folder"),
@@ -345,6 +346,17 @@ def test_encoding_twice_gives_equal_files(index, images, tmp_path, capsys):
     assert fedlora(capsys, "encode", "tiny", images, "--output", again)[0] == 0
     for name in (index.name, index.name + ".json"):
         assert (tmp_path / name).read_bytes() == (index.parent / name).read_bytes()
+
+
+def test_a_file_of_texts_without_text_is_not_taken_for_a_broken_image(images, tmp_path, capsys):
+    texts, nameless, output = tmp_path / "t.txt", tmp_path / "nameless", tmp_path / "e.npy"
+    texts.write_text("a red bag\n", encoding="utf-8")
+    code, _, error = fedlora(capsys, "encode", "tiny", texts, "--output", output)
+    assert code == 2
+    assert "t.txt is no image: pass --text" in error
+    assert not output.exists()
+    shutil.copy(images / "green" / "1.png", nameless)
+    assert fedlora(capsys, "encode", "tiny", nameless, "--output", output)[0] == 0  # an image by its content
 
 
 def test_an_encoded_file_is_replaced_only_when_told(adapter, images, tmp_path, capsys):

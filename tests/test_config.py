@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from federated.config import config_folder, dump_config, load_config, parse_config, shipped_names
+from federated.config import (
+    config_folder,
+    dump_config,
+    load_config,
+    parse_config,
+    shipped_descriptions,
+    shipped_names,
+)
 from models.errors import UserError
 
 
@@ -22,6 +29,14 @@ def test_every_shipped_configuration_loads_and_survives_a_round_trip(name: str) 
 def test_the_first_line_of_every_shipped_configuration_is_the_command_that_runs_it(name: str) -> None:
     first_line = (config_folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
     assert first_line in {f"# fedlora run {name}", f"# fedlora train {name}"}
+
+
+def test_every_shipped_configuration_says_what_it_is_in_a_sentence() -> None:
+    descriptions = shipped_descriptions()
+    assert list(descriptions) == shipped_names()
+    for description in descriptions.values():
+        assert description.endswith(".")
+        assert "fedlora run" not in description
 
 
 def test_the_documented_configurations_ship() -> None:
@@ -65,6 +80,57 @@ def test_a_wrong_override_names_the_key_and_the_remedy(override: str, words: lis
         load_config("quickstart", [override, "model.type=clip_lora"])
     for word in words:
         assert word in str(error.value)
+
+
+def message_of(config: Path | str, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_config(config, overrides)
+    return str(error.value)
+
+
+def test_an_error_stands_under_the_place_where_its_value_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("lora: {r: abc}\nclient: {local_steps: 0}\n", encoding="utf-8")
+    of_line, of_file = message_of(path, "seed=-1", "client={batch_size: none}").split(f"\n{path}:\n")
+    assert of_line.startswith("on the command line:\n")
+    assert "  seed: " in of_line
+    assert "  client.batch_size: " in of_line
+    assert of_file.startswith("  lora.r: ")
+    assert "local_steps" not in of_file  # the override took the place of the section
+
+
+def test_an_override_alone_is_not_blamed_on_the_shipped_file() -> None:
+    assert message_of("quickstart", "lora.r=abc").startswith("on the command line:\n  lora.r: ")
+    assert "quickstart.yaml" not in message_of("quickstart", "client.learning_rte=1")
+    of_both = message_of("quickstart", "federation.cohort_size=11").splitlines()[0]
+    assert "quickstart.yaml" in of_both
+    assert "command line" in of_both
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "engine.batched_clients=x",
+            "engine.batched_clients: give auto, off or a whole number of at least 2 (got 'x')",
+        ),
+        ("lora.lora_alpha=x", "lora.lora_alpha: give a number (got 'x')"),
+        ("lora.vision={lora_alpha: x}", "lora.vision.lora_alpha: give a number (got 'x')"),
+    ],
+)
+def test_a_key_of_several_types_has_one_line_that_says_what_is_allowed(override: str, line: str) -> None:
+    assert message_of("quickstart", override).splitlines()[1:] == [f"  {line}"]
+
+
+def test_an_override_fills_a_section_that_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump_config(load_config("quickstart")), encoding="utf-8")
+    config = load_config(path, ["aggregation.server_optimizer.name=fedadam"])
+    assert config.aggregation.server_optimizer == {"name": "fedadam"}
+
+
+def test_an_unknown_key_of_an_optional_section_has_its_nearest_one_named() -> None:
+    assert "did you mean lora.vision.lora_alpha?" in message_of("quickstart", "lora.vision.lora_alfa=2")
 
 
 def test_a_missing_file_lists_the_shipped_names() -> None:

@@ -97,6 +97,14 @@ def test_a_missing_split_is_named(tmp_path, split):
         load_data("imagefolder", path=str(tmp_path))
 
 
+def test_the_remedy_for_a_folder_of_another_kind_is_said_once(tmp_path):
+    for folder, words in ((tmp_path / "nowhere", "is no folder"), (tmp_path, "test are missing")):
+        with pytest.raises(UserError, match=words) as error:
+            load_data("imagefolder", path=str(folder))
+        assert str(error.value).startswith("data.path: ")
+        assert str(error.value).count("fedlora data prepare") == 1
+
+
 def test_an_empty_class_folder_is_named(tmp_path):
     make_folder(tmp_path)
     for split in ("train", "val", "test"):
@@ -160,7 +168,7 @@ def test_the_check_reports_what_the_source_refuses(tmp_path):
     report = check_folder(tmp_path)
     with pytest.raises(UserError) as refusal:
         load_data("imagefolder", path=str(tmp_path))
-    assert str(refusal.value) == "; ".join(report.problems)
+    assert str(refusal.value) == "data.path: " + "; ".join(report.problems)
     assert report.imbalance() == float("inf")
     with pytest.raises(UserError, match="is no folder"):
         check_folder(tmp_path / "nowhere")

@@ -25,7 +25,7 @@ WIDTH, LAYERS, EMBED_DIM, IMAGE_SIZE, PATCH_SIZE = 64, 2, 24, 32, 16
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch) -> None:
     monkeypatch.setattr("models.open_clip_backend.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install fedlora\[open-clip\]"):
+    with pytest.raises(UserError, match=r"pip install -c constraints\.txt '\.\[open-clip\]' in the clone"):
         load_clip("open_clip:ViT-B-32", pretrained=False)
 
 

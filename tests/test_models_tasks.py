@@ -69,7 +69,7 @@ def test_a_cutoff_above_the_gallery_counts_all_of_it() -> None:
 
 def test_asking_for_an_engine_that_is_not_installed_says_how_to_get_it(monkeypatch) -> None:
     monkeypatch.setattr("models.metrics.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install faiss-cpu"):
+    with pytest.raises(UserError, match=r"'\.\[faiss\]' in the clone.*engine='torch'"):
         nearest_neighbours(_embeddings(2, 0), _embeddings(2, 1), 1, engine="faiss")
 
 

@@ -117,7 +117,7 @@ def test_dirichlet_meets_min_samples():
         ({"alpha": 0.5, "min_samples": 101}, "set it between 1 and 100"),  # impossible by arithmetic
         ({"alpha": 0.5, "min_samples": 0}, "set it between"),
         ({"alpha": 0.0}, "above 0"),
-        ({"alpha": "high"}, "dirichlet"),
+        ({"alpha": "high"}, r"partition\.options\.alpha.*high"),
     ],
 )
 def test_impossible_dirichlet_ends_with_the_remedy(options, remedy):

@@ -146,6 +146,23 @@ def test_a_value_that_is_not_finite_is_refused_by_tensor_name(name: str, index: 
         flatten(state, layout_of(state))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_no_number_is_not_called_too_large(value: float):
+    with pytest.raises(PayloadError) as error:
+        check_finite(np.array([1.0, value, value], dtype=np.float32), (("a", (1,)), ("b", (2,))), largest=2.0)
+    message = str(error.value)
+    assert message.startswith(f"tensor b holds {value}, which is not a finite number")
+    assert "cannot be sent: 2" in message
+    assert "client.learning_rate" in message
+    assert "client.clip_norm" in message
+    assert "codec" not in message
+
+
+def test_a_number_that_is_too_large_for_its_codec_has_another_codec_as_a_remedy():
+    with pytest.raises(PayloadError, match=r"holds 3\.0, but at most 2 can be sent .*codec of wider range"):
+        check_finite(np.array([3.0], dtype=np.float32), (("a", (1,)),), largest=2.0)
+
+
 def test_check_finite_accepts_an_empty_state():
     check_finite(np.zeros(0, dtype=np.float32), ())
 

@@ -139,7 +139,7 @@ def test_a_reply_that_cannot_be_read_is_named_and_the_round_goes_on(spoil: Spoil
     spoil(bad.content)
     server.aggregate_train(1, [reply(requests[0], ones(server)), bad, reply(requests[3], ones(server))])
     assert set(failed(server)) == {1, 2}
-    assert failed(server)[1] == "no reply within the timeout"
+    assert failed(server)[1] == "no reply within federation.timeout_seconds"
     assert failed(server)[2]
     assert sorted(server.record.clients) == [0, 3]
     assert not server.record.skipped

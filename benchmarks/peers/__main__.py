@@ -4,8 +4,8 @@ Every contender runs in a process of its own, from start to exit, on the same mo
 peak memory is that of the process and all it starts. Files are prepared outside the timings, images are
 decoded within them, and only this project writes a run folder with ledger, checkpoints and adapter (no peer
 draws a report, and here it is left out, too). Needs, beside the project,
-``pip install 'fedlora[peers]'``; a peer that is not installed is left out and named. Workloads that are not
-named keep the rows of an earlier run.
+``pip install '.[peers]'`` in an environment of its own; a peer that is not installed is left out and named.
+Workloads that are not named keep the rows of an earlier run.
 """
 
 from __future__ import annotations

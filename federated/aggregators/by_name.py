@@ -16,7 +16,7 @@ from federated.aggregators.protocol import Aggregator
 from federated.aggregators.redistribution import fedsvd, flexlora
 from federated.aggregators.residual import fedex, lora_fair
 from federated.aggregators.stacking import flora
-from federated.registry import look_up
+from federated.registry import Choice, build
 
 AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
     "fedavg": fedavg,
@@ -33,6 +33,8 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
     "dual": dual,
 }
 
+AGGREGATOR = Choice("aggregator", "aggregation.name", "aggregation.options")
+
 
 def aggregator_from_name(name: str, options: Mapping[str, Any], *, seed: int = 0) -> Aggregator:
     """Return an aggregator.
@@ -45,6 +47,5 @@ def aggregator_from_name(name: str, options: Mapping[str, Any], *, seed: int = 0
     Raises:
         UserError: There is no such aggregator or option, or a value is out of range.
     """
-    build = look_up(AGGREGATORS, "aggregator", name, options)
-    draws = "seed" in inspect.signature(build).parameters
-    return build(**({"seed": seed, **options} if draws else options))
+    draws = name in AGGREGATORS and "seed" in inspect.signature(AGGREGATORS[name]).parameters
+    return build(AGGREGATORS, AGGREGATOR, name, {"seed": seed, **options} if draws else options)

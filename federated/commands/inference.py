@@ -137,7 +137,7 @@ def encode(  # noqa: PLR0913 - the command's options
     """
     with modules_that_stay():
         from federated.standalone.embedding_files import check_array_output, encode_to_file
-        from federated.standalone.embeddings import InputOptions
+        from federated.standalone.embeddings import InputOptions, check_no_texts
         from federated.standalone.inference import compare_with_base
 
     if output is None and not compare_base:
@@ -145,6 +145,8 @@ def encode(  # noqa: PLR0913 - the command's options
     if output is not None:
         check_array_output(output, overwrite=overwrite)
     source, path = _source_and_input(inputs, model)
+    if not text:
+        check_no_texts(path)
     opened = _open(source, adapter, model, device)
     kind = "texts" if text else "images"
     if output is not None:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from models.errors import UserError
+
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = frozenset(
     {
@@ -66,20 +68,29 @@ class FolderScan:
 
 
 def scan_folder(path: Path | str) -> FolderScan:
-    """List the images of a folder by split and class, and what is wrong with its structure."""
+    """List the images of a folder by split and class, and what is wrong with its structure.
+
+    Raises:
+        UserError: the path is no folder.
+    """
     root = Path(path)
+    if not root.is_dir():
+        raise UserError(
+            f"{root} is no folder; give one with train/<class>/*, test/<class>/* and, if wanted, "
+            "val/<class>/*, or make one with: fedlora data prepare TARGET --from FLAT"
+        )
     files: dict[str, ClassFiles] = {}
     ignored: list[Path] = []
     problems: list[str] = []
-    for split in SPLITS:
+    there = [split for split in SPLITS if (root / split).is_dir()]
+    if missing := [str(root / split) for split in SPLITS if split not in {*there, "val"}]:
+        problems.append(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; lay images out as "
+            f"{root}/{{train,val,test}}/<class>/*, or split a <class>/* folder with: "
+            "fedlora data prepare TARGET --from FLAT"
+        )
+    for split in there:
         folder = root / split
-        if not folder.is_dir():
-            if split != "val":
-                problems.append(
-                    f"{folder} is missing; lay images out as {root}/{{train,val,test}}/<class>/*, or split a "
-                    "<class>/* folder with: fedlora data prepare TARGET --from FLAT"
-                )
-            continue
         classes, others = scan_classes(folder)
         ignored.extend(others)
         files[split] = classes

@@ -84,10 +84,6 @@ def check_folder(path: Path | str, *, report: Report = quiet) -> FolderReport:
         UserError: the path is no folder.
     """
     root = Path(path)
-    if not root.is_dir():
-        raise UserError(
-            f"{root} is no folder; give one with train/<class>/*, val/<class>/* and test/<class>/*"
-        )
     scan = scan_folder(root)
     corrupt: list[tuple[Path, str]] = []
     by_content: dict[str, list[Path]] = defaultdict(list)

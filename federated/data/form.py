@@ -71,7 +71,7 @@ class FederatedData:
         dataset = splits.get(name)
         if dataset is None:
             raise UserError(
-                f"data source {self.name!r} has no {name} split; set validation_fraction to make one"
+                f"data source {self.name!r} has no {name} split; set data.validation_fraction to make one"
             )
         return dataset
 
@@ -82,7 +82,7 @@ class FederatedData:
             UserError: the data has no labels or no such split.
         """
         if self.label_column is None:
-            raise UserError(f"data source {self.name!r} has no labels; name its label_column")
+            raise UserError(f"data source {self.name!r} has no labels; set data.options.label_column")
         return column_values(self.split(split), self.label_column).astype(np.int64)
 
 
@@ -128,8 +128,8 @@ def readable_images(paths: Sequence[Path], *, skip_corrupt: bool) -> npt.NDArray
             continue
         if not skip_corrupt:
             raise UserError(
-                f"{path} cannot be decoded ({error}); replace or remove it, or set skip_corrupt to leave "
-                "corrupt images out"
+                f"{path} cannot be decoded ({error}); replace or remove it, or set skip_corrupt=true to "
+                "leave corrupt images out"
             )
         logger.warning("left out %s: it cannot be decoded (%s)", path, error)
         readable[row] = False

@@ -18,7 +18,7 @@ from federated.data.form import FederatedData, split_off
 from federated.data.sources import SOURCES
 from federated.data.splits import column_values, stratified_choice
 from federated.data.tensors import DEFAULT_CACHE_BYTES, ImageTensors, Preprocess
-from federated.registry import look_up
+from federated.registry import Choice, build
 from federated.seeding import generator
 from models.errors import UserError
 
@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+SOURCE = Choice("data source", "data.source", "data.options", {"path": "data.path"})
 
 
 def load_data(
@@ -70,12 +72,12 @@ def load_data(
     """
     if path is not None:
         options["path"] = path
-    load = look_up(SOURCES, "data source", source, options)
     rng = generator(seed, "split", 1)
-    data = load(rng, **options)
+    data = build(SOURCES, SOURCE, source, options, rng)
     for split, rows in (("train", data.train), ("test", data.test)):
         if len(rows) == 0:
-            raise UserError(f"data source {source!r} has no {split} samples; check {path or 'its options'}")
+            key = "data.options" if path is None else f"data.path={path}"
+            raise UserError(f"data source {source!r} has no {split} samples; check {key}")
     train, validation = data.train, data.validation
     if validation is None and validation_fraction > 0:
         columns = {"label_column": data.label_column, "group_column": data.concept_column}

@@ -205,7 +205,7 @@ def _need(light: Dataset, column: str, name: str) -> None:
     if column not in light.column_names:
         raise UserError(
             f"partitioner {name!r} needs a {column} for every sample and the data has none; "
-            f"name the {column}_column of the data, or use partitioner 'iid'"
+            f"set data.options.{column}_column, or take partition.name=iid"
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from federated.data.folder_scan import DECODE_ERRORS, IMAGE_SUFFIXES
+from federated.data.folder_scan import DECODE_ERRORS, IMAGE_SUFFIXES, image_error
 from federated.progress import Report, quiet
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
@@ -75,6 +75,21 @@ def find_images(path: Path | str) -> list[Path]:
     if not found:
         raise UserError(f"{root} holds no images; they are known by suffixes such as .png, .jpg or .webp")
     return sorted(found)
+
+
+def is_image_file(path: Path | str) -> bool:
+    """Say whether there is a file of that path, with the suffix of an image."""
+    return Path(path).suffix.lower() in IMAGE_SUFFIXES and Path(path).is_file()
+
+
+def check_no_texts(path: Path | str) -> None:
+    """Make sure that a path is not a file of texts.
+
+    Raises:
+        UserError: it is a file, but no image, neither by its suffix nor by what it holds.
+    """
+    if Path(path).is_file() and not is_image_file(path) and image_error(path) is not None:
+        raise UserError(f"{path} is no image: pass --text if it is a text file with one text a line")
 
 
 @torch.no_grad()

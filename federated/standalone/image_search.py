@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from federated.standalone.embedding_files import EmbeddingIndex, weights_sha256
-from federated.standalone.embeddings import embed_images, embed_texts
+from federated.standalone.embeddings import embed_images, embed_texts, is_image_file
 from federated.standalone.trained_models import OpenedModel, open_model
 from models.errors import UserError
 
@@ -85,10 +85,13 @@ def search(
         top_k: Rows to return, at most.
 
     Raises:
-        UserError: the query is empty, or an image that is missing or cannot be decoded.
+        UserError: the query is empty, an image that is missing or cannot be decoded, or the path of an image
+            where a text is meant.
     """
     if not query.strip():
         raise UserError("the query is empty; give a text, or --image and the path of an image")
+    if not image and is_image_file(query):
+        raise UserError(f"{query} is an image file, not a text: pass --image to search with it")
     if image and not Path(query).is_file():
         raise UserError(f"{query}: no such file; give the path of an image, or leave --image out for a text")
     if image:
