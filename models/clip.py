@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.errors import UserError
-from models.exchange import find_parameters, read_state, write_state
+from models.exchange import Exchanged, find_parameters
 from models.features import check_given, image_features, text_features
 from models.finetuning import STRATEGIES, check_choice, check_strategy, trains
 from models.frozen import dropout_modules, moving_parts
@@ -146,8 +146,8 @@ class FederatedCLIPModel(nn.Module):
         Raises:
             UserError: A name fits no parameter.
         """
-        self._exchanged = find_parameters(self, names)
-        self.exchanged_names = tuple(self._exchanged)
+        self._exchanged = Exchanged(find_parameters(self, names))
+        self.exchanged_names = tuple(self._exchanged.parameters)
         self.refresh()
 
     def refresh(self) -> None:
@@ -160,7 +160,7 @@ class FederatedCLIPModel(nn.Module):
         self._trainer = None
         self._lean_modules = lean_modules(self.clip, self.towers)
         self._named = tuple(self.named_parameters())
-        travelling = {id(parameter) for parameter in self._exchanged.values()}
+        travelling = {id(parameter) for parameter in self._exchanged.parameters.values()}
         self._trainable = [p for _, p in self._named if p.requires_grad or id(p) in travelling]
         self._switched = dropout_modules(self, self._base_modules)
         self._inspect()
@@ -185,13 +185,13 @@ class FederatedCLIPModel(nn.Module):
     @property
     def exchanged_parameters(self) -> dict[str, nn.Parameter]:
         """The live parameters of what travels, by wire name."""
-        return dict(self._exchanged)
+        return dict(self._exchanged.parameters)
 
     # State
 
     def get_state(self) -> State:
         """Copy what travels: wire name -> detached float32 CPU tensor, a read-only mapping."""
-        return read_state(self._exchanged)
+        return self._exchanged.read()
 
     def set_state(self, state: State, *, partial: bool = False) -> None:
         """Overwrite what travels, in place.
@@ -203,7 +203,7 @@ class FederatedCLIPModel(nn.Module):
         Raises:
             UserError: A name is unknown or missing, or a shape differs; nothing is written then.
         """
-        write_state(self._exchanged, state, partial=partial)
+        self._exchanged.write(state, partial=partial)
 
     def get_parameters(self) -> list[np.ndarray]:
         """Copy what travels, in the order of `exchanged_names`, as float32 arrays."""

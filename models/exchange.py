@@ -6,14 +6,17 @@ travels is named; after that reading and writing walk a short dictionary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
-from torch.nn.utils import parameters_to_vector
 
 from models.errors import UserError
-from models.state import FlatState, State, flat, layout_of
+from models.state import FlatState, State, layout_of
+
+_MAX_KEPT_VALUES = 4_000_000
+"""States up to this size pass through memory of their own, 16 MB."""
 
 
 def wire_name(parameter_name: str) -> str:
@@ -39,42 +42,68 @@ def find_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Para
     return found
 
 
-@torch.no_grad()
-def read_state(parameters: Mapping[str, nn.Parameter]) -> State:
-    """Copy parameters to the CPU as detached float32 tensors, end to end in one vector."""
-    layout = layout_of(parameters)
-    if not layout:
-        return flat({})
-    vector = parameters_to_vector(parameters[name] for name, _ in layout)
-    return FlatState(vector.detach().to(device="cpu", dtype=torch.float32), layout)
+class Exchanged:
+    """The parameters that travel, and how their values come out of the model and into it.
 
-
-@torch.no_grad()
-def write_state(parameters: Mapping[str, nn.Parameter], state: State, *, partial: bool = False) -> None:
-    """Overwrite parameters in place, all or none.
-
-    Args:
-        parameters: Wire name -> parameter.
-        state: Wire name -> tensor of any float dtype and device.
-        partial: Accept a subset of the names.
-
-    Raises:
-        UserError: A name is unknown or missing, or a shape differs; nothing is written then.
+    Attributes:
+        parameters: Wire name -> live parameter, sorted by name.
     """
-    unknown = state.keys() - parameters.keys()
-    missing = set() if partial else parameters.keys() - state.keys()
-    if unknown or missing:
-        what, key = ("unknown", min(unknown)) if unknown else ("missing", min(missing))
-        raise UserError(
-            f"the state does not fit the model: {len(unknown)} names unknown, {len(missing)} missing; "
-            f"first {what}: {key}. Both sides must use the same model and LoRA settings"
-        )
-    for name, value in state.items():
-        if value.shape != parameters[name].shape:
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = {name: parameters[name] for name in sorted(parameters)}
+        self._layout = layout_of(self.parameters)
+        self._kept: FlatState | None = None
+
+    @torch.no_grad()
+    def read(self) -> FlatState:
+        """Copy the values to the CPU as float32."""
+        values = self._between()
+        if self.parameters:
+            torch._foreach_copy_(list(values.values()), list(self.parameters.values()))
+        return values if values is not self._kept else FlatState(values.vector.clone(), self._layout)
+
+    def _between(self) -> FlatState:
+        """Return memory for the values; small ones have it for good, so that it is cut once."""
+        if self._kept is not None:
+            return self._kept
+        num_values = sum(math.prod(shape) for _, shape in self._layout)
+        values = FlatState(torch.empty(num_values, dtype=torch.float32), self._layout)
+        if num_values <= _MAX_KEPT_VALUES:
+            self._kept = values
+        return values
+
+    @torch.no_grad()
+    def write(self, state: State, *, partial: bool = False) -> None:
+        """Overwrite the values in place, all or none.
+
+        Args:
+            state: Wire name -> tensor of any float dtype and device.
+            partial: Accept a subset of the names.
+
+        Raises:
+            UserError: A name is unknown or missing, or a shape differs; nothing is written then.
+        """
+        if not isinstance(state, FlatState) or state.layout != self._layout:
+            self._check(state, partial=partial)
+        elif self._kept is not None:
+            self._kept.vector.copy_(state.vector)
+            state = self._kept
+        if state:
+            torch._foreach_copy_([self.parameters[name] for name in state], list(state.values()))
+
+    def _check(self, state: State, *, partial: bool) -> None:
+        unknown = state.keys() - self.parameters.keys()
+        missing = set() if partial else self.parameters.keys() - state.keys()
+        if unknown or missing:
+            what, key = ("unknown", min(unknown)) if unknown else ("missing", min(missing))
             raise UserError(
-                f"the state does not fit the model: {name} has shape {tuple(value.shape)}, "
-                f"the model wants {tuple(parameters[name].shape)}. Both sides must use the same model and "
-                "LoRA settings"
+                f"the state does not fit the model: {len(unknown)} names unknown, {len(missing)} missing; "
+                f"first {what}: {key}. Both sides must use the same model and LoRA settings"
             )
-    if state:
-        torch._foreach_copy_([parameters[name] for name in state], list(state.values()))
+        for name, value in state.items():
+            wanted = tuple(self.parameters[name].shape)
+            if value.shape != wanted:
+                raise UserError(
+                    f"the state does not fit the model: {name} has shape {tuple(value.shape)}, the model "
+                    f"wants {wanted}. Both sides must use the same model and LoRA settings"
+                )
