@@ -206,7 +206,8 @@ class CacheSection(Section):
     max_bytes: int = Field(1_000_000_000, ge=0)
     """Most memory for features and activations; rows beyond it are computed when they are asked for."""
     folder: str | None = None
-    """Folder of a memory-mapped temporary file that takes the place of memory."""
+    """Folder of memory-mapped temporary files that take the place of memory: for features and activations,
+    and for the text tower where the run does not read it."""
 
 
 class EngineSection(Section):

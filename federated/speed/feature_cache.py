@@ -22,6 +22,7 @@ from federated.data.captions import Captions
 from federated.data.row_cache import RowCache
 from federated.data.splits import IntArray
 from federated.data.tensors import ImageTensors
+from federated.speed.parked_weights import park_idle_tower
 from models.clip import FederatedCLIPModel
 from models.features import ACTIVATIONS, CAPTION_ID, IMAGE_FEATURES, TEXT_FEATURES, activations
 from models.training import Batch
@@ -157,6 +158,9 @@ def build_feature_caches(
             caches.images[images] = rows
             caches.note(f"{name} image {vision.kind}", vision.reason, rows)
             budget -= rows.max_bytes
+    if settings.folder is not None and (parked := park_idle_tower(model, settings.folder)):
+        caches.notes.append(f"text tower: {parked / 1e6:.1f} MB in a file (this run does not read them)")
+        log.info("%s", caches.notes[-1])
     if model.task.name == "retrieval":
         _add_captions(caches, model, settings, batch_size, budget)
     return caches
