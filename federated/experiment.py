@@ -31,6 +31,7 @@ from federated.payload import num_values
 from federated.savings import ModelSizes
 from federated.seeding import generator
 from federated.speed.feature_cache import FeatureCaches, build_feature_caches
+from federated.speed.spare_memory import return_freed_memory
 from lora.adapters import factor_pairs, scalings, unwrap
 from lora.checkpoint import save_full_checkpoint, save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
@@ -303,4 +304,5 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
         ),
     )
     check_client_ranks(config, aggregator, experiment.initial_server_state)
+    return_freed_memory()
     return experiment

@@ -67,14 +67,14 @@ class Contender:
         way: "plain", "copies", "fedlora", "pfl" or "flower".
         threads: Torch threads of each of its processes.
         cores: How many of the machine's cores it can keep busy.
-        engine: Settings of ``engine`` where it is this project.
+        sections: Settings by section, where it is this project.
         needs: A module that must be installed.
     """
 
     way: str
     threads: int = 1
     cores: int = 1
-    engine: Mapping[str, Any] | None = None
+    sections: Mapping[str, Mapping[str, Any]] | None = None
     needs: str | None = None
 
 
@@ -82,17 +82,29 @@ CONTENDERS = {
     "plain loop": Contender("plain"),
     "model per client": Contender("copies"),
     "pfl": Contender("pfl", needs="pfl"),
-    "fedlora": Contender("fedlora", engine={"threads": 1}),
-    "fedlora, 8 clients at once": Contender("fedlora", engine={"threads": 1, "batched_clients": 8}),
+    "fedlora": Contender("fedlora", sections={"engine": {"threads": 1}}),
+    "fedlora, 8 clients at once": Contender(
+        "fedlora", sections={"engine": {"threads": 1, "batched_clients": 8}}
+    ),
     "plain loop, 2 threads": Contender("plain", threads=2, cores=2),
     "pfl, 2 threads": Contender("pfl", threads=2, cores=2, needs="pfl"),
     "Flower simulation, 2 actors": Contender("flower", cores=2, needs="ray"),
-    "fedlora, 2 workers": Contender("fedlora", cores=2, engine={"threads": 1, "workers": 2}),
+    "fedlora, 2 workers": Contender("fedlora", cores=2, sections={"engine": {"threads": 1, "workers": 2}}),
     "fedlora, 2 workers, 8 clients at once each": Contender(
-        "fedlora", cores=2, engine={"threads": 1, "workers": 2, "batched_clients": 8}
+        "fedlora", cores=2, sections={"engine": {"threads": 1, "workers": 2, "batched_clients": 8}}
+    ),
+    "fedlora, 2 threads, little memory": Contender(
+        "fedlora",
+        threads=2,
+        cores=2,
+        sections={
+            "engine": {"threads": 2},
+            "client": {"micro_batch_size": 8},
+            "cache": {"folder": tempfile.gettempdir()},
+        },
     ),
     "fedlora, 2 threads, 8 clients at once": Contender(
-        "fedlora", threads=2, cores=2, engine={"threads": 2, "batched_clients": 8}
+        "fedlora", threads=2, cores=2, sections={"engine": {"threads": 2, "batched_clients": 8}}
     ),
 }
 
@@ -104,7 +116,7 @@ def run_contender(name: str, folder: Path) -> dict[str, list[float]]:
         with modules_that_stay():  # as in every command of this project
             from benchmarks.peers.fedlora_run import fedlora_run
 
-        timings = fedlora_run(folder, contender.engine or {})
+        timings = fedlora_run(folder, contender.sections or {})
         return {"seconds": timings.seconds, "losses": timings.losses}
     import torch
 

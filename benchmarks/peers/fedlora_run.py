@@ -29,11 +29,12 @@ class Watch(SilentDisplay):
         self._started = time.perf_counter()
 
 
-def fedlora_run(folder: Path, engine: Mapping[str, Any]) -> Timings:
-    """Run the workload's configuration with these settings of ``engine``."""
+def fedlora_run(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> Timings:
+    """Run the workload's configuration with these settings, by section."""
     logging.getLogger("federated").setLevel(logging.ERROR)
     tree = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    tree["engine"] = {**tree.get("engine", {}), **engine}
+    for section, settings in sections.items():
+        tree[section] = {**tree.get(section, {}), **settings}
     tree["output"] = {"root": str(folder), "name": "run", "report": False}
     timings = Timings()
     run_experiment(parse_config(tree, source=CONFIG), overwrite=True, display=Watch(timings))  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from federated.data.captions import Captions
 from federated.data.row_cache import RowCache
 from federated.data.splits import IntArray
 from federated.data.tensors import ImageTensors
-from federated.speed.parked_weights import park_idle_tower
+from federated.speed.spare_memory import park_idle_tower
 from models.clip import FederatedCLIPModel
 from models.features import ACTIVATIONS, CAPTION_ID, IMAGE_FEATURES, TEXT_FEATURES, activations
 from models.training import Batch
