@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from datasets import load_from_disk
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models.images import ImageProcessor
+from models.state import save_state
 
 Rows = list[int]
 
@@ -82,7 +83,7 @@ def prepare(name: str, overrides: Sequence[str], folder: Path) -> None:
     data.train.select_columns(["image"]).add_column("class", data.labels().tolist()).save_to_disk(
         folder / DATA
     )
-    save_file(experiment.initial_state, folder / START)
+    save_state(experiment.initial_state, folder / START)
     clip = load_clip(config.model.model_name, pretrained=config.model.pretrained, seed=config.seed).clip
     clip.save_pretrained(folder / CLIP)
     (folder / CONFIG).write_text(config.model_dump_json(exclude_none=True), encoding="utf-8")
