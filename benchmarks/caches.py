@@ -24,7 +24,7 @@ from benchmarks.limit import CACHES_OFF, EXPERIMENTS, Engine, Workload
 from benchmarks.machine import Row, write_results
 from federated.experiment import CONFIG_KEY
 from models.loading import TINY_FOLDER
-from models.state import subtract_
+from models.state import State, subtract_
 
 SGD = ("client.optimizer=sgd", "client.learning_rate=0.01", "federation.rounds=50")
 ONE_CLIENT = ("partition.name=iid", "partition.num_clients=1", "partition.options={}")
@@ -112,7 +112,7 @@ def measure(case: Case, folder: Path) -> list[Row]:
             one_round()
             seconds[name].append(time.perf_counter() - started)
     start = next(iter(EXPERIMENTS.values())).initial_state
-    off, on = (subtract_(e.model.get_state(), start, start) for e in EXPERIMENTS.values())
+    off, on = (subtract_(e.model.get_state(), start, tuple(start)) for e in EXPERIMENTS.values())
     apart = distance(off, on)
     steady = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     ratios = [a / b for a, b in zip(seconds["caches off"][1:], seconds["caches on"][1:], strict=True)]
@@ -134,7 +134,7 @@ def row(workload: str, contender: str, seconds: str, ratio: str = "") -> Row:
     return {"workload": workload, "contender": contender, "time": seconds, "ratio": ratio, "against": against}
 
 
-def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+def distance(first: State, second: State) -> float:
     """Return the L2 distance of two states relative to the size of the second."""
     a, b = (torch.cat([state[name].flatten() for name in sorted(state)]) for state in (first, second))
     return float((a - b).norm() / b.norm())

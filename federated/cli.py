@@ -22,7 +22,7 @@ from rich.text import Text
 
 from federated.commands import data, inference, training
 from federated.commands.importing import modules_that_stay
-from models.errors import UserError
+from models.errors import ROUND_FAILURE, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,7 +59,7 @@ def options(
 
 
 _TELL_OF_FAILURES = ("federated.aggregators.checks", "federated.engines.inprocess", "federated.strategy")
-"""Loggers that warn of clients whose answers cannot be used."""
+"""Loggers that warn of clients whose answers cannot be used; those records have ``ROUND_FAILURE``."""
 
 
 @app.command()
@@ -151,14 +151,18 @@ app.add_typer(data.app, name="data")
 @contextlib.contextmanager
 def _failures_shown_once() -> Iterator[None]:
     """Keep failed clients out of the log inside the block: the display names them, round by round."""
-    levels = {name: logging.getLogger(name).level for name in _TELL_OF_FAILURES}
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.ERROR)
+
+    def is_not_displayed(record: logging.LogRecord) -> bool:
+        return not hasattr(record, ROUND_FAILURE)
+
+    loggers = [logging.getLogger(name) for name in _TELL_OF_FAILURES]
+    for each in loggers:
+        each.addFilter(is_not_displayed)
     try:
         yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        for each in loggers:
+            each.removeFilter(is_not_displayed)
 
 
 def _print_skipped(console: Console, metrics: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -180,7 +184,7 @@ def _print_skipped(console: Console, metrics: Sequence[Mapping[str, Any]], folde
             f"{folder / 'metrics.jsonl'} has the other clients' reasons"
         )
     message = f"{len(skipped)} of {num_rounds} rounds were skipped, as no update could be used. {cause}"
-    console.print(message, style="red", highlight=False, soft_wrap=True)
+    console.print(Text(message, style="red"), highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

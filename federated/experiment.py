@@ -27,7 +27,6 @@ from federated.data.augmented_batches import augment_batch, training_augmentatio
 from federated.data.loading import FederatedData, ImageTensors, image_tensors
 from federated.data.splits import IntArray
 from federated.partition import Partition, partition, save_partition
-from federated.payload import num_values
 from federated.savings import ModelSizes
 from federated.seeding import generator
 from federated.speed.feature_cache import FeatureCaches, build_feature_caches
@@ -37,7 +36,7 @@ from lora.checkpoint import save_full_checkpoint, save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.verify import count_parameters
 from models.clip import FederatedCLIPModel
-from models.state import Layout, State, layout_of
+from models.state import Layout, State, layout_of, num_values
 from models.training import Batch, TrainingSettings
 
 CONFIG_KEY, OVERRIDES_KEY = "config", "overrides"

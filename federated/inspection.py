@@ -18,13 +18,12 @@ from federated.codecs import codec_from_name
 from federated.compatibility import build_aggregator, check_client_ranks
 from federated.config import ExperimentConfig
 from federated.experiment import BYTES_PER_FP32
-from federated.payload import num_values
 from federated.reporting.round_table import TextTable
 from federated.reporting.wording import format_bytes, format_percent
 from lora.adapters import scalings, unwrap
 from lora.verify import count_parameters
 from models.exchange import find_parameters
-from models.state import State, layout_of
+from models.state import State, layout_of, num_values
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,10 @@ from federated.payload import (
     LAYOUT,
     MetaValue,
     PayloadError,
-    num_values,
     pack,
     unpack,
 )
-from models.state import Layout, State, layout_of
+from models.state import Layout, State, layout_of, num_values
 
 SERVER_ROUND = "server-round"
 NUM_VALUES = "num-values"

@@ -29,7 +29,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.constant import SType
 
 from models.errors import UserError
-from models.state import FlatState, Layout, State, vector_of
+from models.state import FlatState, Layout, State, num_values, vector_of
 
 MetaValue = int | float | str | bytes | bool
 """What may stand in the config record beside the manifest."""
@@ -72,12 +72,6 @@ class Payload:
 
 
 # ---- layout and flat vector
-
-
-@functools.lru_cache(maxsize=64)
-def num_values(layout: Layout) -> int:
-    """Return how many values a state of this layout has."""
-    return sum(_sizes(layout))
 
 
 @functools.lru_cache(maxsize=64)

@@ -38,6 +38,7 @@ from federated.messages import RANK, SERVER_ROUND, SINCE, write_state
 from federated.payload import ARRAYS
 from federated.round_record import Failure, RoundRecord
 from federated.seeding import generator
+from models.errors import ROUND_FAILURE
 from models.state import flat, layout_of
 
 log = logging.getLogger(__name__)
@@ -225,7 +226,7 @@ class LoRAStrategy(FedAvg):
             state = {**state, **control_names(split_control(self.server_state.memory)[1])}
         if profile.version != NEVER:  # it leaves out what the client should still hold
             meta[SINCE] = profile.version
-        rng = generator(self._seed, "codec", server_round)
+        rng = generator(self._seed, "codec", server_round) if self._downlink.draws else None
         return write_state(
             state,
             self._downlink,
@@ -275,7 +276,9 @@ class LoRAStrategy(FedAvg):
             return None
 
     def _refuse(self, client_id: int, error: UnreadableReplyError) -> None:
-        log.warning("round %d: reply of client %d refused: %s", self.record.server_round, client_id, error)
+        failed = {ROUND_FAILURE: client_id}
+        server_round = self.record.server_round
+        log.warning("round %d: reply of client %d refused: %s", server_round, client_id, error, extra=failed)
         self.record.failed.append(Failure(client_id, str(error)))
 
     def _start_of(self, client_id: int) -> Start:

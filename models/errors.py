@@ -6,6 +6,10 @@ message and ends with exit code 2.
 
 from __future__ import annotations
 
+ROUND_FAILURE = "round_failure"
+"""Extra key of log records that a display shows besides: the client whose answer cannot be used, or None where
+a whole round is skipped."""
+
 
 class UserError(ValueError):
     """Bad input. The message names the file, key or client at fault and the remedy."""

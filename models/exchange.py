@@ -6,14 +6,13 @@ travels is named; after that reading and writing walk a short dictionary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from models.errors import UserError
-from models.state import FlatState, State, layout_of
+from models.state import FlatState, State, layout_of, num_values
 
 _MAX_KEPT_VALUES = 4_000_000
 """States up to this size pass through memory of their own, 16 MB."""
@@ -57,18 +56,18 @@ class Exchanged:
     @torch.no_grad()
     def read(self) -> FlatState:
         """Copy the values to the CPU as float32."""
-        values = self._between()
+        values = self._buffer()
         if self.parameters:
             torch._foreach_copy_(list(values.values()), list(self.parameters.values()))
         return values if values is not self._kept else FlatState(values.vector.clone(), self._layout)
 
-    def _between(self) -> FlatState:
+    def _buffer(self) -> FlatState:
         """Return memory for the values; small ones have it for good, so that it is cut once."""
         if self._kept is not None:
             return self._kept
-        num_values = sum(math.prod(shape) for _, shape in self._layout)
-        values = FlatState(torch.empty(num_values, dtype=torch.float32), self._layout)
-        if num_values <= _MAX_KEPT_VALUES:
+        size = num_values(self._layout)
+        values = FlatState(torch.empty(size, dtype=torch.float32), self._layout)
+        if size <= _MAX_KEPT_VALUES:
             self._kept = values
         return values
 

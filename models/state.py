@@ -67,13 +67,19 @@ def layout_of(state: Mapping[str, torch.Tensor]) -> Layout:
     return tuple((name, tuple(state[name].shape)) for name in sorted(state))
 
 
+def num_values(layout: Layout) -> int:
+    """Return how many values a state of this layout has."""
+    return _plan_of(layout).firsts[-1]
+
+
 # ---- states whose tensors lie end to end in one vector
 
 
 class FlatState(Mapping[str, torch.Tensor]):
     """A state whose tensors are cut from one vector, in sorted order of the names, when they are asked for.
 
-    Its names and tensors stay what they are; the values may be written over.
+    Its names and tensors stay what they are. The values may be written over by whoever made it or had it made
+    (``get_state``, a decoded reply), never by the receivers of one broadcast, who share it.
 
     Attributes:
         vector: All values, (n,).
@@ -149,12 +155,12 @@ class FlatState(Mapping[str, torch.Tensor]):
         return self.tensors.items()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles are made from the vector."""
+        """Deep copies and pickles are made from the vector."""
         return FlatState, (self.vector, self.layout)
 
 
 def flat(state: Mapping[str, torch.Tensor]) -> FlatState:
-    """Return a state's values as a flat state: itself if it is one, else a copy."""
+    """Return a state as a flat one: itself if it is one, else a copy in the widest of its dtypes."""
     if isinstance(state, FlatState):
         return state
     layout = layout_of(state)
@@ -170,7 +176,7 @@ def vector_of(state: Mapping[str, torch.Tensor], names: tuple[str, ...]) -> torc
 
 
 def subtract_(after: State, before: State, names: tuple[str, ...]) -> State:
-    """Return after - before of the named tensors, written over ``after``'s."""
+    """Return after - before of the named tensors, of like shapes, written over ``after``'s."""
     if isinstance(after, FlatState) and after.names == names:
         return _changed(after, before, -1)
     changes = [after[name] for name in names]
@@ -180,7 +186,7 @@ def subtract_(after: State, before: State, names: tuple[str, ...]) -> State:
 
 
 def add_(change: State, start: State) -> State:
-    """Return start + change, for the names of the change, written over it."""
+    """Return start + change, of like shapes, for the names of the change, written over it."""
     if isinstance(change, FlatState):
         return _changed(change, start, 1)
     if change:
@@ -189,6 +195,8 @@ def add_(change: State, start: State) -> State:
 
 
 def _changed(state: FlatState, other: State, sign: int) -> FlatState:
+    if isinstance(other, FlatState) and other.names == state.names and other.layout != state.layout:
+        raise ValueError("the two states have the same names and other shapes")
     if state.names:
         state.vector.add_(vector_of(other, state.names), alpha=sign)
     return state

@@ -22,6 +22,7 @@ from federated.aggregators import (
     run_round,
 )
 from models.errors import UserError
+from models.state import flat
 
 A, B = a_name("tower.first"), b_name("tower.first")
 
@@ -60,7 +61,7 @@ FAULTS = {
     "narrow": (lambda u: changed(u, **{A: u.state[A][:2]}), f"{A} has shape (2, 12) instead of (4, 12)"),
     "dtype": (
         lambda u: changed(u, **{A: u.state[A].half()}),
-        f"{A} is torch.float16 instead of torch.float64",
+        "is torch.float16 instead of torch.float64",
     ),
     "rank": (lambda u: replace(u, rank=2), "has rank 2, the server 4; fedavg needs one rank"),
     "scaling": (
@@ -71,12 +72,21 @@ FAULTS = {
 }
 
 
+def _laid(update: Update, laid) -> Update:
+    """Lay an update's values out; a flat one has one dtype."""
+    values = update.state
+    if laid is flat and len({tensor.dtype for tensor in values.values()}) > 1:
+        values = {name: tensor.half() for name, tensor in values.items()}
+    return replace(update, state=laid(values))
+
+
+@pytest.mark.parametrize("laid", [dict, flat])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_bad_update_is_refused_by_name_and_the_rest_goes_on(fault, caplog):
+def test_a_bad_update_is_refused_by_name_and_the_rest_goes_on(fault, laid, caplog):
     spoil, reason = FAULTS[fault]
     fed = federation(fedavg())
-    updates = round_of(fed)
-    spoilt = [spoil(u) if u.client_id == 2 else u for u in updates]
+    updates = [replace(u, state=laid(u.state)) for u in round_of(fed)]
+    spoilt = [_laid(spoil(u), laid) if u.client_id == 2 else u for u in updates]
     with caplog.at_level(logging.WARNING):
         server, accepted, refused = run_round(fed.aggregator, fed.server, spoilt)
     assert [u.client_id for u in accepted] == [0, 1, 3, 4]

@@ -31,6 +31,7 @@ from federated.aggregators import (
     Update,
     aggregation_error,
     aggregator_from_name,
+    error,
     load_server,
     save_server,
 )
@@ -144,8 +145,10 @@ def test_rules_that_are_not_exact_do_err_on_heterogeneous_clients(name):
     assert relative_distance(fed.global_weights(), ideal, fed.pretrained) > 1e-3
 
 
+@pytest.mark.parametrize("most", [1, 4_000_000])  # values of all clients that are copied side by side
 @ranked(GLOBAL)
-def test_the_reported_aggregation_error_is_the_dense_one(name, ranks):
+def test_the_reported_aggregation_error_is_the_dense_one(name, ranks, most, monkeypatch):
+    monkeypatch.setattr(error, "_MAX_STACKED_VALUES", most)
     fed = start(name, ranks=ranks)
     if name == "dual":  # the private part is no part of the global model
         for client in fed.clients:

@@ -96,14 +96,14 @@ def test_rounds_that_were_skipped_are_counted_at_the_end(
 
     def breaks_in_round_1(experiment: Any, assignment: Any, held: Any) -> Any:
         if assignment.server_round == 1:
-            raise MemoryError("no memory left")
+            raise MemoryError("no memory left in [/tmp/x] of [client]")
         return original(experiment, assignment, held)
 
     monkeypatch.setattr(federated.client, "train_locally", breaks_in_round_1)
     assert run_command("run", "quickstart", *SMALL) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("1 of 2 rounds were skipped")
-    assert last.endswith("round 1, client 0: MemoryError: no memory left")
+    assert last.endswith("round 1, client 0: MemoryError: no memory left in [/tmp/x] of [client]")
     logging.getLogger("federated.engines.inprocess").warning("heard again")
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
         "heard again"

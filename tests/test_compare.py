@@ -51,6 +51,15 @@ def test_a_target_that_was_not_reached_has_no_bytes(two_runs: list[Path]) -> Non
     ]
 
 
+def test_what_the_mb_are_is_said_with_and_without_a_target(two_runs: list[Path]) -> None:
+    *_, note = compare_runs(two_runs).notes
+    assert note.startswith("MB are wire bytes")
+    assert "MB to reach 60.0 %" in note
+    *_, note = compare_runs(two_runs, target=0.99).notes
+    assert note.startswith("MB are wire bytes")
+    assert "MB to reach" not in note
+
+
 def test_markdown_json_and_csv_agree(two_runs: list[Path], tmp_path: Path) -> None:
     path = write_comparison(two_runs, tmp_path / "out")
     rows = compare_runs(two_runs).rows

@@ -18,6 +18,7 @@ from federated.reporting.wording import (
     format_saving,
     format_seconds,
     metric_label,
+    saving,
 )
 from tests.fake_run import TOTAL, FakeRun
 
@@ -267,3 +268,11 @@ def test_losses_are_not_percentages_and_shares_are() -> None:
 def test_round_numbers_are_joined_into_spans() -> None:
     assert format_rounds([7, 1, 2, 3, 3]) == "1–3, 7"
     assert format_rounds([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("share", "written"), [(0.9801, "98.01 %"), (-3e-5, "0.00 %"), (-0.0002, "0.02 % more"), (None, "–")]
+)
+def test_a_saving_is_never_minus_zero(share: float | None, written: str) -> None:
+    assert format_saving(share) == written
+    assert saving(share) == (written.removesuffix(" more"), written.endswith("more"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from federated import lowrank
 from federated.lowrank import (
     LowRank,
     difference,
@@ -96,8 +97,10 @@ def test_a_difference_far_below_its_terms_is_still_measured():
     assert found == pytest.approx(frobenius_norm(small), rel=1e-2)
 
 
+@pytest.mark.parametrize("small", [0, 256 * 256])  # products up to this size are formed
 @shapes
-def test_distance_and_size_equal_the_dense_ones(d_out, d_in, columns):
+def test_distance_and_size_equal_the_dense_ones(d_out, d_in, columns, small, monkeypatch):
+    monkeypatch.setattr(lowrank, "_SMALL_PRODUCT", small)
     ideal, other = low_rank(d_out, d_in, columns), low_rank(d_out, d_in, 3, seed=1)
     dense = float((other.dense() - ideal.dense()).norm()), float(ideal.dense().norm())
     assert distance_and_size(other, ideal) == pytest.approx(dense, rel=1e-12)

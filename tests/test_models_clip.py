@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models import exchange
 from models.clip import STRATEGIES, FederatedCLIPModel
 from models.errors import UserError
 from models.loading import TokenizerMissingError, load_clip
+from models.state import flat
 from models.tasks import TASKS
 from models.training import TrainingSettings
 
@@ -248,6 +250,22 @@ def test_parameters_round_trip_in_the_order_of_the_names(build) -> None:
     changed = [np.float32(a + 1) for a in arrays]
     model.set_parameters(changed)
     assert all(np.array_equal(a, b) for a, b in zip(model.get_parameters(), changed, strict=True))
+
+
+@pytest.mark.parametrize("most", [0, 4_000_000])  # values that pass through memory of their own
+def test_what_came_out_and_what_went_in_share_nothing_with_the_model(build, monkeypatch, most) -> None:
+    monkeypatch.setattr(exchange, "_MAX_KEPT_VALUES", most)
+    model = build()
+    first = model.get_state()
+    given = flat({name: torch.full_like(value, 2.0) for name, value in first.items()})
+    before = first.vector.clone()
+    model.set_state(given)
+    second = model.get_state()
+    model.set_state(flat({name: torch.zeros_like(value) for name, value in first.items()}))
+    assert torch.equal(first.vector, before)
+    assert (given.vector == 2.0).all()
+    assert (second.vector == 2.0).all()
+    assert not model.get_state().vector.any()
 
 
 def test_the_state_is_a_copy_and_setting_it_writes_in_place(build) -> None:

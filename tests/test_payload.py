@@ -27,13 +27,12 @@ from federated.payload import (
     layout_digest,
     layout_from_bytes,
     layout_to_bytes,
-    num_values,
     pack,
     unflatten,
     unpack,
 )
 from models.errors import UserError
-from models.state import layout_of
+from models.state import layout_of, num_values
 
 CLIP_TEXT_R16: Layout = tuple(
     sorted(
@@ -299,6 +298,15 @@ def test_payload_bytes_of_a_message_without_arrays_are_zero(message: Message):
 def test_wire_bytes_equal_what_flower_serialises(size: int):
     content = packed(size)
     assert wire_bytes(content) == serialised_by_flower(content)
+
+
+def test_wire_bytes_tell_equal_numbers_of_different_types_apart():
+    sizes = []
+    for value in (1, 1.0, True, 1):
+        content = RecordDict({"config": ConfigRecord({"value": value})})
+        assert wire_bytes(content) == serialised_by_flower(content)
+        sizes.append(wire_bytes(content))
+    assert sizes[1] > sizes[0] == sizes[3]
 
 
 def test_wire_bytes_of_messages_equal_what_flower_serialises(message: Message):

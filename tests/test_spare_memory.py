@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from federated.config import load_config
 from federated.experiment import Experiment, build_experiment
+from federated.speed.spare_memory import return_freed_memory
 from models.errors import UserError
 
 SMALL = (
@@ -83,3 +85,24 @@ def test_a_tower_that_is_read_stays_in_memory(tmp_path: Path, name: str):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"cache\.folder=.*missing has no room"):
         build("quickstart", f"cache.folder={tmp_path / 'missing'}")
+
+
+class TrimmingLibrary:
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def malloc_trim(self, pad: int) -> int:
+        self.calls.append(pad)
+        return 1
+
+
+def test_what_building_a_run_freed_goes_back_to_the_system(monkeypatch: pytest.MonkeyPatch):
+    library = TrimmingLibrary()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    build("quickstart")
+    assert library.calls == [0]
+
+
+def test_a_c_library_that_cannot_trim_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    return_freed_memory()

@@ -107,6 +107,14 @@ def test_copies_of_a_flat_state_share_nothing():
     assert state["a"].any()
 
 
+def test_flat_states_of_other_shapes_are_not_added():
+    one, other = flat({"x": torch.zeros(2, 3)}), flat({"x": torch.zeros(3, 2)})
+    with pytest.raises(ValueError, match="other shapes"):
+        add_(one, other)
+    with pytest.raises(ValueError, match="other shapes"):
+        subtract_(one, other, ("x",))
+
+
 def test_the_vector_of_all_names_is_not_copied_and_others_are_right():
     state = flat(dict(zip("abcde", tensors(), strict=True)))
     assert vector_of(state, tuple("abcde")).data_ptr() == state.vector.data_ptr()

@@ -8,8 +8,9 @@ to themselves, and zero training changes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -127,14 +128,22 @@ def in_groups(state: Mapping[str, Tensor], names: Iterable[str]) -> list[tuple[s
 
     An adapter's small factors then take one operation a client instead of one each, with the same values.
     """
-    groups: list[list[str]] = []
+    return grouped(names, lambda name: state[name].numel(), most=_MAX_GROUP_VALUES)
+
+
+_Item = TypeVar("_Item")
+
+
+def grouped(items: Iterable[_Item], size_of: Callable[[_Item], int], *, most: int) -> list[tuple[_Item, ...]]:
+    """Split items, in their order, into groups of at most this size together, or of one item."""
+    groups: list[list[_Item]] = []
     room = 0
-    for name in names:
-        size = state[name].numel()
+    for item in items:
+        size = size_of(item)
         if not groups or size > room:
             groups.append([])
-            room = _MAX_GROUP_VALUES
-        groups[-1].append(name)
+            room = most
+        groups[-1].append(item)
         room -= size
     return [tuple(group) for group in groups]
 

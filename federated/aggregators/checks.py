@@ -18,7 +18,7 @@ from federated.aggregators.averaging import in_groups
 from federated.aggregators.factor_averaging import fedavg
 from federated.aggregators.protocol import Aggregator, ServerState, Update, skip_round
 from lora.adapters import FactorPair, factor_pairs
-from models.errors import UserError
+from models.errors import ROUND_FAILURE, UserError
 from models.state import FlatState, Layout, layout_of, vector_of
 
 logger = logging.getLogger(__name__)
@@ -41,9 +41,11 @@ def run_round(
     accepted, refused = check_updates(server, updates, aggregator)
     server_round = server.server_round + 1
     for client_id, reason in refused:
-        logger.warning("round %d: update of client %d refused: %s", server_round, client_id, reason)
+        values = server_round, client_id, reason
+        logger.warning("round %d: update of client %d refused: %s", *values, extra={ROUND_FAILURE: client_id})
     if not accepted:
-        logger.warning("round %d: no usable update, the global state stays as it was", server_round)
+        reason = "no usable update, the global state stays as it was"
+        logger.warning("round %d: %s", server_round, reason, extra={ROUND_FAILURE: None})
         return skip_round(server), accepted, refused
     return aggregator.apply(server, accepted), accepted, refused
 

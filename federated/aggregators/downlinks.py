@@ -150,6 +150,9 @@ def unpack_downlink(state: Mapping[str, Tensor], meta: Mapping[str, int]) -> Dow
 def receive(downlink: Downlink, held: Mapping[str, Tensor]) -> State:
     """Return the wire state that a client holds after a downlink; base weights are ``base_delta.fold``'s.
 
+    It is to be read only: where the downlink brings everything, it is the downlink's own state, which other
+    clients of the process hold, too.
+
     Args:
         downlink: What arrived.
         held: The wire state of the version before; for a new client its model's own state, of which only

@@ -1,7 +1,8 @@
 """How far the clients' next model is from the average of the models that they trained.
 
-Where it stands in a round: after ``apply``, as a metric. Everything is a sum of low-rank products, and their
-norms are taken from the factors (``federated.lowrank``): no client's own (d_out, d_in) matrix is formed.
+Where it stands in a round: after ``apply``, as a metric. Everything is a sum of low-rank products, whose
+norms ``federated.lowrank`` takes: no client's own (d_out, d_in) matrix is formed, and their sum only where
+that is faster.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from federated.aggregators.averaging import in_client_order, weights_of
+from federated.aggregators.averaging import grouped, in_client_order, weights_of
 from federated.aggregators.downlinks import profile_of
 from federated.aggregators.protocol import Aggregator, ServerState, Update
 from federated.lowrank import LowRank, distance_and_size, scaled, stack
@@ -22,6 +23,7 @@ from lora.adapters import FactorPair, factor_pairs
 from models.state import Layout, State, layout_of, vector_of
 
 _MAX_STACKED_VALUES = 4_000_000
+"""Most values of all clients' factors that are copied side by side, 16 MB."""
 
 
 def aggregation_error(
@@ -47,10 +49,11 @@ def aggregation_error(
         return None
     terms = _terms_of_the_ideal(aggregator, before, updates)
     squared_distance = squared_size = 0.0
-    for group in _groups(pairs, before.state, len(terms)):
-        stacks = _stacked(terms, group)
+    sizes = {pair: before.state[pair.a].numel() + before.state[pair.b].numel() for pair in pairs}
+    for group in grouped(pairs, lambda pair: len(terms) * sizes[pair], most=_MAX_STACKED_VALUES):
+        parts = _alike_terms(terms, group)
         for pair in group:
-            ideal = stack([terms_alike.sum_of(pair) for terms_alike in stacks])
+            ideal = stack([part.sum_of(pair) for part in parts])
             distance, size = distance_and_size(held_change(aggregator, before, after, pair), ideal)
             squared_distance, squared_size = squared_distance + distance**2, squared_size + size**2
     if squared_size == 0.0:
@@ -81,22 +84,6 @@ def _terms_of_the_ideal(
     return terms
 
 
-def _groups(
-    pairs: Sequence[FactorPair], state: Mapping[str, Tensor], num_terms: int
-) -> list[list[FactorPair]]:
-    """Split modules into groups whose values, of all terms together, take little memory."""
-    groups: list[list[FactorPair]] = []
-    room = 0
-    for pair in pairs:
-        size = num_terms * (state[pair.a].numel() + state[pair.b].numel())
-        if size > room:
-            groups.append([])
-            room = _MAX_STACKED_VALUES
-        groups[-1].append(pair)
-        room -= size
-    return groups
-
-
 @dataclass(frozen=True, eq=False)
 class _Alike:
     """A group's factors in K terms whose shapes agree.
@@ -122,12 +109,12 @@ class _Alike:
         return self.values[:, first : first + math.prod(shape)].unflatten(1, shape)
 
 
-def _stacked(terms: Sequence[_Term], group: Sequence[FactorPair]) -> list[_Alike]:
+def _alike_terms(terms: Sequence[_Term], group: Sequence[FactorPair]) -> list[_Alike]:
     """Bring the terms that have a group's factors, in like shapes, together."""
     names = tuple(sorted(name for pair in group for name in (pair.a, pair.b)))
     alike: dict[Layout, list[_Term]] = {}
     for state, factor in terms:
-        if names[0] in state:
+        if all(name in state for name in names):
             alike.setdefault(layout_of(state), []).append((state, factor))
     result = []
     for layout, members in alike.items():

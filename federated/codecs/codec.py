@@ -33,12 +33,11 @@ from federated.payload import (
     PayloadError,
     check_finite,
     flatten,
-    num_values,
     unflatten,
 )
 from lora.adapters import factor_of
 from models.errors import UserError
-from models.state import Layout, State, layout_of
+from models.state import Layout, State, layout_of, num_values
 
 
 @dataclass(frozen=True)

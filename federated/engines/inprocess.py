@@ -34,6 +34,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from federated.engines.pipes import Answer, Request
 from federated.engines.workers import Workers
+from models.errors import ROUND_FAILURE
 
 TESTED_FLOWER = ("1.41", "1.42")
 """Flower releases (major.minor) whose internals this file is tested with."""
@@ -200,7 +201,8 @@ class InProcessGrid(Grid):
         try:
             return Answer(message, self._client_app(message=inbox, context=working), working.state)
         except Exception as error:  # the one place where a client's crash becomes an error reply
-            log.warning("client %d failed: %s: %s", client_id, type(error).__name__, error)
+            failed = {ROUND_FAILURE: client_id}
+            log.warning("client %d failed: %s: %s", client_id, type(error).__name__, error, extra=failed)
             log.debug("client %d failed", client_id, exc_info=True)
             reason = f"{type(error).__name__}: {error}"
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)

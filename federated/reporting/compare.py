@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from federated.reporting import plots
-from federated.reporting.compare_notes import comparison_notes
+from federated.reporting.compare_notes import bytes_note, comparison_notes
 from federated.reporting.plot_style import save_png
 from federated.reporting.round_table import TextTable
 from federated.reporting.run_kind import FEDERATED
@@ -210,9 +210,11 @@ def _compare(runs: Sequence[RunRecord], target: float | None) -> Comparison:
     if target is None and all(best is not None for best in bests):
         target = min(bests)
     rows = [_row(run, name, target) for run, name in zip(runs, names, strict=True)]
-    has_bytes = any(row.wire_bytes_to_target is not None for row in rows)
-    shown = format_metric(runs[0].metric, target) if has_bytes else None
-    return Comparison(rows, comparison_notes(runs, names, shown))
+    notes = comparison_notes(runs, names)
+    if any(row.wire_bytes for row in rows):
+        reached = any(row.wire_bytes_to_target is not None for row in rows)
+        notes.append(bytes_note(format_metric(runs[0].metric, target) if reached else None))
+    return Comparison(rows, notes)
 
 
 def _row(run: RunRecord, name: str, target: float | None) -> RunRow:

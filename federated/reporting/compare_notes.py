@@ -25,13 +25,12 @@ _OF_THE_METHOD = frozenset({"data.cache_bytes", "task.train_head"})
 MOST = 2  # runs of one value that are named; more of them are "the other runs"
 
 
-def comparison_notes(runs: Sequence[RunRecord], names: Sequence[str], target: str | None) -> list[str]:
+def comparison_notes(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
     """Return the sentences below a comparison.
 
     Args:
         runs: the runs.
         names: what the table calls them.
-        target: the value that "MB to reach" refers to, as written in the table; None without one.
     """
     named = list(zip(names, runs, strict=True))
     notes = list(differences(named))
@@ -44,7 +43,7 @@ def comparison_notes(runs: Sequence[RunRecord], names: Sequence[str], target: st
             "Personal models, each scored on its own client's rows (before training: the pre-trained model "
             f"on the server's rows): {_list(personal)}."
         )
-    return notes + ([] if target is None else [_bytes_note(target)])
+    return notes
 
 
 def differences(named: Sequence[tuple[str, RunRecord]]) -> Iterator[str]:
@@ -78,10 +77,17 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield dotted, value
 
 
-def _bytes_note(target: str) -> str:
+def bytes_note(target: str | None) -> str:
+    """Return what MB stand for.
+
+    Args:
+        target: the value of "MB to reach", as written in the table; None where no run reached one.
+    """
+    note = "MB are wire bytes without the base model. MB sent: the whole run, client evaluation included."
+    if target is None:
+        return note
     return (
-        "MB are wire bytes without the base model. MB sent: the whole run, client evaluation included. "
-        f"MB to reach {target}: until the first round whose model has it, without that round's client "
+        f"{note} MB to reach {target}: until the first round whose model has it, without that round's client "
         "evaluation, which comes after."
     )
 

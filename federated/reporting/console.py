@@ -30,6 +30,7 @@ from federated.reporting.wording import (
     format_saving,
     format_seconds,
     metric_label,
+    saving,
 )
 from federated.round_record import SCORED_BY
 from federated.savings import FULL_MODEL
@@ -231,9 +232,10 @@ def _closing_lines(
     if kind is PERSONAL:
         yield Text(f"that is {kind.model}; {kind.before}: {before}")
     if rows:
-        saving, with_base = format_saving(rows[0]["saving"]), format_saving(rows[0]["saving_with_base"])
-        against = f"sent than {FULL_MODEL}" if saving.endswith("more") else f"saved against {FULL_MODEL}"
-        yield Text(f"{saving} {against} ({with_base} with the base model counted)")
+        percent, sent_more = saving(rows[0]["saving"])
+        against = f"more sent than {FULL_MODEL}" if sent_more else f"saved against {FULL_MODEL}"
+        with_base = format_saving(rows[0]["saving_with_base"])
+        yield Text(f"{percent} {against} ({with_base} with the base model counted)")
 
 
 def print_table(console: Console, content: TextTable, title: str) -> None:

@@ -19,6 +19,7 @@ from federated.reporting.wording import (
     format_seconds,
     is_share,
     metric_label,
+    saving,
 )
 from federated.savings import FULL_MODEL, THIS_RUN
 
@@ -139,10 +140,10 @@ def _saving_card(run: RunRecord) -> Card | None:
         "measured in a run of its own" if full["measured"] else "computed for the same clients and rounds"
     )
     # a run of the full model itself sends what was computed, and its messages' overhead
-    label, sign = ("Saved against", 1) if ours["saving"] > -5e-5 else ("Sent more than", -1)
+    percent, sent_more = saving(ours["saving"])
     return Card(
-        f"{label} {FULL_MODEL}",
-        format_percent(sign * ours["saving"], 2),
+        f"{'Sent more than' if sent_more else 'Saved against'} {FULL_MODEL}",
+        percent,
         (
             f"with the base model counted: {format_saving(ours['saving_with_base'])}",
             f"{FULL_MODEL} would send {format_bytes(full['total_bytes'])} ({source})",

@@ -54,11 +54,16 @@ def format_percent(share: float | None, decimals: int = 1) -> str:
     return f"{text} %"
 
 
+def saving(share: float | None) -> tuple[str, bool]:
+    """Return what was saved of something in per cent, and whether it is what was sent more instead."""
+    sent_more = share is not None and round(share, 4) < 0
+    return format_percent(None if share is None else abs(share), 2), sent_more
+
+
 def format_saving(share: float | None) -> str:
     """Write what was saved of something, or by how much more was sent: ``98.01 %``, ``0.02 % more``."""
-    if share is not None and round(share, 4) < 0:
-        return f"{format_percent(-share, 2)} more"
-    return format_percent(None if share is None else abs(share), 2)
+    percent, sent_more = saving(share)
+    return f"{percent} more" if sent_more else percent
 
 
 def format_seconds(seconds: float | None) -> str:
