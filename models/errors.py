@@ -7,8 +7,8 @@ message and ends with exit code 2.
 from __future__ import annotations
 
 ROUND_FAILURE = "round_failure"
-"""Extra key of log records that a display shows besides: the client whose answer cannot be used, or None where
-a whole round is skipped."""
+"""Extra key of log records that a display shows besides: the client whose answer cannot be used, or None
+where a whole round is skipped."""
 
 
 class UserError(ValueError):
