@@ -42,7 +42,8 @@ def park_idle_tower(model: FederatedCLIPModel, folder: str) -> int:
             for parameter in idle:
                 places.append(file.tell())
                 values = parameter.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-                file.write(values.tobytes() + bytes(-values.nbytes % _ALIGNMENT))
+                file.write(values.data)
+                file.write(bytes(-values.nbytes % _ALIGNMENT))
             file.flush()
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if places else b""
     except OSError as error:
