@@ -253,7 +253,7 @@ def _grey_levels(preprocess: Preprocess) -> Tensor | None:
         flat = values.flatten(1)  # (3, H*W)
         if not torch.equal(flat, flat[:, :1].expand_as(flat)):
             return None
-        levels.append(flat[:, 0])
+        levels.append(flat[:, 0].clone())  # a view would keep 256 whole images
     table = torch.stack(levels, dim=1)  # (3, 256)
     return table if bool((table.diff(dim=1) > 0).all()) else None
 
