@@ -247,14 +247,13 @@ def _codes(dataset: Dataset, column: str, *, distinct: bool) -> Tensor:
 
 def _grey_levels(preprocess: Preprocess) -> Tensor | None:
     """What each of the 256 grey levels becomes in each channel, (3, 256); None if not one value each."""
-    levels = []
+    table = torch.empty(3, GREY_LEVELS)  # filled in place: small tensors would scatter over the heap
     for level in range(GREY_LEVELS):
         values = preprocess(Image.new("RGB", (8, 8), (level, level, level))).to(torch.float32)
         flat = values.flatten(1)  # (3, H*W)
         if not torch.equal(flat, flat[:, :1].expand_as(flat)):
             return None
-        levels.append(flat[:, 0].clone())  # a view would keep 256 whole images
-    table = torch.stack(levels, dim=1)  # (3, 256)
+        table[:, level] = flat[:, 0]
     return table if bool((table.diff(dim=1) > 0).all()) else None
 
 
