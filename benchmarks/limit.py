@@ -11,6 +11,7 @@ start from the same values and see batches of the same rows' number; evaluation 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import statistics
 import time
@@ -276,6 +277,7 @@ def main() -> None:
     parser.add_argument("workloads", nargs="*", metavar="workload", help=", ".join(WORKLOADS))
     chosen = parser.parse_args().workloads or list(WORKLOADS)
     torch.set_num_threads(1)
+    gc.freeze()  # as every command does with what it imported (federated.commands.importing)
     # The ClientApp remembers one experiment a process; here several take turns.
     federated.client.experiment_of = lambda run_config: EXPERIMENTS[str(run_config[CONFIG_KEY])]
     rows: list[Row] = []
