@@ -74,11 +74,6 @@ class Payload:
 # ---- layout and flat vector
 
 
-@functools.lru_cache(maxsize=64)
-def _sizes(layout: Layout) -> tuple[int, ...]:
-    return tuple(math.prod(shape) for _, shape in layout)
-
-
 def flatten(
     state: Mapping[str, torch.Tensor], layout: Layout, *, largest: float = LARGEST_FP32
 ) -> np.ndarray:
@@ -125,7 +120,7 @@ def check_finite(vector: np.ndarray, layout: Layout, *, largest: float = LARGEST
     if valid.all():
         return
     first = int(np.argmin(valid))
-    ends = np.cumsum(_sizes(layout))
+    ends = np.cumsum([math.prod(shape) for _, shape in layout])
     name = layout[int(np.searchsorted(ends, first, side="right"))][0]
     count = vector.size - int(np.count_nonzero(valid))
     wrong, remedy = "which is not a finite number", "lower client.learning_rate or set client.clip_norm"

@@ -73,15 +73,7 @@ class Exchanged:
 
     @torch.no_grad()
     def write(self, state: State, *, partial: bool = False) -> None:
-        """Overwrite the values in place, all or none.
-
-        Args:
-            state: Wire name -> tensor of any float dtype and device.
-            partial: Accept a subset of the names.
-
-        Raises:
-            UserError: A name is unknown or missing, or a shape differs; nothing is written then.
-        """
+        """Overwrite the values in place, all or none; the federated model's `set_state`."""
         if not isinstance(state, FlatState) or state.layout != self._layout:
             self._check(state, partial=partial)
         elif self._kept is not None:

@@ -120,6 +120,10 @@ class FeatureCaches:
         else:
             place = f"up to {rows.capacity} of {rows.num_rows} rows, {rows.max_bytes / 1e6:.1f} MB"
             line = f"{what}: computed once ({reason}; {place})"
+        self.tell(line)
+
+    def tell(self, line: str) -> None:
+        """Note and log a line."""
         self.notes.append(line)
         log.info("%s", line)
 
@@ -159,8 +163,7 @@ def build_feature_caches(
             caches.note(f"{name} image {vision.kind}", vision.reason, rows)
             budget -= rows.max_bytes
     if settings.folder is not None and (parked := park_idle_tower(model, settings.folder)):
-        caches.notes.append(f"text tower: {parked / 1e6:.1f} MB in a file (this run does not read them)")
-        log.info("%s", caches.notes[-1])
+        caches.tell(f"text tower: {parked / 1e6:.1f} MB in a file (this run does not read them)")
     if model.task.name == "retrieval":
         _add_captions(caches, model, settings, batch_size, budget)
     return caches
