@@ -15,7 +15,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from federated.aggregators import NEVER, receive, unpack_downlink
+from federated.aggregators import NEVER, BaseDelta, Downlink, receive, unpack_downlink
 from federated.client_terms import ControlVariates, control_names, split_control, zero_variates
 from federated.codecs import codec_from_name
 from federated.experiment import Experiment, experiment_of
@@ -37,8 +37,9 @@ from models.errors import UserError
 from models.state import State, layout_of, subtract_
 
 HELD, VERSION, CODEC_MEMORY, VARIATE = "held", "version", "codec-memory", "variate"
+MERGED, MERGED_VERSION = "merged", "merged-version"
 """Keys in ``Context.state``: the wire state a client holds, its version, what its codec still owes, and its
-control variate."""
+control variate; what has been merged into each base weight since the start, dense, and the version of that."""
 
 app = ClientApp()
 
@@ -101,7 +102,7 @@ def take_in(
 ) -> tuple[State, State]:
     """Return the wire state that this client holds once it has received a downlink, and SCAFFOLD's c.
 
-    What the downlink left out is what the client held before; what it brings for the base model is folded in.
+    What the downlink left out is what the client held before; what it brings for the base model is merged.
     Private values are taken once: a server that never saw this client's answer may send them again.
 
     Raises:
@@ -112,16 +113,37 @@ def take_in(
     received = read_broadcast(message.content, codec, experiment.downlink_layout)
     values, server_variate = split_control(received)
     downlink = unpack_downlink(values, config)
-    _check_version(context, since=int(config.get(SINCE, NEVER)))
+    since = int(config.get(SINCE, NEVER))
+    _check_version(context, VERSION, since)
     before = recall(context, HELD)
     held = receive(downlink, before or experiment.wire_state(rank))
     if private := experiment.aggregator.private(before):
         held = {**held, **{name: before[name] for name in private}}
-    experiment.base.fold(downlink.base_updates, held_version=_version(context), version=downlink.version)
+    if experiment.aggregator.merges_into_base and experiment.base.version != downlink.version:
+        _merge(experiment, context, downlink, since)
     if experiment.aggregator.clients_remember:
         keep(context, HELD, held)
-        context.state[VERSION] = ConfigRecord({VERSION: downlink.version})
+        _keep_version(context, VERSION, downlink.version)
     return held, server_variate
+
+
+def _merge(experiment: Experiment, context: Context, downlink: Downlink, since: int) -> None:
+    """Make the base weights what they are on the server, which is in another process, and keep the sum.
+
+    The process may be new to this message or have run other clients meanwhile, at other versions: all that
+    the base becomes is made of what this client keeps. Where the server is in this process, its base serves.
+
+    Raises:
+        UserError: The downlink leaves out what this client should keep and does not.
+    """
+    _check_version(context, MERGED_VERSION, since)
+    held_version = _version(context, MERGED_VERSION)
+    merged = {module: BaseDelta(dense=total) for module, total in recall(context, MERGED).items()}
+    for module, update in downlink.base_updates.items():
+        merged[module] = merged.get(module, BaseDelta()).received(update, held_version)
+    experiment.base.hold(merged)
+    keep(context, MERGED, {module: delta.total() for module, delta in merged.items()})
+    _keep_version(context, MERGED_VERSION, downlink.version)
 
 
 def encode(experiment: Experiment, delta: State, context: Context, assignment: Assignment) -> RecordDict:
@@ -160,19 +182,23 @@ def recall(context: Context, key: str) -> State:
     return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
 
 
-def _check_version(context: Context, *, since: int) -> None:
+def _check_version(context: Context, key: str, since: int) -> None:
     """Raise UserError if a downlink holds only what changed since a version that this client never had."""
-    if since > _version(context):
+    if since > (version := _version(context, key)):
         raise UserError(
             f"client {_client_id(context)} has lost its state: it was sent what changed since round {since}, "
-            f"and holds round {_version(context)}; the server's next message to it will bring everything"
+            f"and holds round {version}; the server's next message to it will bring everything"
         )
 
 
-def _version(context: Context) -> int:
-    if VERSION not in context.state:
+def _version(context: Context, key: str) -> int:
+    if key not in context.state:
         return NEVER
-    return int(cast(Mapping[str, int], context.state[VERSION])[VERSION])
+    return int(cast(Mapping[str, int], context.state[key])[key])
+
+
+def _keep_version(context: Context, key: str, version: int) -> None:
+    context.state[key] = ConfigRecord({key: version})
 
 
 def _assignment(message: Message, context: Context) -> Assignment:

@@ -1,6 +1,6 @@
 """Aggregation of LoRA factors: what travels, and how the server combines it."""
 
-from federated.aggregators.base_delta import BaseDelta, BaseUpdate, fold
+from federated.aggregators.base_delta import BaseDelta, BaseUpdate
 from federated.aggregators.by_name import AGGREGATORS, aggregator_from_name
 from federated.aggregators.checks import Refusal, check_ranks, check_updates, run_round
 from federated.aggregators.downlinks import pack_downlink, receive, unpack_downlink
@@ -53,7 +53,6 @@ __all__ = [
     "ffa",
     "flexlora",
     "flora",
-    "fold",
     "fresh_factors",
     "hetlora",
     "load_server",
