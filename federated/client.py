@@ -147,7 +147,11 @@ def _merge(experiment: Experiment, context: Context, downlink: Downlink, since: 
 
 
 def encode(experiment: Experiment, delta: State, context: Context, assignment: Assignment) -> RecordDict:
-    """Encode an update; with error feedback, what the codec loses now is added to the next update."""
+    """Encode an update; with error feedback, what the codec loses now is added to the next update.
+
+    Changes of control variates are left out of that: each is the way from what the server has decoded so far
+    to where the variate should be, so that what was lost is in the next change already.
+    """
     codec = codec_from_name(experiment.config.communication.uplink)
     key = assignment.server_round, assignment.client_id
     rng = generator(experiment.config.seed, "codec", *key) if codec.draws else None
@@ -158,7 +162,8 @@ def encode(experiment: Experiment, delta: State, context: Context, assignment: A
     owed = {name: value + memory.get(name, 0.0) for name, value in delta.items()}
     content = write_state(owed, codec, rng, meta)
     sent = _as_decoded(experiment, content, owed)
-    lost = {name: value - sent[name] for name, value in owed.items()}
+    update, _ = split_control(owed)
+    lost = {name: value - sent[name] for name, value in update.items()}
     keep(context, CODEC_MEMORY, {**memory, **lost})
     return content
 

@@ -115,7 +115,9 @@ def test_base_updates_survive_being_named_tensors(num_rounds):
     assert values.keys() == others.keys()
     assert back.keys() == updates.keys()
     for module, update in updates.items():
-        assert torch.equal(BaseDelta().received(back[module], 0).total(), BaseDelta().received(update, 0).total())
+        assert torch.equal(
+            BaseDelta().received(back[module], 0).total(), BaseDelta().received(update, 0).total()
+        )
         assert back[module].num_values == update.num_values
 
 
