@@ -15,13 +15,14 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from federated.aggregators import NEVER, BaseDelta, Downlink, receive, unpack_downlink
+from federated.aggregators import NEVER, BaseDelta, Downlink, encoding_loss, receive, unpack_downlink
 from federated.client_terms import ControlVariates, control_names, split_control, zero_variates
 from federated.codecs import codec_from_name
 from federated.experiment import Experiment, experiment_of
 from federated.local_training import Assignment, load_into_model, train_locally
 from federated.messages import (
     CLIENT_ID,
+    ENCODING_LOSS,
     NUM_EXAMPLES,
     RANK,
     SERVER_ROUND,
@@ -38,8 +39,8 @@ from models.state import State, layout_of, subtract_
 
 HELD, VERSION, CODEC_MEMORY, VARIATE = "held", "version", "codec-memory", "variate"
 MERGED, MERGED_VERSION = "merged", "merged-version"
-"""Keys in ``Context.state``: the wire state a client holds, its version, what its codec still owes, and its
-control variate; what has been merged into each base weight since the start, dense, and the version of that."""
+"""Keys in ``Context.state``: the wire state a client holds, its version, what its codec still owes and its
+control variate; what has been merged into each base weight, as one sum, and the version of that."""
 
 app = ClientApp()
 
@@ -71,9 +72,16 @@ def train(message: Message, context: Context) -> Message:
         RANK: result.next_rank or 0,
     }
     content = encode(experiment, delta, context, assignment)
-    if variates is not None:  # what the server decodes, so that c stays the mean of all c_k
-        _, change = split_control(_as_decoded(experiment, content, delta))
-        keep(context, VARIATE, {name: variates.own[name] + value for name, value in change.items()})
+    reports_loss = _reports_loss(experiment, assignment.server_round)
+    if variates is not None or reports_loss:
+        decoded, change = split_control(_as_decoded(experiment, content, delta))
+        if variates is not None:  # what the server decodes, so that c stays the mean of all c_k
+            keep(context, VARIATE, {name: variates.own[name] + value for name, value in change.items()})
+        if reports_loss:
+            trained, known = ({**held, **{n: held[n] + d[n] for n in uplink}} for d in (delta, decoded))
+            scaling = experiment.scaling_at(assignment.rank)
+            loss = encoding_loss(experiment.aggregator, trained, known, scaling)
+            metrics[ENCODING_LOSS] = [loss.squared_distance, loss.squared_size_change]
     content[METRICS] = MetricRecord(metrics)
     return Message(content, reply_to=message)
 
@@ -166,6 +174,13 @@ def encode(experiment: Experiment, delta: State, context: Context, assignment: A
     lost = {name: value - sent[name] for name, value in update.items()}
     keep(context, CODEC_MEMORY, {**memory, **lost})
     return content
+
+
+def _reports_loss(experiment: Experiment, server_round: int) -> bool:
+    """Whether the server measures the aggregation error of a round and cannot know what the codec lost."""
+    every = experiment.config.evaluation.aggregation_error_every
+    measured = experiment.aggregator.has_global_model and every and server_round % every == 0
+    return bool(measured) and not codec_from_name(experiment.config.communication.uplink).lossless
 
 
 def _as_decoded(experiment: Experiment, content: RecordDict, state: State) -> State:

@@ -8,7 +8,7 @@ from aggregator_simulation import normal
 
 import federated.base_weights
 from federated.aggregators import NEVER
-from federated.aggregators.base_delta import BaseDelta, BaseUpdate, split_updates, updates_to_state
+from federated.aggregators.base_delta import BaseDelta, split_updates, updates_to_state
 from federated.base_weights import BaseWeights
 from federated.lowrank import LowRank
 from models.errors import UserError

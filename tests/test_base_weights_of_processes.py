@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -73,7 +73,7 @@ def play(fed: RealFederation, seen: Seen) -> None:
 
 
 @pytest.fixture(scope="module")
-def in_process(on_server: Experiment) -> Iterator[Callable[[str], Seen]]:
+def in_process(on_server: Experiment) -> Callable[[str], Seen]:
     known: dict[str, Seen] = {}
 
     def run(method: str) -> Seen:
@@ -86,7 +86,7 @@ def in_process(on_server: Experiment) -> Iterator[Callable[[str], Seen]]:
                 assert not any(MERGED in fed.grid.context(i).state for i in range(NUM_CLIENTS))
         return known[method]
 
-    yield run
+    return run
 
 
 @pytest.mark.parametrize("process_of", PROCESSES.values(), ids=PROCESSES.keys())

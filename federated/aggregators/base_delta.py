@@ -2,8 +2,8 @@
 
 Where it stands in a round: FLoRA and FedEx-LoRA merge into the base (``W <- W + term``) at the end of a
 round; at the start of the next, each client receives the terms that are newer than what it holds, and adds
-them to the sum of those before. Clients that were away for long, or join late, receive the backlog. Everybody
-adds them up from the oldest, (t1 + t2) + t3, and the sum to the pre-trained weight: so all have the same bits.
+them to the sum of those before. Clients that were away for long, or join late, receive the backlog. All add
+them up from the oldest, (t1 + t2) + t3, and the sum to the pre-trained weight, and so have the same bits.
 
 A round's term is kept exactly, as factors, as long as all kept factors together hold no more numbers than the
 weight itself; older rounds are then summed into one dense matrix. So both the server's memory and a client's

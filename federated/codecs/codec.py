@@ -8,9 +8,9 @@ Quantisers keep one fp32 scale for each rank component of a LoRA factor, that is
 column of B, because components differ in size by orders of magnitude. Scaling B by its rows would cost 4
 bytes for every r values. Other tensors have one scale a row, or one in all if they are vectors.
 
-Sparse codecs choose within what has one unit: all adapters together, every other tensor by itself, and SCAFFOLD's
-control variates, which are gradients, apart from the update. Chosen together, the largest kind would take all
-places and the others would never arrive.
+Sparse codecs choose within what has one unit: all adapters together, every other tensor by itself, and
+SCAFFOLD's control variates, which are gradients, apart from the update. Chosen together, the largest kind
+would take all places and the others would never arrive.
 
 ``:sr`` rounds stochastically. ``:ef`` asks the sender for error feedback: it adds to each state what the
 states before it lost (Seide et al. 2014; Stich et al. 2018).
@@ -58,6 +58,7 @@ class Codec:
         num_bytes: ``layout -> bytes`` of every buffer of that layout, exactly.
         draws: Whether encoding draws from ``rng``: stochastic rounding does.
         error_feedback: Whether the sender adds what earlier payloads lost; ``federated.client`` keeps that.
+        lossless: Whether what is decoded is what was encoded, bit for bit.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Codec:
     num_bytes: Callable[[Layout], int]
     draws: bool = False
     error_feedback: bool = False
+    lossless: bool = False
 
 
 # ---- by name
@@ -137,7 +139,7 @@ def _dense(name: str, coding: Coding) -> Codec:
         groups = _wire_order(layout, by_rank=coding.grouped).group_sizes
         return coding.num_bytes(num_values(layout), groups.size)
 
-    return Codec(name, encode, decode, num_bytes, draws=coding.draws)
+    return Codec(name, encode, decode, num_bytes, draws=coding.draws, lossless=name == "fp32")
 
 
 def _sparse(kind: str, density: float, stored_as: str) -> Codec:
@@ -207,7 +209,10 @@ def _sparse_kind(kind: str, density: float, stored_as: str) -> Codec:
         k = num_kept(n, density)
         return coding.num_bytes(k, groups.size) + positions_num_bytes(n, k)
 
-    return Codec(f"{kind}:{density}+{stored_as}", encode, decode, num_bytes, draws=coding.draws)
+    lossless = density == 1 and stored_as == "fp32"
+    return Codec(
+        f"{kind}:{density}+{stored_as}", encode, decode, num_bytes, draws=coding.draws, lossless=lossless
+    )
 
 
 def _count_by_group(mask: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
