@@ -26,8 +26,8 @@ class BaseWeights:
         model: The federated model with adapters.
 
     Attributes:
-        version: Rounds of the server whose merges they contain; ``NEVER`` unless the server of this process
-            has set them.
+        version: Rounds of the server whose merges they contain; ``NEVER`` where no server has set them.
+        follow_server: Whether the server, in this process or the one that it was forked from, sets them.
         num_changes: How often a weight was overwritten.
     """
 
@@ -35,6 +35,7 @@ class BaseWeights:
         self._weights = base_weights(model)
         self._pretrained: dict[str, Tensor] = {}
         self.version = NEVER
+        self.follow_server = False
         self.num_changes = 0
 
     def bring_to(self, deltas: Mapping[str, BaseDelta], version: int) -> None:
@@ -49,7 +50,7 @@ class BaseWeights:
         """
         if self.version != version:
             self.hold(deltas)
-            self.version = version
+            self.version, self.follow_server = version, True
 
     @torch.no_grad()
     def hold(self, deltas: Mapping[str, BaseDelta]) -> None:
@@ -61,7 +62,7 @@ class BaseWeights:
         Raises:
             UserError: A weight in half precision, which would lose updates.
         """
-        self.version = NEVER
+        self.version, self.follow_server = NEVER, False
         for module in sorted({*self._pretrained, *deltas}):
             pretrained = self._pretrained_weight(module)
             if pretrained.dtype.itemsize < 4:
@@ -81,7 +82,7 @@ class BaseWeights:
             self._weights[module].copy_(pretrained)
             self.num_changes += 1
         self._pretrained.clear()
-        self.version = NEVER
+        self.version, self.follow_server = NEVER, False
 
     def current(self) -> dict[str, Tensor]:
         """Return a copy of the base weights as they are, (d_out, d_in) each, by module."""

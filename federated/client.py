@@ -127,7 +127,7 @@ def take_in(
     held = receive(downlink, before or experiment.wire_state(rank))
     if private := experiment.aggregator.private(before):
         held = {**held, **{name: before[name] for name in private}}
-    if experiment.aggregator.merges_into_base and experiment.base.version != downlink.version:
+    if experiment.aggregator.merges_into_base and not experiment.base.follow_server:
         _merge(experiment, context, downlink, since)
     if experiment.aggregator.clients_remember:
         keep(context, HELD, held)

@@ -143,3 +143,22 @@ def test_a_client_whose_kept_sum_is_lost_says_so_and_then_receives_everything(
         assert all("lost its state" in reason for _, reason in failed)
     first, second = (weights for server_round, _, weights, _ in seen.clients if server_round == 3)
     assert same(first, second)
+
+
+def test_a_worker_that_was_forked_before_a_round_without_a_merge_goes_on(
+    on_server: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a round changes the server's version and no weight, so that workers are not forked anew."""
+    experiment = with_method(on_server, "flora")
+    fed = RealFederation(experiment, monkeypatch)
+    fed.evaluate(0, (0, 1))
+    fed.play(1, ())
+    assert fed.strategy.server_state.server_round == 1
+
+    def in_worker(run_config: object) -> Experiment:
+        experiment.base.version = 0
+        return experiment
+
+    monkeypatch.setattr(federated.client, "experiment_of", in_worker)
+    fed.play(2, (0, 1))
+    assert not fed.strategy.record.failed
