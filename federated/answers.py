@@ -14,10 +14,10 @@ from typing import Any
 
 from flwr.app import MetricRecord, RecordDict
 
-from federated.aggregators import ClientProfile, Update
+from federated.aggregators import ClientProfile, EncodingLoss, Update
 from federated.client_terms import control_names, split_control
 from federated.codecs import Codec
-from federated.messages import CLIENT_ID, NUM_EXAMPLES, RANK, TRAIN_LOSS, read_state
+from federated.messages import CLIENT_ID, ENCODING_LOSS, NUM_EXAMPLES, RANK, TRAIN_LOSS, read_state
 from federated.payload import METRICS
 from models.state import Layout, State, add_, layout_of
 
@@ -60,12 +60,14 @@ class Answer:
         train_loss: Mean loss of its local steps.
         next_rank: The rank that it goes on with; None where all have the server's.
         variate_change: What it adds to its control variate; empty without SCAFFOLD.
+        encoding_loss: What its codec lost, as it says; None where it does not.
     """
 
     update: Update
     train_loss: float
     next_rank: int | None
     variate_change: State
+    encoding_loss: EncodingLoss | None = None
 
 
 def read_answer(client_id: int, content: RecordDict, codec: Codec, start: Start) -> Answer:
@@ -79,6 +81,7 @@ def read_answer(client_id: int, content: RecordDict, codec: Codec, start: Start)
         metrics = _metrics(content)
         num_examples, train_loss = int(metrics[NUM_EXAMPLES]), float(metrics[TRAIN_LOSS])
         next_rank = _checked_rank(start.profile, int(metrics[RANK]))
+        loss = _encoding_loss(metrics)
     except _UNREADABLE as error:
         raise UnreadableReplyError(_reason(error)) from error
     if not math.isfinite(train_loss):
@@ -90,7 +93,7 @@ def read_answer(client_id: int, content: RecordDict, codec: Codec, start: Start)
         scaling=start.scaling,
         rank=start.profile.rank,
     )
-    return Answer(update, train_loss, next_rank, variate_change)
+    return Answer(update, train_loss, next_rank, variate_change, loss)
 
 
 def read_evaluation(content: RecordDict) -> dict[str, float]:
@@ -114,6 +117,15 @@ def _metrics(content: RecordDict) -> dict[str, Any]:
     if not isinstance(record, MetricRecord):
         raise TypeError(f"the record '{METRICS}' is a {type(record).__name__}")
     return dict(record)
+
+
+def _encoding_loss(metrics: Mapping[str, Any]) -> EncodingLoss | None:
+    if ENCODING_LOSS not in metrics:
+        return None
+    distance, change = (float(value) for value in metrics[ENCODING_LOSS])
+    if not (math.isfinite(distance) and math.isfinite(change) and distance >= 0):
+        raise ValueError(f"the loss of its encoding is {[distance, change]}")
+    return EncodingLoss(distance, change)
 
 
 def _checked_rank(profile: ClientProfile, asked: int) -> int | None:

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -22,6 +23,8 @@ from federated.aggregators import (
     NEVER,
     Aggregator,
     ClientProfile,
+    EncodingLoss,
+    Known,
     ServerState,
     Update,
     aggregation_error,
@@ -29,13 +32,15 @@ from federated.aggregators import (
     pack_downlink,
     receive,
     run_round,
+    unpack_downlink,
 )
 from federated.answers import Answer, Start, UnreadableReplyError, read_answer, read_evaluation
 from federated.client_terms import control_names, next_control, split_control, zero_variates
 from federated.codecs import Codec, codec_from_name
 from federated.cohort import sample_cohort
-from federated.messages import RANK, SERVER_ROUND, SINCE, write_state
-from federated.payload import ARRAYS
+from federated.held_states import HeldStates
+from federated.messages import RANK, SERVER_ROUND, SINCE, read_broadcast, write_state
+from federated.payload import ARRAYS, CONFIG
 from federated.round_record import Failure, RoundRecord
 from federated.seeding import generator
 from models.errors import ROUND_FAILURE
@@ -106,7 +111,9 @@ class LoRAStrategy(FedAvg):
         self._full_layout = layout_of(server_state.state)
         self._ranks = ranks
         self._scaffold = scaffold
-        self._error_every = error_every
+        self._error_every = error_every if aggregator.has_global_model else 0
+        follows = bool(self._error_every) and not self._downlink.lossless
+        self._held = HeldStates(remembers=aggregator.clients_remember) if follows else None
         self._evaluates = evaluates
         self._on_broadcast = on_broadcast
         self._addressed: set[int] = set()
@@ -156,7 +163,7 @@ class LoRAStrategy(FedAvg):
         losses = [answer.train_loss for answer in answers]
         self.record.metrics["train_loss"] = float(np.average(losses, weights=weights))
         if self._error_every and self.record.server_round % self._error_every == 0:
-            error = aggregation_error(self.aggregator, before, self.server_state, accepted)
+            error = self._aggregation_error(before, accepted, answers)
             if error is not None and math.isfinite(error):
                 self.record.metrics["aggregation_error"] = error
         if self._scaffold:
@@ -164,6 +171,20 @@ class LoRAStrategy(FedAvg):
             changes = [answer.variate_change for answer in answers]
             new = control_names(next_control(control, changes, len(self._nodes)))
             self.server_state = replace(self.server_state, memory={**self.server_state.memory, **new})
+
+    def _aggregation_error(
+        self, before: ServerState, accepted: Sequence[Update], answers: Sequence[Answer]
+    ) -> float | None:
+        """Return the round's aggregation error; None where a client's loss is not known."""
+        known = {}
+        for answer in answers:
+            loss = EncodingLoss() if self._uplink.lossless else answer.encoding_loss
+            if loss is None:
+                return None
+            client_id = answer.update.client_id
+            held = None if self._held is None else self._held.started_from(client_id)
+            known[client_id] = Known(held, loss)
+        return aggregation_error(self.aggregator, before, self.server_state, accepted, known)
 
     # ---- evaluation by clients
 
@@ -210,6 +231,8 @@ class LoRAStrategy(FedAvg):
         self._sent_version = self.server_state.server_round
         if client_ids:
             self._on_broadcast(server_round, len(client_ids), message_type)
+        if self._held is not None:
+            self._held.begin_broadcast()
         contents: dict[tuple[int, int | None], RecordDict] = {}
         messages = []
         for client_id in client_ids:
@@ -218,6 +241,10 @@ class LoRAStrategy(FedAvg):
             if key not in contents:
                 contents[key] = self._downlink_content(server_round, profile, message_type)
             messages.append(Message(contents[key], self._nodes[client_id], message_type))
+            if self._held is not None:
+                values, _ = split_control(read_broadcast(contents[key], self._downlink, self._full_layout))
+                config = cast(Mapping[str, int], contents[key][CONFIG])
+                self._held.sent(client_id, unpack_downlink(values, config))
         return messages
 
     def _downlink_content(self, server_round: int, profile: ClientProfile, message_type: str) -> RecordDict:
@@ -226,7 +253,7 @@ class LoRAStrategy(FedAvg):
             state = {**state, **control_names(split_control(self.server_state.memory)[1])}
         if profile.version != NEVER:  # it leaves out what the client should still hold
             meta[SINCE] = profile.version
-        rng = generator(self._seed, "codec", server_round) if self._downlink.draws else None
+        rng = generator(self._seed, "downlink", server_round) if self._downlink.draws else None
         return write_state(
             state,
             self._downlink,
@@ -261,9 +288,13 @@ class LoRAStrategy(FedAvg):
             if reply.has_error():
                 self.record.failed.append(Failure(client_id, str(reply.error.reason)))
                 self.versions.pop(client_id, None)  # whatever it has lost, it will receive everything
+                if self._held is not None:
+                    self._held.failed(client_id)
             else:
                 answered.append(reply)
                 self.versions[client_id] = self._sent_version
+                if self._held is not None:
+                    self._held.answered(client_id)
         return answered
 
     def _decode(self, reply: Message) -> Answer | None:
