@@ -91,14 +91,15 @@ def learning_rate_at(settings: TrainingSettings, step: int, num_steps: int) -> f
         num_steps: Steps the local training will take.
 
     Returns:
-        The rate. Warm-up rises as (step + 1) / warmup_steps; the cosine then falls to 0 at
-        `num_steps` and stays there.
+        The rate. Warm-up rises as (step + 1) / warmup_steps to the peak; the cosine then falls
+        from the peak, in its first step, to 0 in the last of `num_steps` and stays there. A cosine
+        that has one step alone takes it at the peak.
     """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
         return settings.learning_rate
-    progress = (step - settings.warmup_steps) / max(1, num_steps - settings.warmup_steps)
+    progress = (step - settings.warmup_steps) / max(1, num_steps - 1 - settings.warmup_steps)
     return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
