@@ -9,7 +9,6 @@ named once (`set_exchanged`): by the fine-tuning strategy at construction, or by
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -38,12 +37,10 @@ from models.prompts import (
 )
 from models.state import State
 from models.tasks import TASKS
+from models.temperature import MAX_LOG_TEMPERATURE
 from models.training import Batch, LocalTrainer, TrainingSettings, num_examples
 
 logger = logging.getLogger(__name__)
-
-MAX_LOG_TEMPERATURE = math.log(100.0)
-"""CLIP keeps exp(logit_scale) at 100 or below (Radford et al. 2021, 2.5)."""
 
 
 class FederatedCLIPModel(nn.Module):
@@ -194,7 +191,7 @@ class FederatedCLIPModel(nn.Module):
         return self._exchanged.read()
 
     def set_state(self, state: State, *, partial: bool = False) -> None:
-        """Overwrite what travels, in place.
+        """Overwrite what travels, in place; a temperature above CLIP's bound becomes the bound.
 
         Args:
             state: Wire name -> tensor of any float dtype and device.

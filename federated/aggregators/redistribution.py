@@ -1,8 +1,8 @@
 """FlexLoRA and FedSVD: the server takes the SVD of the aggregate and hands its leading part out again.
 
 Where it stands in a round: ``init`` and ``apply`` leave the global adapter in SVD form, A = V^T with
-orthonormal rows and B = U S / s, so that the first r_k components are the best rank-r_k adapter. The basis is another one each
-round: no server optimizer, and clients start with fresh moments (as they always do).
+orthonormal rows and B = U S / s, so that the first r_k components are the best rank-r_k adapter. The basis is
+another one each round: no server optimizer, and clients start with fresh moments (as they always do).
 """
 
 from __future__ import annotations
