@@ -219,6 +219,31 @@ def test_an_optimizer_serves_other_rates_but_not_other_parameters_or_kinds() -> 
     assert not trainer.fits(parameters[:-1], TrainingSettings())
     assert not trainer.fits(parameters, TrainingSettings(optimizer="sgd"))
     assert not trainer.fits(parameters, TrainingSettings(weight_decay=0.1))
+    assert not trainer.fits(parameters, TrainingSettings(momentum=0.0))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_sgd_is_its_textbook_recursion(momentum: float, weight_decay: float) -> None:
+    """v <- m v + g + decay p (matrices alone), p <- p - rate v; with m = 0 plain SGD."""
+    settings = TrainingSettings(
+        optimizer="sgd", learning_rate=0.1, momentum=momentum, weight_decay=weight_decay
+    )
+    net, oracle = _net(), _net()
+    trainer = LocalTrainer(list(net.parameters()), settings)
+    velocity = {name: torch.zeros_like(p) for name, p in oracle.named_parameters()}
+    for client in range(2):  # the second starts afresh
+        trainer.reset(settings, 3)
+        velocity = {name: torch.zeros_like(v) for name, v in velocity.items()}
+        _run(trainer, net, 3, seed=client)
+        for step in range(3):
+            oracle.zero_grad()
+            _loss(oracle)(_data(seed=client + step)).backward()
+            for name, p in oracle.named_parameters():
+                decay = weight_decay * p.detach() if p.ndim > 1 else 0.0
+                velocity[name] = momentum * velocity[name] + p.grad + decay
+                p.data -= 0.1 * velocity[name]
+        torch.testing.assert_close(_values(net), _values(oracle))
 
 
 @pytest.mark.parametrize(
@@ -227,6 +252,8 @@ def test_an_optimizer_serves_other_rates_but_not_other_parameters_or_kinds() -> 
         ("learning_rate", 0.0),
         ("weight_decay", -1.0),
         ("warmup_steps", -1),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
         ("clip_norm", 0.0),
         ("micro_batch_size", 0),
         ("optimizer", "adam"),
