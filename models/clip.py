@@ -33,6 +33,7 @@ from models.prompts import (
     check_classes,
     class_prompts,
     encode_in_chunks,
+    names_that_read_alike,
     pad_tokens,
 )
 from models.state import State
@@ -407,13 +408,26 @@ class FederatedCLIPModel(nn.Module):
             self._class_cache = self._embed_classes()
         return self._class_cache
 
-    def _embed_classes(self) -> Tensor:
+    def _tokenized_classes(self) -> Tokens:
         if self.class_names is None:
             raise UserError("class_names are needed for class prompts: pass class_names=[...] to the model")
         if self._class_tokens is None:
             self._class_tokens = self.tokenize(class_prompts(self.class_names, self.templates))
-        features = encode_in_chunks(self.encode_text, self._class_tokens)
-        return average_templates(features, len(self.class_names))
+        return self._class_tokens
+
+    def classes_that_read_alike(self) -> list[tuple[str, ...]]:
+        """Group the classes whose prompts are the same tokens; empty without names or a tokenizer."""
+        if self.class_names is None:
+            return []
+        try:
+            return names_that_read_alike(self._tokenized_classes(), self.class_names)
+        except TokenizerMissingError:
+            return []
+
+    def _embed_classes(self) -> Tensor:
+        tokens = self._tokenized_classes()
+        features = encode_in_chunks(self.encode_text, tokens)
+        return average_templates(features, self.num_classes)
 
     def _build_head(self) -> nn.Linear:
         return class_head(
