@@ -106,6 +106,7 @@ def training_settings(config: ExperimentConfig) -> TrainingSettings:
         learning_rate=client.learning_rate,
         weight_decay=client.weight_decay,
         optimizer=client.optimizer,
+        momentum=client.momentum,
         warmup_steps=client.warmup_steps,
         schedule=client.schedule,
         clip_norm=client.clip_norm,

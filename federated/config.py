@@ -101,6 +101,8 @@ class ClientSection(Section):
     micro_batch_size: int | None = Field(None, ge=1)
     """Images that pass through the model at once; the rest of a batch is accumulated."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of sgd; 0: plain SGD."""
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
@@ -265,6 +267,12 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"federation.cohort_size is {cohort} but partition.num_clients is {clients}: "
                 f"sample at most {clients} clients a round, or make more clients"
+            )
+        default = ClientSection.model_fields["momentum"].default
+        if self.client.optimizer != "sgd" and self.client.momentum != default:
+            raise ValueError(
+                f"client.momentum={self.client.momentum} goes with client.optimizer=sgd; "
+                f"{self.client.optimizer} has moments of its own"
             )
         if self.model.type == "clip_lora" and self.model.fine_tuning is not None:
             raise ValueError(

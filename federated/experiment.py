@@ -98,13 +98,16 @@ class Experiment:
 
     @property
     def mixed_ranks(self) -> bool:
-        """Whether clients have ranks of their own."""
-        return self.config.client.ranks is not None
+        """Whether clients have ranks of their own: given ones, or such as a rule lets fall in training."""
+        return self.config.client.ranks is not None or self.aggregator.client.changes_ranks
 
     def rank_of(self, client_id: int) -> int | None:
-        """Return a client's configured rank; None where all have the model's."""
-        ranks = self.config.client.ranks
-        return None if ranks is None else ranks[client_id % len(ranks)]
+        """Return a client's rank before round 1; None where all have the model's for good."""
+        if not self.mixed_ranks:
+            return None
+        state = self.initial_state
+        ranks = self.config.client.ranks or [max(state[pair.a].shape[0] for pair in factor_pairs(state))]
+        return ranks[client_id % len(ranks)]
 
     def scaling_at(self, rank: int | None) -> dict[str, float]:
         """Return module -> s of an adapter of another rank: alpha / r, or alpha / sqrt(r) with rsLoRA."""

@@ -21,6 +21,7 @@ from federated.checkpoint import ServerCheckpoint, save_server_checkpoint
 from federated.engines.metered import MeteredGrid
 from federated.experiment import Experiment, experiment_of
 from federated.global_model import bring_base_up_to_date, global_metrics, load_global_state, smallest_form
+from federated.learnable import check_can_learn
 from federated.ledger import Ledger
 from federated.messages import CLIENT_ID, SERVER_ROUND
 from federated.payload import CONFIG, METRICS
@@ -228,6 +229,7 @@ def finish(served: Served) -> dict[str, Any]:
 def main(grid: Grid, context: Context) -> None:
     """Run on one of Flower's own engines."""
     experiment = experiment_of(context.run_config)
+    check_can_learn(experiment)
     config = experiment.config
     clients = ask_client_ids(grid, experiment.num_clients, timeout=config.federation.timeout_seconds)
     name = str(context.run_config.get("run-dir") or "")

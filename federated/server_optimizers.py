@@ -25,6 +25,7 @@ from federated.aggregators.protocol import Aggregator, ServerState, Update, sort
 from federated.registry import Choice, build
 from models.errors import UserError
 from models.state import State
+from models.temperature import within_bound
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +134,8 @@ def server_optimizer_from_name(name: str, options: Mapping[str, Any]) -> ServerO
 def with_server_optimizer(aggregator: Aggregator, optimizer: ServerOptimizer) -> Aggregator:
     """Return the aggregator with the optimizer's step in place of its averages.
 
-    Moments are kept per name and move only in rounds in which the name travels.
+    Moments are kept per name and move only in rounds in which the name travels. A temperature that a step
+    takes above CLIP's bound becomes the bound.
 
     Raises:
         UserError: The aggregator does not keep its basis.
@@ -149,7 +151,8 @@ def with_server_optimizer(aggregator: Aggregator, optimizer: ServerOptimizer) ->
         averaged = aggregator.apply(server, updates)
         names = sorted(updates[0].state)
         values, memory = _step_all(optimizer, server, {name: averaged.state[name] for name in names})
-        return replace(averaged, state=sorted_state({**averaged.state, **values}), memory=memory)
+        state = within_bound({**averaged.state, **values})
+        return replace(averaged, state=sorted_state(state), memory=memory)
 
     return replace(aggregator, name=f"{aggregator.name}+{optimizer.name}", apply=apply, exact=False)
 

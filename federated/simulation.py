@@ -14,6 +14,7 @@ from federated.config import ExperimentConfig, dump_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.engines.workers import check_workers
 from federated.experiment import CONFIG_KEY, experiment_of
+from federated.learnable import check_can_learn
 from federated.reporting.console import RunDisplay
 from federated.run_folder import RunFolder, check_free
 from federated.server import serve
@@ -43,6 +44,7 @@ def run_experiment(
         path = Path(config.output.root) / str(config.output.name or "run")
         check_free(path, overwrite=overwrite)
         experiment = experiment_of(run_config)
+        check_can_learn(experiment)
         folder = RunFolder(path, config, overwrite=overwrite)
         experiment.save_partition(folder.path / "partition.json")
         on_reply = None if display is None else display.client_done

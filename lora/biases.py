@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from models.temperature import is_temperature
+
 _BIASES = ("bias", "in_proj_bias")
 _TEMPERATURE = "logit_scale"
 _STASH = "_trained_in_base"
@@ -25,11 +27,6 @@ def _buffer_name(leaf: str) -> str:
 def is_bias(name: str) -> bool:
     """Whether a parameter name is that of a bias (`in_proj_bias` of a fused attention included)."""
     return name.rsplit(".", 1)[-1] in _BIASES
-
-
-def is_temperature(name: str) -> bool:
-    """Whether a parameter name is that of a CLIP's log-temperature."""
-    return name.rsplit(".", 1)[-1] == _TEMPERATURE
 
 
 def train_in_base(root: nn.Module, names: Iterable[str]) -> None:

@@ -42,10 +42,11 @@ from lora.adapters import (
     scalings,
     unwrap,
 )
-from lora.biases import is_bias, is_temperature, trained_in_base
+from lora.biases import is_bias, trained_in_base
 from lora.config import LoRAConfig
 from models.errors import UserError
 from models.state import State, save_state
+from models.temperature import is_temperature
 
 logger = logging.getLogger(__name__)
 

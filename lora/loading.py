@@ -26,7 +26,7 @@ from lora.adapters import (
     unwrap,
 )
 from lora.base_delta import fitting_base_delta, set_base_delta
-from lora.biases import is_temperature, trained_in_base
+from lora.biases import trained_in_base
 from lora.checkpoint import (
     AdapterFile,
     base_model_name,
@@ -43,6 +43,7 @@ from lora.switching import (
 )
 from models.errors import UserError
 from models.state import State
+from models.temperature import is_temperature
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ from lora.adapters import (
     unwrap,
 )
 from lora.base_delta import BASE_DELTA_FILE
-from lora.biases import is_temperature
 from lora.injection import inject_peft
 from lora.loading import check_base_model, read_any
 from lora.switching import (
@@ -33,6 +32,7 @@ from lora.switching import (
     trainability_kept,
 )
 from models.errors import UserError
+from models.temperature import is_temperature
 
 
 def load_named_adapter(model: nn.Module, source: str | Path, name: str, *, check_base: bool = True) -> None:

@@ -9,7 +9,6 @@ named once (`set_exchanged`): by the fine-tuning strategy at construction, or by
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -34,16 +33,15 @@ from models.prompts import (
     check_classes,
     class_prompts,
     encode_in_chunks,
+    names_that_read_alike,
     pad_tokens,
 )
 from models.state import State
 from models.tasks import TASKS
+from models.temperature import MAX_LOG_TEMPERATURE
 from models.training import Batch, LocalTrainer, TrainingSettings, num_examples
 
 logger = logging.getLogger(__name__)
-
-MAX_LOG_TEMPERATURE = math.log(100.0)
-"""CLIP keeps exp(logit_scale) at 100 or below (Radford et al. 2021, 2.5)."""
 
 
 class FederatedCLIPModel(nn.Module):
@@ -194,7 +192,7 @@ class FederatedCLIPModel(nn.Module):
         return self._exchanged.read()
 
     def set_state(self, state: State, *, partial: bool = False) -> None:
-        """Overwrite what travels, in place.
+        """Overwrite what travels, in place; a temperature above CLIP's bound becomes the bound.
 
         Args:
             state: Wire name -> tensor of any float dtype and device.
@@ -410,13 +408,26 @@ class FederatedCLIPModel(nn.Module):
             self._class_cache = self._embed_classes()
         return self._class_cache
 
-    def _embed_classes(self) -> Tensor:
+    def _tokenized_classes(self) -> Tokens:
         if self.class_names is None:
             raise UserError("class_names are needed for class prompts: pass class_names=[...] to the model")
         if self._class_tokens is None:
             self._class_tokens = self.tokenize(class_prompts(self.class_names, self.templates))
-        features = encode_in_chunks(self.encode_text, self._class_tokens)
-        return average_templates(features, len(self.class_names))
+        return self._class_tokens
+
+    def classes_that_read_alike(self) -> list[tuple[str, ...]]:
+        """Group the classes whose prompts are the same tokens; empty without names or a tokenizer."""
+        if self.class_names is None:
+            return []
+        try:
+            return names_that_read_alike(self._tokenized_classes(), self.class_names)
+        except TokenizerMissingError:
+            return []
+
+    def _embed_classes(self) -> Tensor:
+        tokens = self._tokenized_classes()
+        features = encode_in_chunks(self.encode_text, tokens)
+        return average_templates(features, self.num_classes)
 
     def _build_head(self) -> nn.Linear:
         return class_head(

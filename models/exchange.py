@@ -13,6 +13,7 @@ from torch import nn
 
 from models.errors import UserError
 from models.state import FlatState, State, layout_of, num_values
+from models.temperature import MAX_LOG_TEMPERATURE, is_temperature
 
 _MAX_KEPT_VALUES = 4_000_000
 """States up to this size pass through memory of their own, 16 MB."""
@@ -51,6 +52,7 @@ class Exchanged:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = {name: parameters[name] for name in sorted(parameters)}
         self._layout = layout_of(self.parameters)
+        self._temperatures = [p for name, p in self.parameters.items() if is_temperature(name)]
         self._kept: FlatState | None = None
 
     @torch.no_grad()
@@ -81,6 +83,8 @@ class Exchanged:
             state = self._kept
         if state:
             torch._foreach_copy_([self.parameters[name] for name in state], list(state.values()))
+            for temperature in self._temperatures:
+                temperature.clamp_(max=MAX_LOG_TEMPERATURE)
 
     def _check(self, state: State, *, partial: bool) -> None:
         unknown = state.keys() - self.parameters.keys()

@@ -50,6 +50,23 @@ def average_templates(features: Tensor, num_classes: int) -> Tensor:
     return F.normalize(normalised.view(num_classes, -1, features.shape[-1]).mean(dim=1), dim=-1)
 
 
+def names_that_read_alike(tokens: dict[str, Tensor], class_names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Group the classes whose prompts are all the same tokens: what differs was cut off, or is not read.
+
+    Args:
+        tokens: Of ``class_prompts``, "input_ids" (C * T, length).
+        class_names: C names.
+
+    Returns:
+        The groups of two names and more, in the order of the classes.
+    """
+    groups: dict[tuple[int, ...], list[str]] = {}
+    prompts = tokens["input_ids"].reshape(len(class_names), -1).tolist()  # (C, T * length)
+    for name, ids in zip(class_names, prompts, strict=True):
+        groups.setdefault(tuple(ids), []).append(name)
+    return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
 def pad_tokens(tokens: dict[str, Tensor], clip: nn.Module) -> dict[str, Tensor]:
     """Fill tokens (N, T) up to the text tower's context length by repeating their last column.
 

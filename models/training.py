@@ -22,8 +22,6 @@ from models.errors import UserError
 Batch = dict[str, Tensor]
 """Named tensors that share their first dimension, the examples."""
 
-SGD_MOMENTUM = 0.9
-
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -32,7 +30,8 @@ class TrainingSettings:
     Attributes:
         learning_rate: Peak learning rate.
         weight_decay: Decoupled (adamw) or L2 (sgd) decay; matrices only, never biases and norms.
-        optimizer: "adamw" or "sgd" (momentum 0.9).
+        optimizer: "adamw" or "sgd".
+        momentum: Of sgd, from 0 (plain SGD) to below 1; adamw has moments of its own.
         warmup_steps: Steps of linear warm-up, counted from the start of the local training.
         schedule: "constant", or "cosine" down to 0 at the last local step.
         clip_norm: Largest global gradient norm, or None.
@@ -44,6 +43,7 @@ class TrainingSettings:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.9
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: float | None = None
@@ -54,6 +54,7 @@ class TrainingSettings:
         """Reject values that would only fail, or mislead, steps later."""
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be above 0")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be 0 or more")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be 0 or more and below 1")
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must be 0 or more")
         if self.clip_norm is not None:
             _require(self.clip_norm > 0, "clip_norm", self.clip_norm, "must be above 0, or null")
@@ -91,14 +92,15 @@ def learning_rate_at(settings: TrainingSettings, step: int, num_steps: int) -> f
         num_steps: Steps the local training will take.
 
     Returns:
-        The rate. Warm-up rises as (step + 1) / warmup_steps; the cosine then falls to 0 at
-        `num_steps` and stays there.
+        The rate. Warm-up rises as (step + 1) / warmup_steps to the peak; the cosine then falls
+        from the peak, in its first step, to 0 in the last of `num_steps` and stays there. A cosine
+        that has one step alone takes it at the peak.
     """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
         return settings.learning_rate
-    progress = (step - settings.warmup_steps) / max(1, num_steps - settings.warmup_steps)
+    progress = (step - settings.warmup_steps) / max(1, num_steps - 1 - settings.warmup_steps)
     return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -126,7 +128,9 @@ def build_optimizer(parameters: Sequence[nn.Parameter], settings: TrainingSettin
     is_fused = {p.device.type for p in parameters} <= {"cpu", "cuda"}
     implementation: dict[str, Any] = {"fused": True} if is_fused else {"foreach": True}
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=SGD_MOMENTUM, **implementation)
+        return torch.optim.SGD(
+            groups, lr=settings.learning_rate, momentum=settings.momentum, **implementation
+        )
     return torch.optim.AdamW(groups, lr=settings.learning_rate, **implementation)
 
 
@@ -135,13 +139,18 @@ def reset_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Bring an optimizer back to its first step in place: moments and step counts become zero.
 
     The steps that follow are bitwise those of a new optimizer: a zero moment is what AdamW starts
-    from, and SGD's first momentum, 0.9 * 0 + g, is g.
+    from, and SGD's first momentum, m * 0 + g, is g.
     """
     tensors = [
         value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
     ]
     if tensors:
         torch._foreach_zero_(tensors)
+
+
+def _kind_of_optimizer(settings: TrainingSettings) -> tuple[object, ...]:
+    """What `build_optimizer` reads, less the learning rate, which each step sets."""
+    return settings.optimizer, settings.weight_decay, settings.momentum
 
 
 class LocalTrainer:
@@ -175,8 +184,7 @@ class LocalTrainer:
         same = len(parameters) == len(self.parameters) and all(
             a is b for a, b in zip(parameters, self.parameters, strict=True)
         )
-        old = self.settings
-        return same and (old.optimizer, old.weight_decay) == (settings.optimizer, settings.weight_decay)
+        return same and _kind_of_optimizer(self.settings) == _kind_of_optimizer(settings)
 
     def reset(
         self,

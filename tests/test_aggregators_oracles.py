@@ -12,10 +12,12 @@ from aggregator_simulation import (
     SHAPES,
     Federation,
     a_name,
+    adapter,
     b_name,
     federation,
     normal,
     play_round,
+    scaling_of,
     send,
     weights,
 )
@@ -290,9 +292,11 @@ def test_flexlora_with_one_rank_is_the_papers_truncated_svd():
             torch.testing.assert_close(a @ a.T, torch.eye(RANK).double())
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["B = 0", "B != 0"])
 @pytest.mark.parametrize("rank_stabilised", [False, True], ids=["alpha/r", "rslora"])
-def test_flexlora_with_mixed_ranks_is_the_dense_delta_form(rank_stabilised):
-    fed = federation(flexlora(), ranks=MIXED_RANKS, rank_stabilised=rank_stabilised)
+def test_flexlora_with_mixed_ranks_is_the_dense_delta_form(rank_stabilised, trained):
+    """From any start: a trained adapter is in no particular basis."""
+    fed = federation(flexlora(), ranks=MIXED_RANKS, rank_stabilised=rank_stabilised, trained=trained)
     for _ in range(3):
         before = {module: global_product(fed, module) for module in SHAPES}
         updates = play_round(fed, [0, 1, 2, 4])
@@ -301,6 +305,24 @@ def test_flexlora_with_mixed_ranks_is_the_dense_delta_form(rank_stabilised):
             for w, update in zip(weights(updates), updates, strict=True):
                 dense = dense - w * dense_truncation(before[module], MIXED_RANKS[update.client_id])
             torch.testing.assert_close(global_product(fed, module), dense_truncation(dense, RANK))
+
+
+@pytest.mark.parametrize("client_id", range(5))
+def test_flexlora_sends_the_best_adapter_of_a_clients_rank_from_a_trained_start(client_id):
+    fed = federation(flexlora(), ranks=MIXED_RANKS, trained=True)
+    client = fed.clients[client_id]
+    send(fed, client)
+    for module in SHAPES:
+        wanted = fed.pretrained[module] + dense_truncation(global_product(fed, module), client.rank)
+        torch.testing.assert_close(client.start[module], wanted)
+
+
+def test_flexlora_keeps_an_untrained_start_bit_for_bit_and_a_trained_one_as_a_product():
+    state = {**adapter(trained=True), b_name("tower.second"): torch.zeros(13, RANK).double()}
+    server = flexlora().init(state, scaling_of(RANK))
+    for module in SHAPES:
+        torch.testing.assert_close(product(server.state, module), product(state, module))
+    assert torch.equal(server.state[a_name("tower.second")], state[a_name("tower.second")])
 
 
 def test_flexlora_is_exact_when_the_rank_holds_the_whole_sum():

@@ -100,12 +100,15 @@ def test_every_method_states_its_equation_paper_bytes_and_what_it_preserves(name
 # ---- exactness
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["B = 0", "B != 0"])
 @pytest.mark.parametrize("rank_stabilised", [False, True], ids=["alpha/r", "rslora"])
 @both_dtypes
 @pytest.mark.parametrize("name", EXACT)
-def test_exact_rules_leave_every_client_with_the_average_of_the_trained_models(name, dtype, rank_stabilised):
-    """Partial cohorts, late joiners and clients that missed rounds included."""
-    fed = start(name, dtype=dtype, rank_stabilised=rank_stabilised)
+def test_exact_rules_leave_every_client_with_the_average_of_the_trained_models(
+    name, dtype, rank_stabilised, trained
+):
+    """From any start; partial cohorts, late joiners and clients that missed rounds included."""
+    fed = start(name, dtype=dtype, rank_stabilised=rank_stabilised, trained=trained)
     for cohort in COHORTS:
         before = fed.global_weights()
         play_round(fed, cohort)

@@ -28,6 +28,7 @@ from real_federation import (
 
 import federated.client
 import federated.reporting.report
+from federated.aggregators import ClientRules
 from federated.checkpoint import ServerCheckpoint, load_server_checkpoint, save_server_checkpoint
 from federated.cli import main
 from federated.client import CODEC_MEMORY, recall
@@ -356,6 +357,35 @@ def test_hetloras_penalty_acts_on_a_clients_own_components() -> None:
     for pair in factor_pairs(held):
         assert float(with_tail[pair.b][:, 1].norm()) < float(without[pair.b][:, 1].norm())
         assert torch.allclose(with_tail[pair.b][:, 0], without[pair.b][:, 0], atol=1e-3)
+
+
+def test_hetlora_prunes_without_given_ranks_and_the_server_follows() -> None:
+    """All clients start at lora.r; one whose tail its penalty has shrunk goes on with floor(gamma r)."""
+    config = small_config(
+        "aggregation={name: hetlora, options: {gamma: 0.5, penalty_weight: 5.0, min_rank: 2}}",
+        "client.optimizer=sgd",
+        "client.learning_rate=0.01",
+    )
+    built = build_experiment(config)
+    generator = torch.Generator().manual_seed(5)
+    state = {n: torch.randn(t.shape, generator=generator) * 0.05 for n, t in built.initial_state.items()}
+    start = {**built.initial_state, **{n: t for n, t in state.items() if "_B." in n}}
+    experiment = replace(built, initial_state=start)
+    p, head = (sizes(experiment)[name] for name in ("p", "head"))
+    with federation(experiment) as fed:
+        assert {fed.strategy._profile(i).rank for i in range(NUM_CLIENTS)} == {RANK}
+        for server_round in (1, 2, 3):
+            fed.play(server_round, [0, 1])
+            assert not fed.strategy.record.failed
+        assert fed.strategy.current_ranks == {0: 2, 1: 2}
+        assert {fed.strategy._profile(i).rank for i in (2, 3)} == {RANK}
+        found = {r.server_round: r.parameters for r in fed.ledger.rows if r.direction == "uplink"}
+        assert found == {1: p + head, 2: p // 2 + head, 3: p // 2 + head}
+
+
+def test_hetlora_that_may_prune_nothing_asks_clients_for_nothing() -> None:
+    config = small_config("aggregation={name: hetlora, options: {gamma: 1.0}}")
+    assert build_aggregator(config).client == ClientRules()
 
 
 # ---- codecs, checkpoints, server optimizers in real rounds

@@ -231,6 +231,7 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 3e-4,
     "weight_decay": 0.03,
     "optimizer": "sgd",
+    "momentum": 0.5,
     "warmup_steps": 2,
     "schedule": "cosine",
     "clip_norm": 0.5,

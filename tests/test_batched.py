@@ -203,8 +203,9 @@ def test_quick_gelu_has_the_right_derivative() -> None:
         TrainingSettings(weight_decay=0.1, warmup_steps=1, schedule="cosine"),
         TrainingSettings(clip_norm=0.05),
         TrainingSettings(optimizer="sgd", learning_rate=0.01, weight_decay=0.1),
+        TrainingSettings(optimizer="sgd", learning_rate=0.01, momentum=0.0),
     ],
-    ids=["adamw", "decay-and-schedule", "clipping", "sgd"],
+    ids=["adamw", "decay-and-schedule", "clipping", "sgd", "plain-sgd"],
 )
 def test_clients_trained_together_end_where_they_end_alone(
     small_clip_folder: Path, settings: TrainingSettings

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from federated.builders import training_settings
 from federated.config import (
     config_folder,
     dump_config,
@@ -86,6 +87,14 @@ def message_of(config: Path | str, *overrides: str) -> str:
     with pytest.raises(UserError) as error:
         load_config(config, overrides)
     return str(error.value)
+
+
+def test_plain_sgd_can_be_chosen_and_the_default_momentum_is_kept() -> None:
+    settings = training_settings(load_config("quickstart", ["client.optimizer=sgd", "client.momentum=0"]))
+    assert (settings.optimizer, settings.momentum) == ("sgd", 0.0)
+    assert training_settings(load_config("quickstart", ["client.optimizer=sgd"])).momentum == 0.9
+    with pytest.raises(UserError, match=r"client\.momentum=0\.5 goes with client\.optimizer=sgd"):
+        load_config("quickstart", ["client.momentum=0.5"])
 
 
 def test_an_error_stands_under_the_place_where_its_value_was_written(tmp_path: Path) -> None:

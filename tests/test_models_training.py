@@ -150,14 +150,27 @@ def test_an_extra_loss_adds_its_gradient_once_a_step_and_is_not_reported(
         torch.testing.assert_close(ours.detach(), theirs.detach() - 0.1 * theirs.grad)
 
 
-def test_warm_up_rises_linearly_and_the_cosine_ends_at_zero() -> None:
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 9, 40])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 4, 12])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_rates_are_those_of_the_stated_formula(schedule: str, warmup_steps: int, num_steps: int) -> None:
+    """Warm-up up to the peak, then from the peak to the schedule's end in the last step of all."""
+    settings = TrainingSettings(learning_rate=2.0, warmup_steps=warmup_steps, schedule=schedule)
+    rates = [learning_rate_at(settings, step, num_steps) for step in range(num_steps)]
+    rising = [2.0 * (step + 1) / warmup_steps for step in range(warmup_steps)]
+    left = max(0, num_steps - warmup_steps)
+    falling = [2.0] * left
+    if schedule == "cosine" and left > 1:
+        falling = [1.0 + math.cos(angle) for angle in torch.linspace(0, math.pi, left).double().tolist()]
+    assert rates == pytest.approx((rising + falling)[:num_steps], abs=1e-6)
+
+
+def test_the_cosine_is_zero_in_the_last_step_and_stays_there() -> None:
     settings = TrainingSettings(learning_rate=2.0, warmup_steps=4, schedule="cosine")
-    rates = [learning_rate_at(settings, step, 12) for step in range(13)]
-    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
-    assert rates[4] == 2.0
+    rates = [learning_rate_at(settings, step, 13) for step in range(15)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert rates[8] == pytest.approx(1.0)  # half way through the cosine
-    assert rates[12] == pytest.approx(0.0)
-    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert rates[11] > rates[12] == rates[13] == rates[14] == 0.0
 
 
 def test_a_constant_schedule_stays_after_warm_up() -> None:
@@ -206,6 +219,31 @@ def test_an_optimizer_serves_other_rates_but_not_other_parameters_or_kinds() -> 
     assert not trainer.fits(parameters[:-1], TrainingSettings())
     assert not trainer.fits(parameters, TrainingSettings(optimizer="sgd"))
     assert not trainer.fits(parameters, TrainingSettings(weight_decay=0.1))
+    assert not trainer.fits(parameters, TrainingSettings(momentum=0.0))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_sgd_is_its_textbook_recursion(momentum: float, weight_decay: float) -> None:
+    """v <- m v + g + decay p (matrices alone), p <- p - rate v; with m = 0 plain SGD."""
+    settings = TrainingSettings(
+        optimizer="sgd", learning_rate=0.1, momentum=momentum, weight_decay=weight_decay
+    )
+    net, oracle = _net(), _net()
+    trainer = LocalTrainer(list(net.parameters()), settings)
+    velocity = {name: torch.zeros_like(p) for name, p in oracle.named_parameters()}
+    for client in range(2):  # the second starts afresh
+        trainer.reset(settings, 3)
+        velocity = {name: torch.zeros_like(v) for name, v in velocity.items()}
+        _run(trainer, net, 3, seed=client)
+        for step in range(3):
+            oracle.zero_grad()
+            _loss(oracle)(_data(seed=client + step)).backward()
+            for name, p in oracle.named_parameters():
+                decay = weight_decay * p.detach() if p.ndim > 1 else 0.0
+                velocity[name] = momentum * velocity[name] + p.grad + decay
+                p.data -= 0.1 * velocity[name]
+        torch.testing.assert_close(_values(net), _values(oracle))
 
 
 @pytest.mark.parametrize(
@@ -214,6 +252,8 @@ def test_an_optimizer_serves_other_rates_but_not_other_parameters_or_kinds() -> 
         ("learning_rate", 0.0),
         ("weight_decay", -1.0),
         ("warmup_steps", -1),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
         ("clip_norm", 0.0),
         ("micro_batch_size", 0),
         ("optimizer", "adam"),

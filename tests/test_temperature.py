@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from aggregator_simulation import RANK, adapter, scaling_of
 from conftest import CLASS_NAMES
 from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from federated.aggregators import AGGREGATORS, Update, fedavg
 from federated.config import load_config
 from federated.experiment import Experiment, build_experiment
 from federated.inspection import describe_run
 from federated.reporting.run_record import read_run
+from federated.server_optimizers import SERVER_OPTIMIZERS, with_server_optimizer
 from federated.simulation import run_experiment
 from federated.standalone.trained_models import open_model
 from lora.adapters import adapter_layers
@@ -29,8 +32,9 @@ from lora.loading import load_full_checkpoint, load_lora_adapters
 from lora.named import load_named_adapter
 from lora.switching import disable_lora, enable_lora, merge_and_unload
 from lora.verify import count_parameters, verify_gradients
-from models.clip import MAX_LOG_TEMPERATURE, FederatedCLIPModel
+from models.clip import FederatedCLIPModel
 from models.errors import UserError
+from models.temperature import MAX_LOG_TEMPERATURE
 from models.training import Batch, TrainingSettings
 from tests.lora_models import INSTALLED_BACKENDS, disturb, features, small_clip
 from tests.real_federation import METHODS, NUM_CLIENTS, RealFederation, small_config, with_method
@@ -38,6 +42,7 @@ from tests.small_run import small_config as small_run_config
 
 NAME = "clip.logit_scale"
 ON = "lora.train_temperature=true"
+RATES = {"fedavgm": "learning_rate"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own call
 
 
@@ -86,11 +91,81 @@ def test_it_trains_travels_and_is_counted_when_asked_for(
     assert model.get_state()[NAME].item() == model.logit_scale.item() != before
 
 
-def test_it_stays_at_100_or_below(small_clip_folder: Path, pixel_batch: Batch) -> None:
-    model = wrapped(small_clip_folder, "zero_shot")
+BOUND = torch.tensor(MAX_LOG_TEMPERATURE).item()
+
+
+def by_partial_state(model: Any) -> None:
     model.set_state({NAME: torch.tensor(9.0)}, partial=True)
+
+
+def by_whole_state(model: Any) -> None:
+    model.set_state({**model.get_state(), NAME: torch.tensor(9.0)})
+
+
+def by_flat_state(model: Any) -> None:
+    state = model.get_state()
+    state[NAME].fill_(9.0)  # a view of its one vector
+    model.set_state(state)
+
+
+def by_parameters(model: Any) -> None:
+    arrays = dict(zip(model.exchanged_names, model.get_parameters(), strict=True))
+    model.set_parameters(list({**arrays, NAME: np.asarray(9.0, np.float32)}.values()))
+
+
+@pytest.mark.parametrize("enters", [by_partial_state, by_whole_state, by_flat_state, by_parameters])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_at_100_or_below_however_it_enters(
+    small_clip_folder: Path, pixel_batch: Batch, enters: Any, dtype: torch.dtype
+) -> None:
+    model = wrapped(small_clip_folder, "zero_shot", dtype=dtype)
+    enters(model)
+    assert model.logit_scale.item() == model.get_state()[NAME].item() == BOUND
     train(model, pixel_batch, steps=1)
-    assert model.logit_scale.item() <= MAX_LOG_TEMPERATURE + 1e-6
+    assert model.logit_scale.item() <= BOUND
+
+
+def test_a_step_across_the_bound_ends_on_it(small_clip_folder: Path, pixel_batch: Batch) -> None:
+    model = wrapped(small_clip_folder, "zero_shot")
+
+    def pull() -> torch.Tensor:
+        return -100.0 * model.logit_scale
+
+    model.start_training(TrainingSettings(learning_rate=1.0, optimizer="sgd"), 1, extra_loss=pull)
+    model.train_step(pixel_batch)
+    assert model.logit_scale.item() == BOUND
+
+
+def test_below_the_bound_a_state_enters_bit_for_bit(small_clip_folder: Path) -> None:
+    model = wrapped(small_clip_folder, "zero_shot")
+    model.set_state({NAME: torch.tensor(4.605)}, partial=True)
+    assert model.logit_scale.item() == torch.tensor(4.605).item()
+
+
+@pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
+def test_no_server_optimizer_takes_it_above_the_bound(name: str) -> None:
+    rule = with_server_optimizer(fedavg(), SERVER_OPTIMIZERS[name](**{RATES.get(name, "eta"): 50.0}))
+    server = rule.init({NAME: torch.tensor(4.0), "head.bias": torch.zeros(2)}, {})
+    for _ in range(3):
+        state = {n: t + 0.1 for n, t in server.state.items()}
+        server = rule.apply(server, [Update(0, 3, state, {})])
+        assert server.state[NAME].item() <= BOUND
+    assert (server.state["head.bias"] > BOUND).all()  # nothing else is bounded
+
+
+@pytest.mark.parametrize("method", AGGREGATORS)
+def test_no_aggregate_is_above_the_bound(method: str) -> None:
+    """A decoded update may be: int8 rounds, and a client may send what it likes."""
+    rule = AGGREGATORS[method]()
+    server = rule.init({**adapter(), NAME: torch.tensor(9.0).double()}, scaling_of(RANK))
+    assert server.state[NAME].item() <= MAX_LOG_TEMPERATURE
+    sent = rule.uplink(server.state, 1)
+    if NAME in sent:
+        state = {n: torch.tensor(9.0).double() if n == NAME else server.state[n] for n in sent}
+        after = rule.apply(server, [Update(0, 3, state, scaling_of(RANK))])
+        assert after.state[NAME].item() == MAX_LOG_TEMPERATURE
+    else:
+        assert method == "fedsa"
 
 
 @pytest.mark.parametrize("backend", INSTALLED_BACKENDS)

@@ -21,6 +21,7 @@ from federated.lowrank import LowRank
 from lora.adapters import FactorPair, factor_pairs
 from models.errors import UserError
 from models.state import State, layout_of, vector_of
+from models.temperature import within_bound
 
 _SUPPORTED = (torch.float32, torch.float64)
 _MAX_GROUP_VALUES = 1_000_000
@@ -40,7 +41,7 @@ def begin(state: Mapping[str, Tensor], scaling: Mapping[str, float]) -> ServerSt
             raise UserError(f"{pair.module}: lora_A has rank {state[pair.a].shape[0]} and lora_B another")
         if pair.module not in scaling:
             raise UserError(f"{pair.module} has no scaling: pass lora.adapters.scalings(model)")
-    return ServerState(state=sorted_state(state), scaling=dict(scaling))
+    return ServerState(state=sorted_state(within_bound(state)), scaling=dict(scaling))
 
 
 def begin_with_adapters(state: Mapping[str, Tensor], scaling: Mapping[str, float]) -> ServerState:
@@ -158,11 +159,14 @@ def advance(
     base_terms: Mapping[str, LowRank] | None = None,
     memory: State | None = None,
 ) -> ServerState:
-    """Return the server one round on, with new values and, per module, a product merged into the base."""
+    """Return the server one round on, with new values and, per module, a product merged into the base.
+
+    A temperature above CLIP's bound (from a server step, a codec, a client) becomes the bound.
+    """
     server_round = server.server_round + 1
     return replace(
         server,
-        state=sorted_state({**server.state, **values}),
+        state=sorted_state(within_bound({**server.state, **values})),
         server_round=server_round,
         base_delta=merged(server.base_delta, base_terms or {}, server_round),
         memory=server.memory if memory is None else memory,

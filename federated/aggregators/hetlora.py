@@ -50,7 +50,8 @@ def hetlora(*, gamma: float = 0.99, penalty_weight: float = 5e-3, min_rank: int 
     Preserves: the rank; not the sum of products (the factors are averaged apart).
 
     Args:
-        gamma: Part of a client's components that the tail penalty spares, and of its rank after pruning.
+        gamma: Part of a client's components that the tail penalty spares, and of its rank after pruning;
+            1: neither penalty nor pruning.
         penalty_weight: Factor of the tail penalty in the loss; 0: none. The default is this project's.
         min_rank: Pruning stops here.
 
@@ -66,6 +67,10 @@ def hetlora(*, gamma: float = 0.99, penalty_weight: float = 5e-3, min_rank: int 
     def penalty(factors: Mapping[str, Tensor]) -> Tensor:
         return penalty_weight * tail_penalty(factors, gamma)
 
+    rules = ClientRules(
+        penalty=penalty if penalty_weight else None,
+        next_rank=partial(pruned_rank, gamma=gamma, min_rank=min_rank),
+    )
     return Aggregator(
         name="hetlora",
         init=begin_with_adapters,
@@ -76,10 +81,7 @@ def hetlora(*, gamma: float = 0.99, penalty_weight: float = 5e-3, min_rank: int 
         apply=_apply,
         exact=False,
         allows_mixed_ranks=True,
-        client=ClientRules(
-            penalty=penalty if penalty_weight else None,
-            next_rank=partial(pruned_rank, gamma=gamma, min_rank=min_rank),
-        ),
+        client=rules if gamma < 1 else ClientRules(),
     )
 
 

@@ -148,6 +148,11 @@ class ClientRules:
     penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
     next_rank: Callable[[State, State, int], int] = _same_rank
 
+    @property
+    def changes_ranks(self) -> bool:
+        """Whether a client's rank may fall from round to round, so that each client has one of its own."""
+        return self.next_rank is not _same_rank
+
 
 NameRule = Callable[[Iterable[str], int], Names]
 

@@ -1,13 +1,14 @@
 """FlexLoRA and FedSVD: the server takes the SVD of the aggregate and hands its leading part out again.
 
-Where it stands in a round: ``apply`` leaves the global adapter in SVD form, A = V^T with orthonormal rows and
-B = U S / s, so that the first r_k components are the best rank-r_k adapter. The basis is another one each
-round: no server optimizer, and clients start with fresh moments (as they always do).
+Where it stands in a round: ``init`` and ``apply`` leave the global adapter in SVD form, A = V^T with
+orthonormal rows and B = U S / s, so that the first r_k components are the best rank-r_k adapter. The basis is
+another one each round: no server optimizer, and clients start with fresh moments (as they always do).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,12 +47,22 @@ def flexlora() -> Aggregator:
     trained or not; with equal ranks the two are the same. Since dW is kept in SVD form, truncation takes
     leading components and the rule reads: component j of the old dW stays with weight
     1 - sum of w_k over the clients with r_k > j, plus the new products. The result is cut to the server's
-    rank by QR-core SVD.
+    rank by QR-core SVD. An initial adapter with B != 0 is brought into SVD form before round 1; one with
+    B = 0 keeps its A.
 
     Source: FlexLoRA, Bai et al., NeurIPS 2024, arXiv:2402.11505, Alg. 1; delta form: this project.
     Bytes: up b r_k (d_i + d_o), down the same.
     Preserves: the sum of products up to the best approximation of the server's rank; any ranks.
     """
+
+    def init(state: Mapping[str, Tensor], scaling: Mapping[str, float]) -> ServerState:
+        server = begin_with_adapters(state, scaling)
+        values = dict(server.state)
+        for pair in factor_pairs(state):
+            a, b = values[pair.a], values[pair.b]
+            if b.any():
+                values[pair.a], values[pair.b] = refactorised(LowRank(b, a), a)
+        return replace(server, state=values)
 
     def apply(server: ServerState, updates: Sequence[Update]) -> ServerState:
         ordered = in_client_order(updates)
@@ -67,7 +78,7 @@ def flexlora() -> Aggregator:
 
     return Aggregator(
         name="flexlora",
-        init=begin_with_adapters,
+        init=init,
         downlink=send_truncated,
         trains=everything,
         uplink=everything,

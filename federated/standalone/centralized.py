@@ -28,6 +28,7 @@ from federated.config import (
 )
 from federated.data.loading import ImageTensors, image_tensors, steps_per_epoch
 from federated.experiment import Experiment, build_experiment
+from federated.learnable import check_can_learn
 from federated.ledger import Ledger
 from federated.run_folder import RunFolder, check_free, peak_memory_bytes
 from federated.seeding import generator, scoped_torch_rng
@@ -127,6 +128,7 @@ def train_centrally(
     check_free(path, overwrite=overwrite)
     with limited_threads(config.engine.threads):
         experiment = build_experiment(config)
+        check_can_learn(experiment)
         stopping = config.train.early_stopping
         training = Training(
             experiment=experiment,

@@ -20,6 +20,7 @@ from federated.config import AggregationSection, load_config
 from federated.data.loading import ImageTensors, image_tensors
 from federated.experiment import Experiment, build_experiment
 from federated.global_model import load_global_state
+from federated.learnable import check_can_score
 from federated.progress import Report, quiet
 from federated.reporting.plot_style import save_png
 from federated.simulation import limited_threads
@@ -88,6 +89,7 @@ def evaluate_source(
     check_outputs(folder, overwrite=overwrite)
     with limited_threads(config.engine.threads):
         experiment = build_experiment(one_shard(config))
+        check_can_score(experiment)
         images = split_images(experiment, split)
         trained = load_trained(experiment, run, adapter)
         detailed = evaluate_in_detail(experiment, images, report)
