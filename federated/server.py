@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from federated.aggregators import Limits
 from federated.checkpoint import ServerCheckpoint, save_server_checkpoint
 from federated.engines.metered import MeteredGrid
 from federated.experiment import Experiment, experiment_of
@@ -28,7 +29,7 @@ from federated.round_record import RoundRecord, curve_lines
 from federated.run_folder import RunFolder, peak_memory_bytes
 from federated.savings import Bandwidth, communication_summary
 from federated.seeding import generator
-from federated.strategy import LoRAStrategy, Ranks
+from federated.strategy import LoRAStrategy, Ranks, ShardSizes
 from lora.base_delta import save_base_delta
 from models.errors import UserError
 
@@ -132,6 +133,10 @@ def build_strategy(
         downlink=config.communication.downlink,
         ranks=Ranks(experiment.rank_of, experiment.scaling_at) if experiment.mixed_ranks else Ranks(),
         scaffold=config.client.scaffold,
+        limits=Limits(config.aggregation.max_update_ratio, config.aggregation.max_examples_ratio),
+        shard_sizes=ShardSizes(
+            experiment.num_examples, lambda client_id: len(experiment.shards[client_id].test)
+        ),
         error_every=config.evaluation.aggregation_error_every,
         evaluates=lambda server_round: evaluating_clients(experiment, server_round),
         on_broadcast=before_broadcast,
