@@ -91,6 +91,7 @@ class FederationSection(Section):
     cohort_size: int | None = Field(None, ge=1)
     """Clients sampled a round; all of them when not given."""
     timeout_seconds: float = Field(3600.0, gt=0)
+    """For all clients of a phase; a worker is ended then, but in one process a running client ends late."""
 
 
 class ClientSection(Section):

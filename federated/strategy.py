@@ -312,8 +312,9 @@ class LoRAStrategy(FedAvg):
             except UnreadableReplyError as error:
                 self._refuse(client_id, str(error))
                 continue
-            if reply.has_error():
-                self.record.failed.append(Failure(client_id, str(reply.error.reason)))
+            if not reply.has_content():
+                reason = reply.error.reason if reply.has_error() else "its reply is empty"
+                self.record.failed.append(Failure(client_id, str(reason)))
                 self.versions.pop(client_id, None)  # whatever it has lost, it will receive everything
             else:
                 answered.append(reply)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections.abc import Callable
+
 import flwr
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -60,6 +65,106 @@ def test_a_raising_client_becomes_an_error_reply_and_the_others_answer() -> None
     assert [reply.metadata.src_node_id for reply in failed] == [node_id_of(2)]
     assert "client 2 always fails" in failed[0].error.reason
     assert len(replies) == 4
+
+
+class _OwnKind(BaseException):
+    """What is no Exception, as some libraries use it."""
+
+
+def _exits(message: Message, context: Context) -> object:
+    sys.exit("the client has had enough")
+
+
+def _raises_its_own_kind(message: Message, context: Context) -> object:
+    raise _OwnKind("no Exception")
+
+
+def _returns_nothing(message: Message, context: Context) -> object:
+    return None
+
+
+def _returns_records(message: Message, context: Context) -> object:
+    return message.content
+
+
+def _spoils_its_state(message: Message, context: Context) -> object:
+    context.state = {"not": "records"}  # type: ignore[assignment]
+    return Message(RecordDict(), reply_to=message)
+
+
+def _writes_to_the_terminal(message: Message, context: Context) -> object:
+    raise RuntimeError("\x1b[2J\x1b]0;title\x07\u202eno\n" + "x" * 10_000_000)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [
+        (_exits, "SystemExit: the client has had enough"),
+        (_raises_its_own_kind, "_OwnKind: no Exception"),
+        (_returns_nothing, "this one: NoneType"),
+        (_returns_records, "this one: RecordDict"),
+        (_spoils_its_state, "state: dict"),
+        (_writes_to_the_terminal, "RuntimeError: no xxx"),
+    ],
+)
+def test_whatever_a_client_does_it_alone_has_failed(
+    does: Callable[[Message, Context], object],
+    reason: str,
+    num_workers: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.set_num_threads(1)
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1:
+            return does(message, context)  # type: ignore[return-value]
+        return Message(RecordDict(), reply_to=message)
+
+    grid = InProcessGrid(app, 3, num_workers=num_workers)
+    for _ in range(2):
+        replies = list(grid.send_and_receive(broadcast(grid, np.zeros(2, np.float32), [0, 1, 2])))
+        assert [reply.has_error() for reply in replies] == [False, True, False]
+        assert reason in replies[1].error.reason
+        assert len(replies[1].error.reason) < 1000
+    assert "\x1b" not in caplog.text + replies[1].error.reason
+    assert len(caplog.text) < 10_000
+    grid.close()
+
+
+def test_the_users_interrupt_ends_the_run_though_a_client_is_running() -> None:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        raise KeyboardInterrupt
+
+    grid = InProcessGrid(app, 2)
+    with pytest.raises(KeyboardInterrupt):
+        grid.send_and_receive(broadcast(grid, np.zeros(2, np.float32), [0, 1]))
+
+
+def test_a_client_that_the_deadline_finds_running_in_one_process_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app, ended = ClientApp(), threading.Event()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1:
+            while "still runs" not in caplog.text:  # it is named while it runs, for it may never end
+                ended.wait(0.01)
+        return Message(RecordDict(), reply_to=message)
+
+    grid = InProcessGrid(app, 3)
+    messages = broadcast(grid, np.zeros(2, np.float32), [0, 1, 2])
+    replies = list(grid.send_and_receive(messages, timeout=0.2))
+    assert [reply.metadata.src_node_id for reply in replies] == [node_id_of(0), node_id_of(1)]
+    assert "client 1 still runs after federation.timeout_seconds" in caplog.text
+    assert "client 1 ended" in caplog.text
+    assert "no reply from clients [2]" in caplog.text
 
 
 def test_client_state_persists_between_messages_and_is_not_committed_on_failure() -> None:
