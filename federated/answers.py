@@ -9,16 +9,24 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, Metadata, MetricRecord, RecordDict
 
-from federated.aggregators import ClientProfile, Update
+from federated.aggregators import ClientProfile, EncodingLoss, Update
 from federated.client_terms import control_names, split_control
 from federated.codecs import Codec
-from federated.messages import CLIENT_ID, NUM_EXAMPLES, RANK, SERVER_ROUND, TRAIN_LOSS, read_state
+from federated.messages import (
+    CLIENT_ID,
+    ENCODING_LOSS,
+    NUM_EXAMPLES,
+    RANK,
+    SERVER_ROUND,
+    TRAIN_LOSS,
+    read_state,
+)
 from federated.payload import CONFIG, LARGEST_FP32, METRICS
 from models.state import Layout, State, add_, layout_of
 
@@ -68,12 +76,14 @@ class Answer:
         train_loss: Mean loss of its local steps.
         next_rank: The rank that it goes on with; None where all have the server's.
         variate_change: What it adds to its control variate; empty without SCAFFOLD.
+        encoding_loss: What its codec lost, as it says; None where it does not.
     """
 
     update: Update
     train_loss: float
     next_rank: int | None
     variate_change: State
+    encoding_loss: EncodingLoss | None = None
 
 
 def check_answers(reply: Message, sent: Metadata, server_round: int) -> None:
@@ -98,20 +108,32 @@ def check_answers(reply: Message, sent: Metadata, server_round: int) -> None:
         )
 
 
-def check_examples(told: float, known: int | None) -> None:
-    """Refuse more examples than the client's shard has.
+@dataclass(frozen=True)
+class ShardSizes:
+    """What the server knows of its clients' data; None: nothing.
 
-    Args:
-        told: What the client says that it used.
-        known: What the server knows of its shard; None: nothing.
-
-    Raises:
-        UnreadableReplyError: It says more.
+    Attributes:
+        train: Training rows of a client.
+        test: Rows that it keeps for its own evaluation.
     """
+
+    train: Callable[[int], int | None] = lambda client_id: None
+    test: Callable[[int], int | None] = lambda client_id: None
+
+    def check_train(self, client_id: int, told: float) -> None:
+        """Raise UnreadableReplyError where a client says that it trained on more examples than it has."""
+        _check_examples("trained on", told, self.train(client_id))
+
+    def check_test(self, client_id: int, told: float) -> None:
+        """Raise UnreadableReplyError where a client says that it evaluated on more examples than it has."""
+        _check_examples("evaluated on", told, self.test(client_id))
+
+
+def _check_examples(verb: str, told: float, known: int | None) -> None:
     if known is not None and told > known:
         raise UnreadableReplyError(
-            f"it says that it used {told:g} examples, but its shard has {known}: client and server must have "
-            "one configuration and the same data"
+            f"it says that it {verb} {told:g} examples, but its shard has {known}: client and server must "
+            "have one configuration and the same data"
         )
 
 
@@ -126,6 +148,7 @@ def read_answer(client_id: int, content: RecordDict, codec: Codec, start: Start)
         metrics = _metrics(content)
         num_examples, train_loss = int(metrics[NUM_EXAMPLES]), float(metrics[TRAIN_LOSS])
         next_rank = _checked_rank(start.profile, int(metrics[RANK]))
+        loss = _encoding_loss(metrics)
     except _UNREADABLE as error:
         raise UnreadableReplyError(_reason(error)) from error
     if not abs(train_loss) <= LARGEST_FP32:
@@ -137,7 +160,7 @@ def read_answer(client_id: int, content: RecordDict, codec: Codec, start: Start)
         scaling=start.scaling,
         rank=start.profile.rank,
     )
-    return Answer(update, train_loss, next_rank, variate_change)
+    return Answer(update, train_loss, next_rank, variate_change, loss)
 
 
 def read_evaluation(content: RecordDict) -> dict[str, float]:
@@ -182,6 +205,15 @@ def _metrics(content: RecordDict) -> dict[str, Any]:
     if not isinstance(record, MetricRecord):
         raise TypeError(f"the record '{METRICS}' is a {type(record).__name__}")
     return dict(record)
+
+
+def _encoding_loss(metrics: Mapping[str, Any]) -> EncodingLoss | None:
+    if ENCODING_LOSS not in metrics:
+        return None
+    distance, change = (float(value) for value in metrics[ENCODING_LOSS])
+    if not (math.isfinite(distance) and math.isfinite(change) and distance >= 0):
+        raise ValueError(f"the loss of its encoding is {[distance, change]}")
+    return EncodingLoss(distance, change)
 
 
 def _checked_rank(profile: ClientProfile, asked: int) -> int | None:

@@ -1,11 +1,10 @@
 """The frozen base weights of this process, for aggregators that merge what was learnt into them.
 
-Where it stands in a round: before a client trains or anybody evaluates, what the downlink brought for the
-base is folded in. All clients simulated in one process share one base with the server: it stands at one
-version, which the server sets before it sends, and a client whose downlink repeats what the base already
-contains changes nothing. The server's weight is always the pre-trained one plus the sum of everything merged,
-so that it does not depend on the order of clients. Weights are float32 and nothing is ever merged that would
-have to be undone.
+Where it stands in a round: before a client trains or anybody evaluates, the base becomes the pre-trained one
+plus the sum of everything merged, so that it depends neither on the order of clients nor on the process that
+runs them. Where the server lives in this process, it sets the base before it sends, once for all clients.
+Elsewhere each client sets it from what it keeps (``federated.client``). Weights are float32 and nothing is
+ever merged that would have to be undone.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from federated.aggregators import NEVER, BaseDelta, BaseUpdate, fold
+from federated.aggregators import NEVER, BaseDelta
 from lora.adapters import base_weights
 from models.errors import UserError
 
@@ -27,7 +26,8 @@ class BaseWeights:
         model: The federated model with adapters.
 
     Attributes:
-        version: Rounds of the server whose merges they contain.
+        version: Rounds of the server whose merges they contain; ``NEVER`` unless the server of this process
+            has set them.
         num_changes: How often a weight was overwritten.
     """
 
@@ -37,48 +37,42 @@ class BaseWeights:
         self.version = NEVER
         self.num_changes = 0
 
-    @torch.no_grad()
     def bring_to(self, deltas: Mapping[str, BaseDelta], version: int) -> None:
-        """Make every base weight the pre-trained one plus all that the server has merged.
+        """Make every base weight the pre-trained one plus all that the server of this process has merged.
 
         Args:
             deltas: Module -> everything merged up to ``version``.
             version: Rounds done by the server.
-        """
-        if self.version == version:
-            return
-        for module, delta in deltas.items():
-            pretrained = self._pretrained_weight(module)
-            self._weights[module].copy_(pretrained + delta.total().to(pretrained))
-            self.num_changes += 1
-        self.version = version
-
-    @torch.no_grad()
-    def fold(self, updates: Mapping[str, BaseUpdate], *, held_version: int, version: int) -> None:
-        """Take in what a downlink brought.
-
-        Args:
-            updates: Module -> what changed since ``held_version``.
-            held_version: The version that the sender of ``updates`` believes this base to be at.
-            version: What the base is at afterwards.
 
         Raises:
-            UserError: This base is older than the sender believes, so the updates do not suffice.
+            UserError: As ``hold``.
         """
-        if not updates or self.version >= version:
-            return
-        partial = any(update.total is None for update in updates.values())
-        if partial and self.version < held_version:
-            raise UserError(
-                f"this process's base weights are at round {self.version}, the client's at {held_version}: "
-                "aggregators that merge into the base need engine.name=inprocess, or one process a client"
-            )
-        for module, update in updates.items():
+        if self.version != version:
+            self.hold(deltas)
+            self.version = version
+
+    @torch.no_grad()
+    def hold(self, deltas: Mapping[str, BaseDelta]) -> None:
+        """Make every base weight the pre-trained one plus all that was merged into it.
+
+        Args:
+            deltas: Module -> everything merged; a module that is not there gets its pre-trained weight.
+
+        Raises:
+            UserError: A weight in half precision, which would lose updates.
+        """
+        self.version = NEVER
+        for module in sorted({*self._pretrained, *deltas}):
             pretrained = self._pretrained_weight(module)
-            weight = self._weights[module]
-            weight.copy_(fold(weight, pretrained, update, self.version))
+            if pretrained.dtype.itemsize < 4:
+                raise UserError(
+                    f"the base weight is {pretrained.dtype}: merged updates need model.dtype=float32"
+                )
+            weight = pretrained
+            if module in deltas:
+                weight = pretrained + deltas[module].total().to(pretrained)
+            self._weights[module].copy_(weight)
             self.num_changes += 1
-        self.version = version
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -15,13 +15,14 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from federated.aggregators import NEVER, receive, unpack_downlink
+from federated.aggregators import NEVER, BaseDelta, Downlink, encoding_loss, receive, unpack_downlink
 from federated.client_terms import ControlVariates, control_names, split_control, zero_variates
 from federated.codecs import codec_from_name
 from federated.experiment import Experiment, experiment_of
 from federated.local_training import Assignment, load_into_model, train_locally
 from federated.messages import (
     CLIENT_ID,
+    ENCODING_LOSS,
     NUM_EXAMPLES,
     RANK,
     SERVER_ROUND,
@@ -37,8 +38,9 @@ from models.errors import UserError
 from models.state import State, layout_of, subtract_
 
 HELD, VERSION, CODEC_MEMORY, VARIATE = "held", "version", "codec-memory", "variate"
-"""Keys in ``Context.state``: the wire state a client holds, its version, what its codec still owes, and its
-control variate."""
+MERGED, MERGED_VERSION = "merged", "merged-version"
+"""Keys in ``Context.state``: the wire state a client holds, its version, what its codec still owes and its
+control variate; what has been merged into each base weight, as one sum, and the version of that."""
 
 app = ClientApp()
 
@@ -70,9 +72,16 @@ def train(message: Message, context: Context) -> Message:
         RANK: result.next_rank or 0,
     }
     content = encode(experiment, delta, context, assignment)
-    if variates is not None:  # what the server decodes, so that c stays the mean of all c_k
-        _, change = split_control(_as_decoded(experiment, content, delta))
-        keep(context, VARIATE, {name: variates.own[name] + value for name, value in change.items()})
+    reports_loss = _reports_loss(experiment, assignment.server_round)
+    if variates is not None or reports_loss:
+        decoded, change = split_control(_as_decoded(experiment, content, delta))
+        if variates is not None:  # what the server decodes, so that c stays the mean of all c_k
+            keep(context, VARIATE, {name: variates.own[name] + value for name, value in change.items()})
+        if reports_loss:
+            trained, known = ({**held, **{n: held[n] + d[n] for n in uplink}} for d in (delta, decoded))
+            scaling = experiment.scaling_at(assignment.rank)
+            loss = encoding_loss(experiment.aggregator, trained, known, scaling)
+            metrics[ENCODING_LOSS] = [loss.squared_distance, loss.squared_size_change]
     content[METRICS] = MetricRecord(metrics)
     return Message(content, reply_to=message)
 
@@ -101,7 +110,7 @@ def take_in(
 ) -> tuple[State, State]:
     """Return the wire state that this client holds once it has received a downlink, and SCAFFOLD's c.
 
-    What the downlink left out is what the client held before; what it brings for the base model is folded in.
+    What the downlink left out is what the client held before; what it brings for the base model is merged.
     Private values are taken once: a server that never saw this client's answer may send them again.
 
     Raises:
@@ -112,20 +121,45 @@ def take_in(
     received = read_broadcast(message.content, codec, experiment.downlink_layout)
     values, server_variate = split_control(received)
     downlink = unpack_downlink(values, config)
-    _check_version(context, since=int(config.get(SINCE, NEVER)))
+    since = int(config.get(SINCE, NEVER))
+    _check_version(context, VERSION, since)
     before = recall(context, HELD)
     held = receive(downlink, before or experiment.wire_state(rank))
     if private := experiment.aggregator.private(before):
         held = {**held, **{name: before[name] for name in private}}
-    experiment.base.fold(downlink.base_updates, held_version=_version(context), version=downlink.version)
+    if experiment.aggregator.merges_into_base and experiment.base.version != downlink.version:
+        _merge(experiment, context, downlink, since)
     if experiment.aggregator.clients_remember:
         keep(context, HELD, held)
-        context.state[VERSION] = ConfigRecord({VERSION: downlink.version})
+        _keep_version(context, VERSION, downlink.version)
     return held, server_variate
 
 
+def _merge(experiment: Experiment, context: Context, downlink: Downlink, since: int) -> None:
+    """Make the base weights what they are on the server, which is in another process, and keep the sum.
+
+    The process may be new to this message or have run other clients meanwhile, at other versions: all that
+    the base becomes is made of what this client keeps. Where the server is in this process, its base serves.
+
+    Raises:
+        UserError: The downlink leaves out what this client should keep and does not.
+    """
+    _check_version(context, MERGED_VERSION, since)
+    held_version = _version(context, MERGED_VERSION)
+    merged = {module: BaseDelta(dense=total) for module, total in recall(context, MERGED).items()}
+    for module, update in downlink.base_updates.items():
+        merged[module] = merged.get(module, BaseDelta()).received(update, held_version)
+    experiment.base.hold(merged)
+    keep(context, MERGED, {module: delta.total() for module, delta in merged.items()})
+    _keep_version(context, MERGED_VERSION, downlink.version)
+
+
 def encode(experiment: Experiment, delta: State, context: Context, assignment: Assignment) -> RecordDict:
-    """Encode an update; with error feedback, what the codec loses now is added to the next update."""
+    """Encode an update; with error feedback, what the codec loses now is added to the next update.
+
+    Changes of control variates are left out of that: each is the way from what the server has decoded so far
+    to where the variate should be, so that what was lost is in the next change already.
+    """
     codec = codec_from_name(experiment.config.communication.uplink)
     key = assignment.server_round, assignment.client_id
     rng = generator(experiment.config.seed, "codec", *key) if codec.draws else None
@@ -136,9 +170,17 @@ def encode(experiment: Experiment, delta: State, context: Context, assignment: A
     owed = {name: value + memory.get(name, 0.0) for name, value in delta.items()}
     content = write_state(owed, codec, rng, meta)
     sent = _as_decoded(experiment, content, owed)
-    lost = {name: value - sent[name] for name, value in owed.items()}
+    update, _ = split_control(owed)
+    lost = {name: value - sent[name] for name, value in update.items()}
     keep(context, CODEC_MEMORY, {**memory, **lost})
     return content
+
+
+def _reports_loss(experiment: Experiment, server_round: int) -> bool:
+    """Whether the server measures the aggregation error of a round and cannot know what the codec lost."""
+    every = experiment.config.evaluation.aggregation_error_every
+    measured = experiment.aggregator.has_global_model and every and server_round % every == 0
+    return bool(measured) and not codec_from_name(experiment.config.communication.uplink).lossless
 
 
 def _as_decoded(experiment: Experiment, content: RecordDict, state: State) -> State:
@@ -160,19 +202,23 @@ def recall(context: Context, key: str) -> State:
     return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
 
 
-def _check_version(context: Context, *, since: int) -> None:
+def _check_version(context: Context, key: str, since: int) -> None:
     """Raise UserError if a downlink holds only what changed since a version that this client never had."""
-    if since > _version(context):
+    if since > (version := _version(context, key)):
         raise UserError(
             f"client {_client_id(context)} has lost its state: it was sent what changed since round {since}, "
-            f"and holds round {_version(context)}; the server's next message to it will bring everything"
+            f"and holds round {version}; the server's next message to it will bring everything"
         )
 
 
-def _version(context: Context) -> int:
-    if VERSION not in context.state:
+def _version(context: Context, key: str) -> int:
+    if key not in context.state:
         return NEVER
-    return int(cast(Mapping[str, int], context.state[VERSION])[VERSION])
+    return int(cast(Mapping[str, int], context.state[key])[key])
+
+
+def _keep_version(context: Context, key: str, version: int) -> None:
+    context.state[key] = ConfigRecord({key: version})
 
 
 def _assignment(message: Message, context: Context) -> Assignment:

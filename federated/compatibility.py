@@ -6,6 +6,7 @@ refused here, with the remedy, and not in its third round.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from federated.aggregators import Aggregator, ServerState, aggregator_from_name, check_ranks
@@ -14,6 +15,8 @@ from federated.codecs.selection import SELECTIONS
 from federated.config import ExperimentConfig
 from federated.server_optimizers import SERVER_OPTIMIZERS, server_optimizer_from_name, with_server_optimizer
 from models.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _SET_ELSEWHERE = {
     "fedprox": "client.proximal_mu=0.01",
@@ -139,6 +142,19 @@ def _check_scaffold(config: ExperimentConfig, aggregator: Aggregator) -> None:
         raise UserError("client.scaffold=true needs unscaled gradients: set client.precision=fp32 or bf16")
 
 
+def _warn_of_lost_exactness(config: ExperimentConfig, aggregator: Aggregator) -> None:
+    """Say so where a rule that is exact averages what a codec has changed."""
+    codecs = {f"communication.{way}": getattr(config.communication, way) for way in ("uplink", "downlink")}
+    lossy = [f"{key}={name}" for key, name in codecs.items() if not codec_from_name(name).lossless]
+    if aggregator.exact and lossy:
+        log.warning(
+            "aggregation.name=%s is exact only without loss, and %s loses some: the global model is not the "
+            "average of what clients trained; aggregation_error in metrics.jsonl says by how much",
+            config.aggregation.name,
+            " and ".join(lossy),
+        )
+
+
 _CHECKS: tuple[Callable[[ExperimentConfig, Aggregator], None], ...] = (
     _check_downlink_codec,
     _check_uplink_codec,
@@ -146,4 +162,5 @@ _CHECKS: tuple[Callable[[ExperimentConfig, Aggregator], None], ...] = (
     _check_adapters,
     _check_evaluation,
     _check_scaffold,
+    _warn_of_lost_exactness,
 )

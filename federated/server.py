@@ -18,6 +18,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, 
 from flwr.serverapp import Grid, ServerApp
 
 from federated.aggregators import Limits
+from federated.answers import ShardSizes
 from federated.checkpoint import ServerCheckpoint, save_server_checkpoint
 from federated.engines.metered import MeteredGrid
 from federated.experiment import Experiment, experiment_of
@@ -29,7 +30,7 @@ from federated.round_record import RoundRecord, curve_lines
 from federated.run_folder import RunFolder, peak_memory_bytes
 from federated.savings import Bandwidth, communication_summary
 from federated.seeding import generator
-from federated.strategy import LoRAStrategy, Ranks, ShardSizes
+from federated.strategy import LoRAStrategy, Ranks
 from lora.base_delta import save_base_delta
 from models.errors import UserError
 

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, MetricRecord, RecordDict
@@ -23,6 +24,8 @@ from federated.aggregators import (
     NEVER,
     Aggregator,
     ClientProfile,
+    EncodingLoss,
+    Known,
     Limits,
     ServerState,
     Update,
@@ -32,22 +35,24 @@ from federated.aggregators import (
     pack_downlink,
     receive,
     run_round,
+    unpack_downlink,
     whole_norm,
 )
 from federated.answers import (
     Answer,
+    ShardSizes,
     Start,
     UnreadableReplyError,
     check_answers,
-    check_examples,
     read_answer,
     read_evaluation,
 )
 from federated.client_terms import control_names, next_control, split_control, zero_variates
 from federated.codecs import Codec, codec_from_name
 from federated.cohort import sample_cohort
-from federated.messages import RANK, SERVER_ROUND, SINCE, write_state
-from federated.payload import ARRAYS
+from federated.held_states import HeldStates
+from federated.messages import RANK, SERVER_ROUND, SINCE, read_broadcast, write_state
+from federated.payload import ARRAYS, CONFIG
 from federated.round_record import Failure, RoundRecord
 from federated.seeding import generator
 from models.errors import ROUND_FAILURE
@@ -67,19 +72,6 @@ class Ranks:
 
     of: Callable[[int], int | None] = lambda client_id: None
     scaling: Callable[[int | None], Mapping[str, float] | None] = lambda rank: None
-
-
-@dataclass(frozen=True)
-class ShardSizes:
-    """What the server knows of its clients' data; None: nothing.
-
-    Attributes:
-        train: Training rows of a client.
-        test: Rows that it keeps for its own evaluation.
-    """
-
-    train: Callable[[int], int | None] = lambda client_id: None
-    test: Callable[[int], int | None] = lambda client_id: None
 
 
 class LoRAStrategy(FedAvg):
@@ -137,7 +129,9 @@ class LoRAStrategy(FedAvg):
         self._scaffold = scaffold
         self._limits = limits
         self._shard_sizes = shard_sizes
-        self._error_every = error_every
+        self._error_every = error_every if aggregator.has_global_model else 0
+        follows = bool(self._error_every) and not self._downlink.lossless
+        self._held = HeldStates(remembers=aggregator.clients_remember) if follows else None
         self._evaluates = evaluates
         self._on_broadcast = on_broadcast
         self._sent: dict[int, Metadata] = {}
@@ -187,7 +181,7 @@ class LoRAStrategy(FedAvg):
         losses = [answer.train_loss for answer in answers]
         self.record.metrics["train_loss"] = float(np.average(losses, weights=weights))
         if self._error_every and self.record.server_round % self._error_every == 0:
-            error = aggregation_error(self.aggregator, before, self.server_state, accepted)
+            error = self._aggregation_error(before, accepted, answers)
             if error is not None and math.isfinite(error):
                 self.record.metrics["aggregation_error"] = error
         if self._scaffold:
@@ -207,6 +201,20 @@ class LoRAStrategy(FedAvg):
             self._refuse(client_id, f"its control variate: {reason}")
         return [answer for answer in answers if answer.update.client_id not in absurd]
 
+    def _aggregation_error(
+        self, before: ServerState, accepted: Sequence[Update], answers: Sequence[Answer]
+    ) -> float | None:
+        """Return the round's aggregation error; None where a client's loss is not known."""
+        known = {}
+        for answer in answers:
+            loss = EncodingLoss() if self._uplink.lossless else answer.encoding_loss
+            if loss is None:
+                return None
+            client_id = answer.update.client_id
+            held = None if self._held is None else self._held.started_from(client_id)
+            known[client_id] = Known(held, loss)
+        return aggregation_error(self.aggregator, before, self.server_state, accepted, known)
+
     # ---- evaluation by clients
 
     def configure_evaluate(
@@ -222,7 +230,7 @@ class LoRAStrategy(FedAvg):
             client_id = self._client_of(reply)
             try:
                 metrics = read_evaluation(reply.content)
-                check_examples(metrics["eval_examples"], self._shard_sizes.test(client_id))
+                self._shard_sizes.check_test(client_id, metrics["eval_examples"])
             except UnreadableReplyError as error:
                 self._refuse(client_id, str(error))
                 continue
@@ -255,8 +263,11 @@ class LoRAStrategy(FedAvg):
     def _broadcast(self, server_round: int, client_ids: list[int], message_type: str) -> list[Message]:
         """Encode each distinct downlink once and address it to its clients."""
         self._sent_version = self.server_state.server_round
+        self._sent.clear()
         if client_ids:
             self._on_broadcast(server_round, len(client_ids), message_type)
+        if self._held is not None:
+            self._held.begin_broadcast()
         contents: dict[tuple[int, int | None], RecordDict] = {}
         messages = []
         for client_id in client_ids:
@@ -266,7 +277,11 @@ class LoRAStrategy(FedAvg):
                 contents[key] = self._downlink_content(server_round, profile, message_type)
             group = str(server_round)
             messages.append(Message(contents[key], self._nodes[client_id], message_type, group_id=group))
-        self._sent = dict(zip(client_ids, [message.metadata for message in messages], strict=True))
+            self._sent[client_id] = messages[-1].metadata
+            if self._held is not None:
+                values, _ = split_control(read_broadcast(contents[key], self._downlink, self._full_layout))
+                config = cast(Mapping[str, int], contents[key][CONFIG])
+                self._held.sent(client_id, unpack_downlink(values, config))
         return messages
 
     def _downlink_content(self, server_round: int, profile: ClientProfile, message_type: str) -> RecordDict:
@@ -316,9 +331,13 @@ class LoRAStrategy(FedAvg):
                 reason = reply.error.reason if reply.has_error() else "its reply is empty"
                 self.record.failed.append(Failure(client_id, str(reason)))
                 self.versions.pop(client_id, None)  # whatever it has lost, it will receive everything
+                if self._held is not None:
+                    self._held.failed(client_id)
             else:
                 answered.append(reply)
                 self.versions[client_id] = self._sent_version
+                if self._held is not None:
+                    self._held.answered(client_id)
         return answered
 
     def _decode(self, reply: Message) -> Answer | None:
@@ -326,7 +345,7 @@ class LoRAStrategy(FedAvg):
         client_id = self._client_of(reply)
         try:
             answer = read_answer(client_id, reply.content, self._uplink, self._start_of(client_id))
-            check_examples(answer.update.num_examples, self._shard_sizes.train(client_id))
+            self._shard_sizes.check_train(client_id, answer.update.num_examples)
         except UnreadableReplyError as error:
             self._refuse(client_id, str(error))
             return None

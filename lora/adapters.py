@@ -62,6 +62,11 @@ def factor_of(name: str) -> str | None:
     return next((factor for factor in FACTORS if f".{factor}." in name), None)
 
 
+def is_adapter_part(name: str) -> bool:
+    """Whether a parameter or wire name is a factor's, or that of another matrix inside an adapter."""
+    return ".lora_" in name
+
+
 def factor_pairs(names: Iterable[str]) -> list[FactorPair]:
     """Pair the factors among wire names, sorted by module; names that are no factors are ignored.
 

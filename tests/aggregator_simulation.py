@@ -16,10 +16,10 @@ from torch import Tensor
 from federated.aggregators import (
     NEVER,
     Aggregator,
+    BaseDelta,
     ClientProfile,
     ServerState,
     Update,
-    fold,
     pack_downlink,
     receive,
     unpack_downlink,
@@ -75,6 +75,7 @@ class Client:
     scaling: dict[str, float]
     base: State
     held: State
+    merged: dict[str, BaseDelta] = field(default_factory=dict)
     version: int = NEVER
     start: State = field(default_factory=dict)
     profile_rank: int | None = None
@@ -146,7 +147,9 @@ def send(fed: Federation, client: Client) -> None:
     """Bring one client up to date, by way of the wire form."""
     downlink = unpack_downlink(*pack_downlink(fed.aggregator.downlink(fed.server, client.profile())))
     for module, update in downlink.base_updates.items():
-        client.base[module] = fold(client.base[module], fed.pretrained[module], update, client.version)
+        merged = client.merged.get(module, BaseDelta()).received(update, client.version)
+        client.merged = {**client.merged, module: merged}
+        client.base[module] = fed.pretrained[module] + merged.total()
     client.held = receive(downlink, client.held)
     client.version = downlink.version
     client.start = fed.client_weights(client)

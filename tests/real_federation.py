@@ -1,6 +1,6 @@
 """A federation on the bundled model without a run folder: the real server, client app, codecs and ledger.
 
-Each client also has base weights of its own here, folded from nothing but what it received, so that the tests
+Each client also has base weights of its own here, made of nothing but what it received, so that the tests
 see what a client alone on its machine would hold.
 """
 
@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 
 import federated.client
 import federated.strategy
-from federated.aggregators import fold
+from federated.aggregators import NEVER, BaseDelta, Downlink
 from federated.builders import training_settings
 from federated.client import HELD, app, recall
 from federated.compatibility import build_aggregator
@@ -112,6 +112,7 @@ class RealFederation:
         self.experiment = experiment
         self.pretrained = experiment.base.current()
         self.bases = {i: dict(self.pretrained) for i in range(experiment.num_clients)}
+        self.merged: dict[int, dict[str, BaseDelta]] = {i: {} for i in range(experiment.num_clients)}
         self.versions: dict[int, int] = {}
         self.starts: dict[int, State] = {}
         self.ends: dict[int, State] = {}
@@ -134,7 +135,7 @@ class RealFederation:
         original_train, original_take, original_encode = (
             getattr(federated.client, name) for name in ("train_locally", "take_in", "encode")
         )
-        original_fold, original_read = self.experiment.base.fold, federated.client.read_broadcast
+        original_unpack, original_read = federated.client.unpack_downlink, federated.client.read_broadcast
         current = [0]
 
         def read_broadcast(*arguments: Any) -> State:
@@ -148,11 +149,15 @@ class RealFederation:
             self.held[current[0]] = result[0]
             return result
 
-        def fold_twice(updates: Any, *, held_version: int, version: int) -> None:
-            own = self.bases[current[0]]
-            for module, update in updates.items():
-                own[module] = fold(own[module], self.pretrained[module], update, held_version)
-            original_fold(updates, held_version=held_version, version=version)
+        def unpack_downlink(*arguments: Any) -> Downlink:
+            downlink = original_unpack(*arguments)
+            merged, base = self.merged[current[0]], self.bases[current[0]]
+            version = self.versions.get(current[0], NEVER)
+            for module, update in downlink.base_updates.items():
+                merged[module] = merged.get(module, BaseDelta()).received(update, version)
+                base[module] = self.pretrained[module] + merged[module].total()
+            self.versions[current[0]] = downlink.version
+            return downlink
 
         def train_locally(experiment: Experiment, assignment: Any, held: State) -> Any:
             result = original_train(experiment, assignment, held)
@@ -171,7 +176,7 @@ class RealFederation:
         for name, function in (("train_locally", train_locally), ("take_in", take_in), ("encode", encode)):
             monkeypatch.setattr(federated.client, name, function)
         monkeypatch.setattr(federated.client, "read_broadcast", read_broadcast)
-        monkeypatch.setattr(self.experiment.base, "fold", fold_twice)
+        monkeypatch.setattr(federated.client, "unpack_downlink", unpack_downlink)
 
     def play(self, server_round: int, cohort: Iterable[int]) -> None:
         """One round of training with these clients."""

@@ -6,8 +6,10 @@ import pytest
 import torch
 from aggregator_simulation import normal
 
+import federated.base_weights
 from federated.aggregators import NEVER
-from federated.aggregators.base_delta import BaseDelta, BaseUpdate, fold, split_updates, updates_to_state
+from federated.aggregators.base_delta import BaseDelta, split_updates, updates_to_state
+from federated.base_weights import BaseWeights
 from federated.lowrank import LowRank
 from models.errors import UserError
 
@@ -26,10 +28,13 @@ def after(num_rounds: int, columns: int = 1) -> BaseDelta:
     return delta
 
 
-def naive_weight(version: int, columns: int = 1) -> torch.Tensor:
-    return PRETRAINED + sum(
-        (term(t, columns).dense() for t in range(1, version + 1)), torch.zeros(D_OUT, D_IN)
-    )
+def naive_sum(version: int, columns: int = 1) -> torch.Tensor:
+    return sum((term(t, columns).dense() for t in range(1, version + 1)), torch.zeros(D_OUT, D_IN))
+
+
+def held_at(version: int, columns: int = 1) -> BaseDelta:
+    """What a client keeps that has received every round up to this one."""
+    return BaseDelta(dense=naive_sum(version, columns)) if version > 0 else BaseDelta()
 
 
 @pytest.mark.parametrize("columns", [1, 3, 30])
@@ -37,11 +42,10 @@ def naive_weight(version: int, columns: int = 1) -> torch.Tensor:
 def test_whatever_a_client_held_it_ends_with_the_sum_of_all_rounds(num_rounds, columns):
     delta = after(num_rounds, columns)
     for version in range(NEVER, num_rounds + 1):
-        held = naive_weight(max(version, 0), columns)
-        update = delta.since(version)
-        weight = held if update is None else fold(held, PRETRAINED, update, version)
-        torch.testing.assert_close(weight, naive_weight(num_rounds, columns))
-    torch.testing.assert_close(delta.total(), naive_weight(num_rounds, columns) - PRETRAINED)
+        held, update = held_at(version, columns), delta.since(version)
+        after_update = held if update is None else held.received(update, version)
+        assert torch.equal(after_update.total(), delta.total())  # bit for bit
+    torch.testing.assert_close(delta.total(), naive_sum(num_rounds, columns))
 
 
 @pytest.mark.parametrize("columns", [1, 3, 30])
@@ -70,34 +74,37 @@ def test_short_histories_stay_exact_factors():
     assert len(delta.terms) == 5
 
 
-def test_terms_that_a_shared_base_already_contains_are_not_added_twice():
-    """Simulated clients share one base weight; the second one's message covers rounds already folded in."""
+def test_terms_that_a_client_already_has_are_not_added_twice():
+    """A server that never saw the client's last reply sends the rounds before it again."""
     delta = after(3)
     update = delta.since(1)
     assert update is not None
-    shared = fold(naive_weight(1), PRETRAINED, update, held_version=1)
-    torch.testing.assert_close(fold(shared, PRETRAINED, update, held_version=3), naive_weight(3))
+    assert torch.equal(held_at(1).received(update, 1).total(), naive_sum(3))
+    assert torch.equal(held_at(2).received(update, 2).total(), naive_sum(3))
+    assert torch.equal(held_at(3).received(update, 3).total(), naive_sum(3))
 
 
 def test_twenty_small_merges_are_not_lost_in_float32():
     """In half precision they are: 29 % of such an update in fp16 and 85 % in bf16 (docs/aggregation.md)."""
     weight = normal(3, 64, 48, dtype=torch.float32)
     step = LowRank(normal(4, 64, 2, dtype=torch.float32) * 1e-3, normal(5, 2, 48, dtype=torch.float32) / 2)
-    delta, held = BaseDelta(), weight
+    delta, merged = BaseDelta(), BaseDelta()
     for server_round in range(1, 21):
         delta = delta.plus(server_round, step)
         update = delta.since(server_round - 1)
         assert update is not None
-        held = fold(held, weight, update, server_round - 1)
+        merged = merged.received(update, server_round - 1)
+    held = weight + merged.total()
     wanted = 20 * step.left.double() @ step.right.double()
     assert float((held.double() - weight.double() - wanted).norm() / wanted.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_precision_base_is_refused(dtype):
-    update = BaseUpdate(((1, term(1)),))
+def test_a_half_precision_base_is_refused(dtype, monkeypatch):
+    monkeypatch.setattr(federated.base_weights, "base_weights", lambda model: {"m": PRETRAINED.to(dtype)})
+    base = BaseWeights(torch.nn.Module())
     with pytest.raises(UserError, match="float32"):
-        fold(PRETRAINED.to(dtype), PRETRAINED.to(dtype), update, 0)
+        base.hold({"m": after(1)})
 
 
 @pytest.mark.parametrize("num_rounds", [3, 12])
@@ -108,8 +115,9 @@ def test_base_updates_survive_being_named_tensors(num_rounds):
     assert values.keys() == others.keys()
     assert back.keys() == updates.keys()
     for module, update in updates.items():
-        held = fold(PRETRAINED, PRETRAINED, back[module], 0)
-        assert torch.equal(held, fold(PRETRAINED, PRETRAINED, update, 0))
+        assert torch.equal(
+            BaseDelta().received(back[module], 0).total(), BaseDelta().received(update, 0).total()
+        )
         assert back[module].num_values == update.num_values
 
 

@@ -212,3 +212,23 @@ def test_scaffold_repeats_bitwise_in_another_client_order(base: Experiment) -> N
             states.append(fed.strategy.server_state)
     assert same(states[0].state, states[1].state)
     assert same(states[0].memory, states[1].memory)
+
+
+@pytest.mark.parametrize("uplink", ["topk:0.1", "topk:0.1:ef+int8"])
+def test_a_sparse_uplink_brings_the_same_update_with_variates_beside_it(
+    uplink: str, base: Experiment
+) -> None:
+    """In round 1 all variates are zero and correct nothing, whatever is sent of their changes."""
+    communication = base.config.communication.model_copy(update={"uplink": uplink})
+    sparse = replace(base, config=base.config.model_copy(update={"communication": communication}))
+    states, payloads = [], []
+    for experiment in (with_method(sparse, "fedavg", local_steps=1), scaffold(sparse, local_steps=1)):
+        with pytest.MonkeyPatch.context() as patch:
+            fed = RealFederation(experiment, patch)
+            start = fed.strategy.server_state.state
+            fed.play(1, (0, 1))
+            states.append(fed.strategy.server_state.state)
+            payloads += [r.payload_bytes for r in fed.ledger.rows if r.direction == "uplink"]
+    assert distance(states[0], start) > 1e-4
+    assert distance(states[1], states[0]) < 1e-6
+    assert payloads[2] == payloads[3] == 2 * payloads[0] == 2 * payloads[1]

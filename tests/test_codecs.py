@@ -55,6 +55,10 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "B alone": {B: (9, 4)},
     "vector": {"head.bias": (11,)},
     "single value": {"logit_scale": ()},
+    "variates": {
+        **{A: (3, 8), B: (6, 3), "head.weight": (5, 7)},
+        **{f"control/{A}": (3, 8), f"control/{B}": (6, 3), "control/head.weight": (5, 7)},
+    },
     "mixed": {A: (3, 8), B: (6, 3), "conv.weight": (2, 3, 3, 3), "head.weight": (5, 7), "scale": (1,)},
     "nothing": {},
 }
@@ -117,6 +121,22 @@ def test_encoded_length_is_the_formula_and_the_layout_survives(name: str, kind: 
 
 def documented_bytes(name: str, state: State) -> int:
     """The formulas of docs/codecs.md, with values and groups counted naively."""
+    if name.startswith("topk"):
+        return sum(documented_bytes_of_one_kind(name, part) for part in kinds_of(state))
+    return documented_bytes_of_one_kind(name, state)
+
+
+def kinds_of(state: State) -> list[State]:
+    """Naive oracle: the adapters together, every other tensor by itself, variates apart in the same way."""
+    whole: list[State] = []
+    for control in (True, False):
+        mine = {key: t for key, t in state.items() if key.startswith("control/") == control}
+        adapters = {key: t for key, t in mine.items() if ".lora_" in key}
+        whole += [adapters, *({key: t} for key, t in mine.items() if key not in adapters)]
+    return [part for part in whole if part]
+
+
+def documented_bytes_of_one_kind(name: str, state: State) -> int:
     first, _, stored_as = name.partition("+")
     kind, *options = first.removesuffix(":ef").split(":")
     n = sum(tensor.numel() for tensor in state.values())
@@ -367,16 +387,29 @@ def test_top_k_is_the_naive_sort_with_ties_to_the_first(n: int, ties: bool):
         np.testing.assert_array_equal(np.flatnonzero(top_k(values, k)), expected)
 
 
-def test_top_k_codec_keeps_exactly_the_k_largest_of_the_whole_state():
-    state = state_of("mixed")
-    layout = layout_of(state)
-    truth = flatten(state, layout)
-    kept = flatten(round_trip(codec_from_name("topk:0.2"), state), layout)
-    k = num_kept(truth.size, 0.2)
-    largest = np.argsort(-np.abs(truth))[:k]
-    expected = np.zeros_like(truth)
-    expected[largest] = truth[largest]
-    np.testing.assert_array_equal(kept, expected)
+@pytest.mark.parametrize("kind", ["mixed", "variates", "vector"])
+def test_top_k_codec_keeps_exactly_the_k_largest_of_each_kind(kind: str):
+    state = state_of(kind)
+    kept = round_trip(codec_from_name("topk:0.2"), state)
+    for part in kinds_of(state):
+        layout = layout_of(part)
+        truth = flatten(part, layout)
+        expected = np.zeros_like(truth)
+        largest = np.argsort(-np.abs(truth))[: num_kept(truth.size, 0.2)]
+        expected[largest] = truth[largest]
+        np.testing.assert_array_equal(flatten({key: kept[key] for key in part}, layout), expected)
+
+
+@pytest.mark.parametrize("name", ["topk:0.2", "topk:0.2+int8", "topk:0.2+int4"])
+@pytest.mark.parametrize("kind", ["mixed", "variates"])
+def test_what_arrives_of_one_kind_does_not_depend_on_the_unit_of_another(name: str, kind: str):
+    codec, state = codec_from_name(name), state_of(kind)
+    plain = round_trip(codec, state)
+    for part in kinds_of(state):
+        scaled = {key: tensor * 2.0**12 if key in part else tensor for key, tensor in state.items()}
+        back = round_trip(codec, scaled)
+        for key in state:
+            assert torch.equal(back[key], plain[key] * 2.0**12 if key in part else plain[key])
 
 
 @pytest.mark.parametrize("nested", ["fp16", "int8", "int4"])
@@ -482,6 +515,19 @@ def test_with_error_feedback_every_value_of_a_constant_update_gets_through():
     sent = [sender.send(state, server_round)["head.bias"] for server_round in range(1, 201)]
     torch.testing.assert_close(sum(sent) / 200, state["head.bias"], rtol=0.1, atol=0.0)
     assert {int((update != 0).sum()) for update in sent} == {1}
+
+
+def test_control_variates_owe_nothing_since_their_next_change_holds_what_was_lost():
+    """The client's variate converges to its gradient; owed twice it would overshoot many times over."""
+    sender = Sender("topk:0.1")
+    gradient = {"control/head.bias": torch.linspace(1.0, 2.0, 10)}
+    own = {"control/head.bias": torch.zeros(10)}
+    for server_round in range(1, 11):
+        change = {key: gradient[key] - own[key] for key in own}
+        own = {key: own[key] + value for key, value in sender.send(change, server_round).items()}
+        assert float(own["control/head.bias"].max()) <= 2.0
+    torch.testing.assert_close(own, gradient)
+    assert sender.owed() == {}
 
 
 def test_error_feedback_leaves_the_update_alone_and_what_rests_in_a_round_stays_owed():

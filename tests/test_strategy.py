@@ -19,11 +19,12 @@ from flwr.app import (
 )
 
 from federated.aggregators import aggregator_from_name
+from federated.answers import ShardSizes
 from federated.codecs import codec_from_name
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.messages import CLIENT_ID, NUM_EXAMPLES, RANK, SERVER_ROUND, TRAIN_LOSS, write_state
 from federated.payload import ARRAYS, CONFIG, FLAT, METRICS
-from federated.strategy import LoRAStrategy, Ranks, ShardSizes, sample_cohort
+from federated.strategy import LoRAStrategy, Ranks, sample_cohort
 from models.state import State
 
 NUM_CLIENTS = 4
@@ -351,7 +352,7 @@ def test_more_examples_than_the_shard_has_are_refused_and_fewer_are_not() -> Non
     told = [10, 21, 1, 40]
     server.aggregate_train(1, [reply(requests[i], ones(server), num_examples=n) for i, n in enumerate(told)])
     assert set(failed(server)) == {1}
-    assert "used 21 examples, but its shard has 20" in failed(server)[1]
+    assert "trained on 21 examples, but its shard has 20" in failed(server)[1]
 
 
 @pytest.mark.parametrize("value", [float("inf"), 1e30])

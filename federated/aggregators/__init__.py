@@ -1,10 +1,10 @@
 """Aggregation of LoRA factors: what travels, and how the server combines it."""
 
-from federated.aggregators.base_delta import BaseDelta, BaseUpdate, fold
+from federated.aggregators.base_delta import BaseDelta, BaseUpdate
 from federated.aggregators.by_name import AGGREGATORS, aggregator_from_name
 from federated.aggregators.checks import Refusal, check_ranks, check_updates, run_round
 from federated.aggregators.downlinks import pack_downlink, receive, unpack_downlink
-from federated.aggregators.error import aggregation_error
+from federated.aggregators.error import EncodingLoss, Known, aggregation_error, encoding_loss
 from federated.aggregators.factor_averaging import dual, fedavg, fedsa, ffa, rolora
 from federated.aggregators.fed_sb import InBasis, fed_sb, spectral_start
 from federated.aggregators.fresh import fresh_factors
@@ -36,8 +36,10 @@ __all__ = [
     "ClientProfile",
     "ClientRules",
     "Downlink",
+    "EncodingLoss",
     "FreshDraw",
     "InBasis",
+    "Known",
     "Limits",
     "Refusal",
     "ServerState",
@@ -49,6 +51,7 @@ __all__ = [
     "check_updates",
     "cut_to_rank",
     "dual",
+    "encoding_loss",
     "fed_sb",
     "fedavg",
     "fedex",
@@ -57,7 +60,6 @@ __all__ = [
     "ffa",
     "flexlora",
     "flora",
-    "fold",
     "fresh_factors",
     "hetlora",
     "load_server",

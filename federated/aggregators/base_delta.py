@@ -1,15 +1,16 @@
 """What has been added to a frozen base weight so far, and what a client lacks of it.
 
 Where it stands in a round: FLoRA and FedEx-LoRA merge into the base (``W <- W + term``) at the end of a
-round; at the start of the next, each client receives the terms that are newer than what it holds, and folds
-them in before it trains. Clients that were away for long, or join late, receive the backlog.
+round; at the start of the next, each client receives the terms that are newer than what it holds, and adds
+them to the sum of those before. Clients that were away for long, or join late, receive the backlog. All add
+them up from the oldest, (t1 + t2) + t3, and the sum to the pre-trained weight, and so have the same bits.
 
 A round's term is kept exactly, as factors, as long as all kept factors together hold no more numbers than the
 weight itself; older rounds are then summed into one dense matrix. So both the server's memory and a client's
 backlog are the smaller of the two, and never more than d_out * d_in numbers a module on the wire.
 
 The dense sum has the dtype of the factors, float32 in a run: merging into a half-precision base loses
-updates (20 merges of 1.4 % / 20 each: 29 % lost in fp16, 85 % in bf16), so a client folds in float32 too.
+updates (20 merges of 1.4 % / 20 each: 29 % lost in fp16, 85 % in bf16), so a client adds in float32 too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from federated.lowrank import LowRank
-from models.errors import UserError
 from models.state import FlatState, State
 
 Term = tuple[int, LowRank]
@@ -29,11 +29,11 @@ Term = tuple[int, LowRank]
 
 @dataclass(frozen=True, eq=False)
 class BaseUpdate:
-    """What a client folds into one base weight: either the terms it lacks, or everything since the start.
+    """What a client receives for one base weight: either the terms it lacks, or everything since the start.
 
     Attributes:
-        terms: Added to the weight that the client holds, oldest first.
-        total: (d_out, d_in), added to the pre-trained weight instead; None when ``terms`` are fewer numbers.
+        terms: Added to the sum that the client has, oldest first.
+        total: (d_out, d_in), takes the place of that sum; None when ``terms`` are fewer numbers.
     """
 
     terms: tuple[Term, ...] = ()
@@ -61,6 +61,7 @@ class BaseDelta:
 
     def plus(self, server_round: int, term: LowRank) -> BaseDelta:
         """Return the delta with one more round merged."""
+        term = LowRank(term.left.contiguous(), term.right.contiguous())  # as others receive it
         terms, dense, dense_version = (*self.terms, (server_round, term)), self.dense, self.dense_version
         while len(terms) > 1 and _num_values(terms) > term.shape[0] * term.shape[1]:
             dense_version, oldest = terms[0]
@@ -84,6 +85,22 @@ class BaseDelta:
             total = total + product
         return total
 
+    def received(self, update: BaseUpdate, held_version: int) -> BaseDelta:
+        """Return the delta, as one dense sum, of a client that has received an update.
+
+        Args:
+            update: What arrived for this module.
+            held_version: Version of this delta; terms that it already contains are left out.
+        """
+        if update.total is not None:
+            return BaseDelta(dense=update.total)
+        delta = self
+        for merged_at, term in update.terms:
+            if merged_at > held_version:
+                delta = BaseDelta(((merged_at, term),), delta.dense)
+                delta = BaseDelta(dense=delta.total())
+        return delta
+
     def since(self, version: int) -> BaseUpdate | None:
         """Return what somebody holding ``version`` lacks, in the fewer numbers; None when nothing."""
         if self.dense is not None and version < self.dense_version:
@@ -97,29 +114,6 @@ class BaseDelta:
 
 def _num_values(terms: tuple[Term, ...]) -> int:
     return sum(term.num_values for _, term in terms)
-
-
-def fold(held: Tensor, pretrained: Tensor, update: BaseUpdate, held_version: int) -> Tensor:
-    """Return a client's new base weight.
-
-    Args:
-        held: The float32 weight it has now, (d_out, d_in).
-        pretrained: The weight before any round; needed when the update holds the total.
-        update: What it received for this module.
-        held_version: Version of ``held``; terms that it already contains are left out, so that several
-            simulated clients may share one base weight.
-
-    Raises:
-        UserError: A weight in half precision, which would lose updates.
-    """
-    if held.dtype.itemsize < 4:
-        raise UserError(f"the base weight is {held.dtype}: merged updates need model.dtype=float32")
-    if update.total is not None:
-        return pretrained + update.total.to(pretrained)
-    for merged_at, term in update.terms:
-        if merged_at > held_version:
-            held = held + term.dense().to(held)
-    return held
 
 
 # ---- as named tensors, for payloads and checkpoints

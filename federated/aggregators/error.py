@@ -1,8 +1,10 @@
-"""How far the clients' next model is from the average of the models that they trained.
+"""How far the global model is from the average of the models that the clients trained.
 
-Where it stands in a round: after ``apply``, as a metric. Everything is a sum of low-rank products, whose
-norms ``federated.lowrank`` takes: no client's own (d_out, d_in) matrix is formed, and their sum only where
-that is faster.
+Where it stands in a round: after ``apply``, as a metric. What clients trained is made of what they held,
+after the downlink's codec, and of what they sent; what the uplink's codec lost only they know, and they
+report its size (``encoding_loss``). Everything is a sum of low-rank products, whose norms
+``federated.lowrank`` takes: no client's own (d_out, d_in) matrix is formed, and their sum only where that is
+faster.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -18,7 +21,7 @@ from torch import Tensor
 from federated.aggregators.averaging import grouped, in_client_order, weights_of
 from federated.aggregators.downlinks import profile_of
 from federated.aggregators.protocol import Aggregator, ServerState, Update
-from federated.lowrank import LowRank, distance_and_size, scaled, stack
+from federated.lowrank import LowRank, distance_and_size, product_norm, scaled, stack
 from lora.adapters import FactorPair, factor_pairs
 from models.state import Layout, State, layout_of, vector_of
 
@@ -26,8 +29,58 @@ _MAX_STACKED_VALUES = 4_000_000
 """Most values of all clients' factors that are copied side by side, 16 MB."""
 
 
+@dataclass(frozen=True)
+class EncodingLoss:
+    """What the uplink's codec did to one client's model, over all modules; zeros without loss.
+
+    Attributes:
+        squared_distance: ||trained - decoded||_F^2 of s_k B_k A_k.
+        squared_size_change: ||trained||_F^2 - ||decoded||_F^2.
+    """
+
+    squared_distance: float = 0.0
+    squared_size_change: float = 0.0
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of one client of a round beside its update, where a codec loses something.
+
+    Attributes:
+        held: The wire state that it started from, where that is not the server's own: lossy downlinks.
+        loss: What its uplink lost.
+    """
+
+    held: State | None = None
+    loss: EncodingLoss = EncodingLoss()
+
+
+def encoding_loss(
+    aggregator: Aggregator, trained: State, decoded: State, scaling: Mapping[str, float]
+) -> EncodingLoss:
+    """Return how far a client's model is from the one that its update decodes to.
+
+    Args:
+        aggregator: The rule.
+        trained: The wire state after training.
+        decoded: The same, with what the server decodes in place of what was sent.
+        scaling: Module -> s_k.
+    """
+    first, second = aggregator.client.to_model(trained), aggregator.client.to_model(decoded)
+    distance = change = 0.0
+    for pair in factor_pairs(first):
+        one, other = (scaled(_product(state, pair), scaling[pair.module]) for state in (first, second))
+        gap, size = distance_and_size(other, one)
+        distance, change = distance + gap**2, change + size**2 - product_norm(other) ** 2
+    return EncodingLoss(distance, change)
+
+
 def aggregation_error(
-    aggregator: Aggregator, before: ServerState, after: ServerState, updates: Sequence[Update]
+    aggregator: Aggregator,
+    before: ServerState,
+    after: ServerState,
+    updates: Sequence[Update],
+    known: Mapping[int, Known] = MappingProxyType({}),
 ) -> float | None:
     """Return ||held - ideal||_F / ||ideal||_F over all modules together.
 
@@ -35,11 +88,15 @@ def aggregation_error(
     G + sum_k w_k (s_k B_k A_k - D_k). *Held* is the global s B A after the round plus what the round merged
     into the base. Both leave out the base as it was before. A client of lower rank holds a truncation of it.
 
+    Exact where the uplink loses nothing. What it loses is known by its size alone: different clients' losses
+    are taken as orthogonal to each other and to the rest, so that their squares add up.
+
     Args:
         aggregator: The rule that made ``after`` from ``before``.
         before: The server at the round's start.
         after: The server at its end.
         updates: Those that were applied.
+        known: Client id -> what codecs did to it; nothing where it is not given.
 
     Returns:
         The error; None without adapters and for rules without a global model.
@@ -47,7 +104,7 @@ def aggregation_error(
     pairs = factor_pairs(before.state)
     if not pairs or not aggregator.has_global_model:
         return None
-    terms = _terms_of_the_ideal(aggregator, before, updates)
+    terms = _terms_of_the_ideal(aggregator, before, updates, known)
     squared_distance = squared_size = 0.0
     sizes = {pair: before.state[pair.a].numel() + before.state[pair.b].numel() for pair in pairs}
     for group in grouped(pairs, lambda pair: len(terms) * sizes[pair], most=_MAX_STACKED_VALUES):
@@ -56,6 +113,10 @@ def aggregation_error(
             ideal = stack([part.sum_of(pair) for part in parts])
             distance, size = distance_and_size(held_change(aggregator, before, after, pair), ideal)
             squared_distance, squared_size = squared_distance + distance**2, squared_size + size**2
+    for update, weight in zip(updates, weights_of(updates), strict=True):
+        loss = known.get(update.client_id, Known()).loss
+        squared_distance += weight**2 * loss.squared_distance
+        squared_size = max(squared_size + weight**2 * loss.squared_size_change, 0.0)
     if squared_size == 0.0:
         return 0.0 if squared_distance == 0.0 else math.inf
     return math.sqrt(squared_distance / squared_size)
@@ -67,17 +128,24 @@ _Term = tuple[State, _Factor]
 
 
 def _terms_of_the_ideal(
-    aggregator: Aggregator, before: ServerState, updates: Sequence[Update]
+    aggregator: Aggregator, before: ServerState, updates: Sequence[Update], known: Mapping[int, Known]
 ) -> list[_Term]:
     """Return the terms whose sum is what should be held."""
     ordered = in_client_order(updates)
     terms: list[_Term] = []
     for update, weight in zip(ordered, weights_of(ordered), strict=True):
-        whole = len(update.state) == len(before.state)
-        trained = aggregator.client.to_model(update.state if whole else {**before.state, **update.state})
-        terms.append((trained, _times(weight, update.scaling)))
-        if aggregator.allows_mixed_ranks and update.rank is not None:
-            started = aggregator.downlink(before, profile_of(update)).state
+        mixed = aggregator.allows_mixed_ranks and update.rank is not None
+        started = aggregator.downlink(before, profile_of(update)).state if mixed else before.state
+        received = known.get(update.client_id, Known()).held
+        if received is None:
+            whole = len(update.state) == len(before.state)
+            trained = update.state if whole else {**before.state, **update.state}
+        else:  # the server added what the client sent to values of its own
+            changes = {name: value - started[name] for name, value in update.state.items()}
+            trained = {**received, **{name: received[name] + change for name, change in changes.items()}}
+            started = received
+        terms.append((aggregator.client.to_model(trained), _times(weight, update.scaling)))
+        if mixed:
             terms.append((started, _times(-weight, update.scaling)))
             held = {name: before.state[name] for name in started}
             terms.append((held, _times(weight, before.scaling)))

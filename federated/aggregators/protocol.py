@@ -165,7 +165,8 @@ class Aggregator:
         private: names -> those that stay with their client; sent once, as initial values, to a new client.
         apply: (server, updates of the next round) -> the server after that round. The order of the updates
             does not matter, bit for bit.
-        exact: Whether every client then holds W + sum_k w_k s_k B_k A_k up to rounding.
+        exact: Whether every client then holds W + sum_k w_k s_k B_k A_k up to rounding, with codecs that lose
+            nothing.
         allows_mixed_ranks: Whether clients may have ranks below the server's.
         keeps_basis: Whether factors mean the same from round to round, so that momentum makes sense.
         has_global_model: False where only the clients hold complete models.

@@ -8,6 +8,10 @@ Quantisers keep one fp32 scale for each rank component of a LoRA factor, that is
 column of B, because components differ in size by orders of magnitude. Scaling B by its rows would cost 4
 bytes for every r values. Other tensors have one scale a row, or one in all if they are vectors.
 
+Sparse codecs choose within what has one unit: all adapters together, every other tensor by itself, and
+SCAFFOLD's control variates, which are gradients, apart from the update. Chosen together, the largest kind
+would take all places and the others would never arrive.
+
 ``:sr`` rounds stochastically. ``:ef`` asks the sender for error feedback: it adds to each state what the
 states before it lost (Seide et al. 2014; Stich et al. 2018).
 """
@@ -20,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from federated.codecs.codings import CODINGS, Coding
 from federated.codecs.selection import (
@@ -35,7 +40,7 @@ from federated.payload import (
     flatten,
     unflatten,
 )
-from lora.adapters import factor_of
+from lora.adapters import factor_of, is_adapter_part
 from models.errors import UserError
 from models.state import Layout, State, layout_of, num_values
 
@@ -53,6 +58,7 @@ class Codec:
         num_bytes: ``layout -> bytes`` of every buffer of that layout, exactly.
         draws: Whether encoding draws from ``rng``: stochastic rounding does.
         error_feedback: Whether the sender adds what earlier payloads lost; ``federated.client`` keeps that.
+        lossless: Whether what is decoded is what was encoded, bit for bit.
     """
 
     name: str
@@ -61,6 +67,7 @@ class Codec:
     num_bytes: Callable[[Layout], int]
     draws: bool = False
     error_feedback: bool = False
+    lossless: bool = False
 
 
 # ---- by name
@@ -132,13 +139,50 @@ def _dense(name: str, coding: Coding) -> Codec:
         groups = _wire_order(layout, by_rank=coding.grouped).group_sizes
         return coding.num_bytes(num_values(layout), groups.size)
 
-    return Codec(name, encode, decode, num_bytes, draws=coding.draws)
+    return Codec(name, encode, decode, num_bytes, draws=coding.draws, lossless=name == "fp32")
 
 
 def _sparse(kind: str, density: float, stored_as: str) -> Codec:
+    """Every kind of tensor is encoded by itself (``_kinds``): the bytes are the sum of ``_sparse_kind``'s."""
+    one = _sparse_kind(kind, density, stored_as)
+
+    def encode(state: State, rng: np.random.Generator | None) -> np.ndarray:
+        kinds = _kinds(layout_of(state))
+        if len(kinds) == 1:
+            return one.encode(state, rng)
+        return np.concatenate([one.encode({n: state[n] for n, _ in part}, rng) for part in kinds])
+
+    def decode(buffer: np.ndarray, layout: Layout) -> State:
+        kinds = _kinds(layout)
+        if len(kinds) == 1:
+            return one.decode(buffer, layout)
+        data, end = _checked_bytes(buffer, num_bytes(layout)), 0
+        decoded: dict[str, torch.Tensor] = {}
+        for part in kinds:
+            start, end = end, end + one.num_bytes(part)
+            decoded |= one.decode(data[start:end].copy(), part)
+        return {name: decoded[name] for name, _ in layout}
+
+    def num_bytes(layout: Layout) -> int:
+        return sum(one.num_bytes(part) for part in _kinds(layout))
+
+    return replace(one, encode=encode, decode=decode, num_bytes=num_bytes)
+
+
+@functools.lru_cache(maxsize=64)
+def _kinds(layout: Layout) -> tuple[Layout, ...]:
+    """Split a layout into what has one unit; what travels under a prefix, as variates do, is apart."""
+    kinds: dict[tuple[str, str], list[tuple[str, tuple[int, ...]]]] = {}
+    for name, shape in layout:
+        prefix, _, rest = name.rpartition("/")
+        kinds.setdefault((prefix, "" if is_adapter_part(rest) else rest), []).append((name, shape))
+    return tuple(tuple(part) for part in kinds.values()) or ((),)
+
+
+def _sparse_kind(kind: str, density: float, stored_as: str) -> Codec:
     """k = num_kept(n, density) values travel: ``coding.num_bytes(k, G) + positions_num_bytes(n, k)`` bytes.
 
-    The selection is over the whole state, not tensor by tensor. The values stand first in the buffer.
+    The selection is over all tensors of the state. The values stand first in the buffer.
     """
     select, coding = SELECTIONS[kind], CODINGS[stored_as]()
 
@@ -165,7 +209,10 @@ def _sparse(kind: str, density: float, stored_as: str) -> Codec:
         k = num_kept(n, density)
         return coding.num_bytes(k, groups.size) + positions_num_bytes(n, k)
 
-    return Codec(f"{kind}:{density}+{stored_as}", encode, decode, num_bytes, draws=coding.draws)
+    lossless = density == 1 and stored_as == "fp32"
+    return Codec(
+        f"{kind}:{density}+{stored_as}", encode, decode, num_bytes, draws=coding.draws, lossless=lossless
+    )
 
 
 def _count_by_group(mask: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
