@@ -47,6 +47,7 @@ from federated.answers import (
     read_answer,
     read_evaluation,
 )
+from federated.byte_counts import payload_bytes
 from federated.client_terms import control_names, next_control, split_control, zero_variates
 from federated.codecs import Codec, codec_from_name
 from federated.cohort import sample_cohort
@@ -152,7 +153,6 @@ class LoRAStrategy(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode the updates in client order, refuse what cannot be used, apply the aggregator."""
-        self._starts.clear()
         decoded = [self._decode(reply) for reply in self._sort_out(replies)]
         answers = self._with_usable_variates([answer for answer in decoded if answer is not None])
         before, updates = self.server_state, [answer.update for answer in answers]
@@ -258,12 +258,24 @@ class LoRAStrategy(FedAvg):
         content = write_state(self.server_state.state, codec_from_name("fp32"), None, {})
         return content.array_records[ARRAYS]
 
+    def num_values(self, reply: Message) -> int:
+        """Return how many values a reply carries: what the agreed codec sends of what was asked for.
+
+        0 where what arrived is of another length; what the client says of it counts for nothing.
+        """
+        num_bytes, client_id = payload_bytes(reply), self._client_of(reply)
+        if not num_bytes:
+            return 0
+        layout = self._start_of(client_id).answer_layout
+        return self._uplink.num_sent(layout) if num_bytes == self._uplink.num_bytes(layout) else 0
+
     # ---- both directions
 
     def _broadcast(self, server_round: int, client_ids: list[int], message_type: str) -> list[Message]:
         """Encode each distinct downlink once and address it to its clients."""
         self._sent_version = self.server_state.server_round
         self._sent.clear()
+        self._starts.clear()
         if client_ids:
             self._on_broadcast(server_round, len(client_ids), message_type)
         if self._held is not None:

@@ -14,10 +14,12 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from federated.client import app as client_app
 from federated.config import dump_config
 from federated.engines.inprocess import InProcessGrid
+from federated.ledger import Ledger
 from federated.server import app as server_app
 from federated.simulation import run_experiment
 from tests.small_run import lines_without_times, small_config
 
+DIRECTIONS = ("uplink", "downlink")
 ROOT = Path(__file__).parents[1]
 
 
@@ -51,6 +53,14 @@ def test_the_server_app_on_a_grid_with_arbitrary_node_order_gives_the_run_of_the
     run_config = {"config": dump_config(config), "run-dir": str(tmp_path / "app")}
     grid = ShuffledIdentities(client_app, 3, run_config=run_config)
     server_app(grid=grid, context=Context(1, SUPERLINK_NODE_ID, {}, RecordDict(), run_config))
-    assert lines_without_times(tmp_path / "app") == lines_without_times(direct)
-    for name in ("adapter/adapter_model.safetensors", "communication.csv"):
-        assert (tmp_path / "app" / name).read_bytes() == (direct / name).read_bytes()
+    lines, expected = lines_without_times(tmp_path / "app"), lines_without_times(direct)
+    assert lines[1:] == expected[1:]
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "app" / name).read_bytes() == (direct / name).read_bytes()
+    theirs, ours = (Ledger.read_csv(path / "communication.csv") for path in (tmp_path / "app", direct))
+    question = [row for row in theirs.rows if row.phase == "setup"]  # which client a node is
+    assert [(row.client_id, row.direction) for row in question] == [
+        (client_id, direction) for client_id in range(3) for direction in ("downlink", "uplink")
+    ]
+    assert sum(row.wire_bytes for row in question) == sum(lines[0][f"{d}_wire_bytes"] for d in DIRECTIONS)
+    assert theirs.rows[len(question) :] == ours.rows

@@ -22,10 +22,18 @@ from federated.aggregators import aggregator_from_name
 from federated.answers import ShardSizes
 from federated.codecs import codec_from_name
 from federated.engines.inprocess import InProcessGrid, node_id_of
-from federated.messages import CLIENT_ID, NUM_EXAMPLES, RANK, SERVER_ROUND, TRAIN_LOSS, write_state
+from federated.messages import (
+    CLIENT_ID,
+    NUM_EXAMPLES,
+    NUM_VALUES,
+    RANK,
+    SERVER_ROUND,
+    TRAIN_LOSS,
+    write_state,
+)
 from federated.payload import ARRAYS, CONFIG, FLAT, METRICS
 from federated.strategy import LoRAStrategy, Ranks, sample_cohort
-from models.state import State
+from models.state import State, num_values
 
 NUM_CLIENTS = 4
 Spoil = Callable[[RecordDict], None]
@@ -244,6 +252,29 @@ def test_an_evaluation_that_cannot_be_read_is_named() -> None:
 
 
 # ---- what one client says of itself
+
+
+@pytest.mark.parametrize("scaffold", [False, True])
+@pytest.mark.parametrize("name", ["fp32", "int8", "int4", "ternary", "topk:0.1", "topk:0.25:ef+int8"])
+def test_the_values_of_a_reply_are_those_that_travel(name: str, scaffold: bool) -> None:
+    """Values that a sparse codec leaves out are zeros where it is decoded; normal ones are never zero."""
+    server = strategy(uplink=name, scaffold=scaffold)
+    (request, other) = (ask(server)[i] for i in (0, 1))
+    layout = server._start_of(0).answer_layout
+    generator = torch.Generator().manual_seed(1)
+    state = {n: torch.randn(shape, generator=generator) for n, shape in layout}
+    told = {SERVER_ROUND: 1}
+    codec = codec_from_name(name)
+    content = write_state(state, codec, np.random.default_rng(0), told)  # type: ignore[arg-type]
+    sparse = name.startswith("topk")
+    # the fp32 form of the same selection, for a quantiser rounds small values to zero
+    exact = codec_from_name(name.partition("+")[0]) if sparse else codec
+    decoded = exact.decode(exact.encode(state, np.random.default_rng(0)), layout)
+    sent = sum(int(t.count_nonzero()) for t in decoded.values()) if sparse else num_values(layout)
+    content[CONFIG] = ConfigRecord({**content.config_records[CONFIG], NUM_VALUES: 10**12})
+    assert server.num_values(answer(request, content)) == sent
+    assert server.num_values(reply(other, ones(server))) == (sent if name == "fp32" and not scaffold else 0)
+    assert server.num_values(answer(request, RecordDict())) == 0
 
 
 def test_a_reply_of_an_earlier_round_is_named_and_does_not_count() -> None:
