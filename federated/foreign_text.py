@@ -26,7 +26,8 @@ def shown(text: str) -> str:
         text: Of any length and content.
     """
     rest = max(0, len(text) - 4 * MAX_CHARACTERS)  # a cheap first cut: the text may be many megabytes
-    spaced = " ".join(_SEQUENCES.sub(" ", text[: 4 * MAX_CHARACTERS]).split())
-    line = "".join(letter for letter in spaced if unicodedata.category(letter) not in _INVISIBLE)
+    plain = _SEQUENCES.sub(" ", text[: 4 * MAX_CHARACTERS])
+    letters = [c for c in plain if c.isspace() or unicodedata.category(c) not in _INVISIBLE]
+    line = " ".join("".join(letters).split())
     rest += max(0, len(line) - MAX_CHARACTERS)
     return f"{line[:MAX_CHARACTERS]} … ({rest} more characters)" if rest else line

@@ -341,7 +341,7 @@ class LoRAStrategy(FedAvg):
                 continue
             if not reply.has_content():
                 reason = reply.error.reason if reply.has_error() else "its reply is empty"
-                self.record.failed.append(Failure(client_id, str(reason)))
+                self.record.failed.append(Failure(client_id, reason or "no reason given"))
                 self.versions.pop(client_id, None)  # whatever it has lost, it will receive everything
                 if self._held is not None:
                     self._held.failed(client_id)

@@ -240,6 +240,26 @@ def test_a_round_without_a_usable_update_is_skipped_and_said_so() -> None:
     assert server.record.server_round == 2
 
 
+def test_what_a_client_writes_of_its_failure_is_made_fit_to_be_shown(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An error's reason, and text in a reply that is quoted when it is refused."""
+    server = strategy()
+    requests, nasty = ask(server), "\x1b[2J\x1b]0;owned\x07\u202e" + "x" * 100_000
+    bad = reply(requests[1], ones(server))
+    config = {**bad.content.config_records[CONFIG], "payload-codec": nasty}
+    bad.content[CONFIG] = ConfigRecord(config)  # type: ignore[arg-type]
+    late = reply(requests[2], ones(server))
+    late.content[CONFIG] = ConfigRecord({SERVER_ROUND: nasty})
+    empty = answer(requests[3], Error(0))
+    server.aggregate_train(1, [answer(requests[0], Error(0, nasty)), bad, late, empty])
+    assert set(failed(server)) == {0, 1, 2, 3}
+    for text in (*failed(server).values(), *(record.getMessage() for record in caplog.records)):
+        assert not set(text) & {"\x1b", "\x07", "\u202e"}
+        assert len(text) < 700
+    assert failed(server)[3] == "no reason given"
+
+
 def test_an_evaluation_that_cannot_be_read_is_named() -> None:
     server = strategy(evaluates=lambda server_round: [0, 1])
     messages = list(
