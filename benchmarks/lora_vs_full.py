@@ -108,7 +108,7 @@ def measure_accuracy(variant: str) -> dict[str, Any]:
     num_steps = len(images["train"]) // 32
     model.start_training(TrainingSettings(learning_rate=rate), num_steps)
     start = time.perf_counter()
-    for batch in images["train"].batches(None, 32, rng=generator(0, "client"), drop_last=True):
+    for batch in images["train"].batches(None, 32, rng=generator(0, "client", 1, 0), drop_last=True):
         model.train_step(batch["pixel_values"], batch["labels"])
     epoch_seconds = time.perf_counter() - start
     return {"zero_shot": before, "accuracy": accuracy(), "epoch_seconds": epoch_seconds}

@@ -134,7 +134,7 @@ def split_shards(config: ExperimentConfig, data: FederatedData, split: Partition
     groups = column_values(data.train, data.concept_column) if data.concept_column else None
     shards = []
     for client_id, rows in enumerate(split.indices):
-        rng = generator(config.seed, "split", 2, client_id)
+        rng = generator(config.seed, "hold-out", client_id)
         train, test = hold_out(rows, fraction, rng, labels, groups=groups)
         shards.append(Shard(train, test))
     return tuple(shards)

@@ -177,7 +177,7 @@ class Experiment:
         """Evaluate the model, as it is, on the server's test rows, or on one seeded part of them."""
         wanted, rows = self.config.evaluation.max_samples, None
         if wanted is not None and wanted < len(self.test_images):
-            rng = generator(self.config.seed, "evaluation", 0)
+            rng = generator(self.config.seed, "test rows")
             rows = np.sort(rng.choice(len(self.test_images), size=wanted, replace=False))
         return self.evaluate_rows(self.test_images, rows)
 

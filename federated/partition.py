@@ -104,7 +104,7 @@ def partition(
             f"partition.num_clients: {num_clients} clients cannot share {len(dataset)} training samples; "
             f"set it to {len(dataset)} or fewer, or use more data"
         )
-    rng = generator(seed, "split")
+    rng = generator(seed, "partition")
     light = _light_dataset(dataset, label_column, domain_column, rng)
     with warnings.catch_warnings():
         # Flower warns at every draw of Dirichlet and at unused classes: both are reported below instead.

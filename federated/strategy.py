@@ -302,7 +302,7 @@ class LoRAStrategy(FedAvg):
             state = {**state, **control_names(split_control(self.server_state.memory)[1])}
         if profile.version != NEVER:  # it leaves out what the client should still hold
             meta[SINCE] = profile.version
-        rng = generator(self._seed, "codec", server_round) if self._downlink.draws else None
+        rng = generator(self._seed, "downlink", server_round) if self._downlink.draws else None
         return write_state(
             state,
             self._downlink,

@@ -1,4 +1,4 @@
-"""The reported aggregation error against a float64 oracle of what clients trained, with and without codecs."""
+"""The reported aggregation error against a float64 oracle of what clients trained, whatever the codecs."""
 
 from __future__ import annotations
 

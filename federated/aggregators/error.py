@@ -21,7 +21,7 @@ from torch import Tensor
 from federated.aggregators.averaging import grouped, in_client_order, weights_of
 from federated.aggregators.downlinks import profile_of
 from federated.aggregators.protocol import Aggregator, ServerState, Update
-from federated.lowrank import LowRank, distance_and_size, product_norm, scaled, stack
+from federated.lowrank import LowRank, distance_and_size, scaled, stack
 from lora.adapters import FactorPair, factor_pairs
 from models.state import Layout, State, layout_of, vector_of
 
@@ -69,10 +69,18 @@ def encoding_loss(
     first, second = aggregator.client.to_model(trained), aggregator.client.to_model(decoded)
     distance = change = 0.0
     for pair in factor_pairs(first):
-        one, other = (scaled(_product(state, pair), scaling[pair.module]) for state in (first, second))
-        gap, size = distance_and_size(other, one)
-        distance, change = distance + gap**2, change + size**2 - product_norm(other) ** 2
-    return EncodingLoss(distance, change)
+        one, other = _product(first, pair), _product(second, pair)
+        square = scaling[pair.module] ** 2
+        size, size_decoded = square * _inner_product(one, one), square * _inner_product(other, other)
+        distance += size + size_decoded - 2 * square * _inner_product(one, other)
+        change += size - size_decoded
+    return EncodingLoss(max(distance, 0.0), change)
+
+
+def _inner_product(one: LowRank, other: LowRank) -> float:
+    """Return <one, other>_F = sum (L1^T L2) * (R1 R2^T), in float64."""
+    lefts = one.left.double().T @ other.left.double()
+    return float((lefts * (one.right.double() @ other.right.double().T)).sum())
 
 
 def aggregation_error(

@@ -157,7 +157,9 @@ def prepare_folder(
     if not classes:
         raise UserError(f"{source} has no class folders; it must hold <class>/*")
     for number, (name, images) in enumerate(classes.items()):
-        for split, chosen in _split_class(images, shares, generator(seed, "split", number, 1), name).items():
+        for split, chosen in _split_class(
+            images, shares, generator(seed, "folder split", number), name
+        ).items():
             counts[split][name] = len(chosen)
             plan.extend((image, root / split / name / image.name) for image in chosen)
     _place(plan, link=link, report=report)

@@ -72,7 +72,7 @@ def load_data(
     """
     if path is not None:
         options["path"] = path
-    rng = generator(seed, "split", 1)
+    rng = generator(seed, "test split")
     data = build(SOURCES, SOURCE, source, options, rng)
     for split, rows in (("train", data.train), ("test", data.test)):
         if len(rows) == 0:
