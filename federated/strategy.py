@@ -225,7 +225,6 @@ class LoRAStrategy(FedAvg):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect each client's own metrics; they are reported one by one, not averaged away."""
-        told: dict[int, dict[str, float]] = {}
         for reply in self._sort_out(replies):
             client_id = self._client_of(reply)
             try:
@@ -234,11 +233,11 @@ class LoRAStrategy(FedAvg):
             except UnreadableReplyError as error:
                 self._refuse(client_id, str(error))
                 continue
-            if client_id in told:
+            entry = self.record.clients.setdefault(client_id, {})
+            if "eval_examples" in entry:
                 self._refuse(client_id, "sent its evaluation again; the first counts")
-            told.setdefault(client_id, metrics)
-        for client_id, metrics in told.items():
-            self.record.clients.setdefault(client_id, {}).update(metrics)
+            else:
+                entry.update(metrics)
         self.record.clients = dict(sorted(self.record.clients.items()))
         return None
 
@@ -327,10 +326,8 @@ class LoRAStrategy(FedAvg):
             else:
                 log.warning("a reply from node %s was not asked for: ignored", reply.metadata.src_node_id)
         asked.sort(key=self._client_of)
-        silent = sorted(self._sent.keys() - {self._client_of(reply) for reply in asked})
-        self.record.failed += [
-            Failure(client_id, "no reply within federation.timeout_seconds") for client_id in silent
-        ]
+        for client_id in sorted(self._sent.keys() - {self._client_of(reply) for reply in asked}):
+            self.record.failed.append(Failure(client_id, "no reply within federation.timeout_seconds"))
         answered = []
         for reply in asked:
             client_id = self._client_of(reply)
