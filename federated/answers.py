@@ -8,21 +8,37 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, Metadata, MetricRecord, RecordDict
 
 from federated.aggregators import ClientProfile, EncodingLoss, Update
 from federated.client_terms import control_names, split_control
 from federated.codecs import Codec
-from federated.messages import CLIENT_ID, ENCODING_LOSS, NUM_EXAMPLES, RANK, TRAIN_LOSS, read_state
-from federated.payload import METRICS
+from federated.messages import (
+    CLIENT_ID,
+    ENCODING_LOSS,
+    NUM_EXAMPLES,
+    RANK,
+    SERVER_ROUND,
+    TRAIN_LOSS,
+    read_state,
+)
+from federated.payload import CONFIG, LARGEST_FP32, METRICS
 from models.state import Layout, State, add_, layout_of
 
 _UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError, OSError)
 """What decoding nonsense can raise, PayloadError (a ValueError) included."""
+
+
+TRAINING_ENTRIES = frozenset({"train_loss", "num_examples"})
+"""A client's entries of a round's record that come from its training; no evaluation may write them."""
+
+_METRIC_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_@.-]{0,63}")
+_MAX_METRICS = 64
 
 
 class UnreadableReplyError(ValueError):
@@ -70,6 +86,57 @@ class Answer:
     encoding_loss: EncodingLoss | None = None
 
 
+def check_answers(reply: Message, sent: Metadata, server_round: int) -> None:
+    """Refuse a reply to anything but the message that its client was sent in this round.
+
+    Args:
+        reply: The reply.
+        sent: What identifies that message; the grid has written its id there.
+        server_round: The round, which a training reply repeats.
+
+    Raises:
+        UnreadableReplyError: It came late, from an earlier round or phase.
+    """
+    told = reply.metadata
+    answered = told.reply_to_message_id, told.group_id, told.message_type
+    config = reply.content.get(CONFIG) if reply.has_content() else None
+    trained_in = config.get(SERVER_ROUND, server_round) if isinstance(config, ConfigRecord) else server_round
+    if answered != (sent.message_id, sent.group_id, sent.message_type) or trained_in != server_round:
+        origin = f"of round {trained_in!r}" if trained_in != server_round else "of an earlier round or phase"
+        raise UnreadableReplyError(
+            f"the reply is to a message {origin}, not to the one that it was sent in this round"
+        )
+
+
+@dataclass(frozen=True)
+class ShardSizes:
+    """What the server knows of its clients' data; None: nothing.
+
+    Attributes:
+        train: Training rows of a client.
+        test: Rows that it keeps for its own evaluation.
+    """
+
+    train: Callable[[int], int | None] = lambda client_id: None
+    test: Callable[[int], int | None] = lambda client_id: None
+
+    def check_train(self, client_id: int, told: float) -> None:
+        """Raise UnreadableReplyError where a client says that it trained on more examples than it has."""
+        _check_examples("trained on", told, self.train(client_id))
+
+    def check_test(self, client_id: int, told: float) -> None:
+        """Raise UnreadableReplyError where a client says that it evaluated on more examples than it has."""
+        _check_examples("evaluated on", told, self.test(client_id))
+
+
+def _check_examples(verb: str, told: float, known: int | None) -> None:
+    if known is not None and told > known:
+        raise UnreadableReplyError(
+            f"it says that it {verb} {told:g} examples, but its shard has {known}: client and server must "
+            "have one configuration and the same data"
+        )
+
+
 def read_answer(client_id: int, content: RecordDict, codec: Codec, start: Start) -> Answer:
     """Turn a delta into the client's new values.
 
@@ -84,7 +151,7 @@ def read_answer(client_id: int, content: RecordDict, codec: Codec, start: Start)
         loss = _encoding_loss(metrics)
     except _UNREADABLE as error:
         raise UnreadableReplyError(_reason(error)) from error
-    if not math.isfinite(train_loss):
+    if not abs(train_loss) <= LARGEST_FP32:
         raise UnreadableReplyError(f"the mean loss of its local steps is {train_loss}")
     update = Update(
         client_id=client_id,
@@ -100,16 +167,37 @@ def read_evaluation(content: RecordDict) -> dict[str, float]:
     """Return a client's metrics on its own test rows under their names in ``metrics.jsonl``.
 
     Raises:
-        UnreadableReplyError: There are none, or they are no numbers.
+        UnreadableReplyError: There are none, they are no finite numbers, or a name is no metric's.
     """
     try:
         metrics = _metrics(content)
-        entry: dict[str, float] = {"eval_examples": int(metrics.pop(NUM_EXAMPLES))}
+        num_examples = int(metrics.pop(NUM_EXAMPLES))
         metrics.pop(CLIENT_ID, None)
-        entry |= {"eval_loss" if key == "loss" else key: float(value) for key, value in metrics.items()}
+        _check_names(metrics)
+        entry = {"eval_loss" if key == "loss" else key: float(value) for key, value in metrics.items()}
     except _UNREADABLE as error:
         raise UnreadableReplyError(_reason(error)) from error
-    return entry
+    if num_examples <= 0:
+        raise UnreadableReplyError(f"it evaluated on {num_examples} examples")
+    for name, value in entry.items():
+        if not math.isfinite(value):
+            raise UnreadableReplyError(f"its {name} is {value}")
+    return {"eval_examples": num_examples, **entry}
+
+
+def _check_names(metrics: Mapping[str, Any]) -> None:
+    """Raise ValueError where a name is no metric's, or one that the record itself writes."""
+    if len(metrics) > _MAX_METRICS:
+        raise ValueError(f"it sent {len(metrics)} metrics, where {_MAX_METRICS} are the most")
+    for name in metrics:
+        if (
+            name in TRAINING_ENTRIES
+            or name in ("eval_examples", "eval_loss")
+            or not _METRIC_NAME.fullmatch(name)
+        ):
+            raise ValueError(
+                f"it sent a metric named {name!r}, which is no name of a metric on its test rows"
+            )
 
 
 def _metrics(content: RecordDict) -> dict[str, Any]:

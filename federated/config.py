@@ -91,6 +91,7 @@ class FederationSection(Section):
     cohort_size: int | None = Field(None, ge=1)
     """Clients sampled a round; all of them when not given."""
     timeout_seconds: float = Field(3600.0, gt=0)
+    """For all clients of a phase; a worker is ended then, but in one process a running client ends late."""
 
 
 class ClientSection(Section):
@@ -134,6 +135,10 @@ class AggregationSection(Section):
     server_optimizer: dict[str, Any] | None = None
     """A ``name`` of ``federated.server_optimizers.SERVER_OPTIMIZERS`` (fedavgm, fedadam, fedyogi, fedadagrad)
     and its options; the averages as they are when not given."""
+    max_update_ratio: float = Field(100.0, gt=1)
+    """Most that a client's values may be, in norms of the larger of cohort (median) and global state."""
+    max_examples_ratio: float = Field(1e6, gt=1)
+    """Most training examples a client may claim, in multiples of its cohort's median."""
 
 
 class CommunicationSection(Section):

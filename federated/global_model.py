@@ -35,7 +35,7 @@ def global_metrics(experiment: Experiment, server_state: ServerState, record: Ro
 
 def clients_mean(record: RoundRecord, metric: str) -> dict[str, float]:
     """Return the mean of the clients' own metric and loss over the rows that they tested on."""
-    entries = [entry for entry in record.clients.values() if metric in entry]
+    entries = [entry for entry in record.clients.values() if {metric, "eval_loss"} <= entry.keys()]
     num_rows = sum(entry["eval_examples"] for entry in entries)
     if not num_rows:
         return {}

@@ -1,9 +1,10 @@
 """The bytes of every transfer: one row per round, client, direction and phase, and what the rows add up to.
 
-The metered grid appends a row for each message that crosses it, downlink and uplink, failed ones included; at
-the end of a round the new rows go to ``communication.csv``. Every byte count that people see comes from these
-rows (``federated.savings`` says what they mean). Three counts are kept apart: ``parameters`` (values sent),
-``payload_bytes`` (those values after the codec) and ``wire_bytes`` (the serialised message).
+The metered grid appends a row for each message that crosses it, downlink and uplink: errors, replies that
+come twice and replies that the server refuses included. At the end of a round the new rows go to
+``communication.csv``. Every byte count that people see comes from these rows (``federated.savings`` says what
+they mean). Three counts are kept apart: ``parameters`` (values that travel, k of n with a sparse codec),
+``payload_bytes`` (those values after the codec) and ``wire_bytes`` (all that Flower serialises of a message).
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ class Transfer:
         server_round: the round, from 1; 0 is before training.
         client_id: the client at the other end.
         direction: ``uplink`` is client to server, ``downlink`` is server to client.
-        phase: ``train``, ``evaluate``, or ``setup`` for what is sent once.
-        status: ``failed`` when the client did not answer with a result; its bytes were sent all the same.
-        parameters: number of values carried.
+        phase: ``train``, ``evaluate``, or ``setup``: on Flower's engines, which client a node is.
+        status: ``failed`` for a reply without content and for a downlink that got no other; a reply that the
+            server refuses is ``ok`` here, for it arrived.
+        parameters: number of values carried; 0 for a reply that is not in the codec or layout agreed on.
         payload_bytes: the encoded values: scales, indices and the head included.
-        wire_bytes: the serialised message, metadata included.
+        wire_bytes: the serialised message: values, metadata, and Flower's Message object. What HTTP and TLS
+            put around it is not counted.
     """
 
     server_round: int
@@ -97,8 +100,8 @@ class Ledger:
         return tuple(self._rows)
 
     def clients(self) -> tuple[int, ...]:
-        """Return the clients that took part at least once, sorted."""
-        return tuple(sorted({row.client_id for row in self._rows}))
+        """Return the clients that took part in a round at least once, sorted."""
+        return tuple(sorted({row.client_id for row in self._rows if row.phase != "setup"}))
 
     def select(self, **where: int | str) -> Iterator[Transfer]:
         """Yield the rows whose columns equal ``where``, such as ``direction="uplink", server_round=3``."""

@@ -25,7 +25,7 @@ from federated.payload import (
     pack,
     unpack,
 )
-from models.state import Layout, State, layout_of, num_values
+from models.state import Layout, State, layout_of
 
 SERVER_ROUND = "server-round"
 NUM_VALUES = "num-values"
@@ -68,7 +68,7 @@ def write_state(
         codec.encode(state, rng),
         layout,
         codec.name,
-        meta={**meta, NUM_VALUES: num_values(layout)},
+        meta={**meta, NUM_VALUES: codec.num_sent(layout)},
         send_layout=send_layout,
     )
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from federated.foreign_text import shown
+
 SCORED_BY, CLIENTS = "scored_by", "clients"
 """Key and value in the lines of a method without a global model: from round 1 on its clients score their own
 models, each on its own test rows. Without the key the server scored one model on its test rows."""
@@ -17,10 +19,19 @@ models, each on its own test rows. Without the key the server scored one model o
 
 @dataclass(frozen=True)
 class Failure:
-    """A client whose answer could not be used in a round."""
+    """A client whose answer could not be used in a round.
+
+    Attributes:
+        client_id: The client.
+        reason: Why; whatever the client wrote of it is made fit to be shown.
+    """
 
     client_id: int
     reason: str
+
+    def __post_init__(self) -> None:
+        """Let nothing through that a terminal or a file would take for more than words."""
+        object.__setattr__(self, "reason", shown(self.reason))
 
 
 @dataclass

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from federated.aggregators import Limits
+from federated.answers import ShardSizes
 from federated.checkpoint import ServerCheckpoint, save_server_checkpoint
-from federated.engines.metered import MeteredGrid
+from federated.engines.metered import MeteredGrid, enter, wire_sizes
 from federated.experiment import Experiment, experiment_of
+from federated.foreign_text import shown
 from federated.global_model import bring_base_up_to_date, global_metrics, load_global_state, smallest_form
 from federated.learnable import check_can_learn
 from federated.ledger import Ledger
@@ -71,6 +74,7 @@ def serve(
     clients: Mapping[int, int],
     folder: RunFolder,
     display: Display | None = None,
+    ledger: Ledger | None = None,
 ) -> dict[str, Any]:
     """Run all rounds of an experiment and write its folder.
 
@@ -80,11 +84,12 @@ def serve(
         clients: Node id of each client id.
         folder: Where results go.
         display: Told what happens.
+        ledger: Holds what was sent before; None: nothing was.
 
     Returns:
         The content of ``summary.json``.
     """
-    config, ledger = experiment.config, Ledger()
+    config, ledger = experiment.config, Ledger() if ledger is None else ledger
     client_of = {node_id: client_id for client_id, node_id in clients.items()}
     experiment.reset()
     strategy = build_strategy(experiment, clients, display)
@@ -96,7 +101,7 @@ def serve(
             notes=experiment.caches.notes,
         )
     strategy.start(
-        MeteredGrid(grid, ledger, client_of.__getitem__),
+        MeteredGrid(grid, ledger, client_of.__getitem__, strategy.num_values),
         initial_arrays=strategy.packed_state(),
         num_rounds=config.federation.rounds,
         timeout=config.federation.timeout_seconds,
@@ -133,6 +138,10 @@ def build_strategy(
         downlink=config.communication.downlink,
         ranks=Ranks(experiment.rank_of, experiment.scaling_at) if experiment.mixed_ranks else Ranks(),
         scaffold=config.client.scaffold,
+        limits=Limits(config.aggregation.max_update_ratio, config.aggregation.max_examples_ratio),
+        shard_sizes=ShardSizes(
+            experiment.num_examples, lambda client_id: len(experiment.shards[client_id].test)
+        ),
         error_every=config.evaluation.aggregation_error_every,
         evaluates=lambda server_round: evaluating_clients(experiment, server_round),
         on_broadcast=before_broadcast,
@@ -231,16 +240,19 @@ def main(grid: Grid, context: Context) -> None:
     experiment = experiment_of(context.run_config)
     check_can_learn(experiment)
     config = experiment.config
-    clients = ask_client_ids(grid, experiment.num_clients, timeout=config.federation.timeout_seconds)
+    timeout, ledger = config.federation.timeout_seconds, Ledger()
+    clients = ask_client_ids(grid, experiment.num_clients, ledger, timeout=timeout)
     name = str(context.run_config.get("run-dir") or "")
     path = Path(name) if name else Path(config.output.root) / f"{config.output.name}-{context.run_id}"
     folder = RunFolder(path, config)
     experiment.save_partition(folder.path / "partition.json")
-    serve(grid, experiment, clients, folder)
+    serve(grid, experiment, clients, folder, ledger=ledger)
 
 
-def ask_client_ids(grid: Grid, num_clients: int, *, timeout: float) -> dict[int, int]:
+def ask_client_ids(grid: Grid, num_clients: int, ledger: Ledger, *, timeout: float) -> dict[int, int]:
     """Ask every node which client it is, so that cohorts are the same on every engine.
+
+    Question and answers are the phase ``setup`` of the ledger.
 
     Raises:
         UserError: Too few nodes came, or two nodes are the same client.
@@ -257,15 +269,36 @@ def ask_client_ids(grid: Grid, num_clients: int, *, timeout: float) -> dict[int,
     messages = [
         Message(question, dst_node_id=node_id, message_type=MessageType.QUERY) for node_id in node_ids
     ]
-    clients: dict[int, int] = {}
-    for reply in grid.send_and_receive(messages, timeout=timeout):
-        if reply.has_error():
-            raise UserError(f"node {reply.metadata.src_node_id} failed at start: {reply.error.reason}")
-        client_id = int(cast(int, reply.content.metric_records[METRICS][CLIENT_ID]))
-        if client_id in clients:
-            raise UserError(f"two nodes say they are client {client_id}: give each its own partition-id")
-        clients[client_id] = reply.metadata.src_node_id
+    sizes = wire_sizes(messages)
+    replies = list(grid.send_and_receive(messages, timeout=timeout))
+    clients = _clients_that_answered(replies)
+    client_of = {node_id: client_id for client_id, node_id in clients.items()}
+    sent = [(m, size) for m, size in zip(messages, sizes, strict=True) if m.metadata.dst_node_id in client_of]
+    sent.sort(key=lambda pair: client_of[pair[0].metadata.dst_node_id])
+    enter(ledger, sent, replies, client_of.__getitem__)
     missing = [client_id for client_id in range(num_clients) if client_id not in clients]
     if missing:
         raise UserError(f"no node answered for client {missing[0]}: give one the partition-id {missing[0]}")
+    return clients
+
+
+def _clients_that_answered(replies: Iterable[Message]) -> dict[int, int]:
+    """Return the node of each client, from the answers of the nodes.
+
+    Raises:
+        UserError: A node failed or gave no client id, or two nodes are the same client.
+    """
+    clients: dict[int, int] = {}
+    for reply in replies:
+        node_id = reply.metadata.src_node_id
+        if not reply.has_content():
+            reason = shown(str(reply.error.reason)) if reply.has_error() else "its reply is empty"
+            raise UserError(f"node {node_id} failed at start: {reason}")
+        metrics = reply.content.get(METRICS)
+        client_id = metrics.get(CLIENT_ID) if isinstance(metrics, MetricRecord) else None
+        if not isinstance(client_id, int):
+            raise UserError(f"node {node_id} did not say which client it is: install the same fedlora on it")
+        if client_id in clients:
+            raise UserError(f"two nodes say they are client {client_id}: give each its own partition-id")
+        clients[client_id] = node_id
     return clients

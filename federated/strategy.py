@@ -15,26 +15,39 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from federated.aggregators import (
+    DEFAULT_LIMITS,
     NEVER,
     Aggregator,
     ClientProfile,
     EncodingLoss,
     Known,
+    Limits,
     ServerState,
     Update,
+    absurd_norms,
     aggregation_error,
     cut_to_rank,
     pack_downlink,
     receive,
     run_round,
     unpack_downlink,
+    whole_norm,
 )
-from federated.answers import Answer, Start, UnreadableReplyError, read_answer, read_evaluation
+from federated.answers import (
+    Answer,
+    ShardSizes,
+    Start,
+    UnreadableReplyError,
+    check_answers,
+    read_answer,
+    read_evaluation,
+)
+from federated.byte_counts import payload_bytes
 from federated.client_terms import control_names, next_control, split_control, zero_variates
 from federated.codecs import Codec, codec_from_name
 from federated.cohort import sample_cohort
@@ -75,6 +88,8 @@ class LoRAStrategy(FedAvg):
         downlink: Name of the codec of what the server sends.
         ranks: The clients' ranks where they differ.
         scaffold: Whether control variates travel beside the updates.
+        limits: How far one client may be from its cohort.
+        shard_sizes: The most examples that a client can have used.
         error_every: Rounds between measurements of the aggregation error; 0: never.
         evaluates: Which clients evaluate after a round; none by default.
         on_broadcast: Told ``(server_round, number of clients, message type)`` before messages go out.
@@ -92,6 +107,8 @@ class LoRAStrategy(FedAvg):
         downlink: str = "fp32",
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
         scaffold: bool = False,
+        limits: Limits = DEFAULT_LIMITS,
+        shard_sizes: ShardSizes = ShardSizes(),  # noqa: B008 - frozen
         error_every: int = 1,
         evaluates: Callable[[int], list[int]] = lambda server_round: [],
         on_broadcast: Callable[[int, int, str], None] = lambda server_round, num_clients, phase: None,
@@ -111,12 +128,14 @@ class LoRAStrategy(FedAvg):
         self._full_layout = layout_of(server_state.state)
         self._ranks = ranks
         self._scaffold = scaffold
+        self._limits = limits
+        self._shard_sizes = shard_sizes
         self._error_every = error_every if aggregator.has_global_model else 0
         follows = bool(self._error_every) and not self._downlink.lossless
         self._held = HeldStates(remembers=aggregator.clients_remember) if follows else None
         self._evaluates = evaluates
         self._on_broadcast = on_broadcast
-        self._addressed: set[int] = set()
+        self._sent: dict[int, Metadata] = {}
         self._sent_version = NEVER
         self._starts: dict[int | None, Start] = {}
 
@@ -134,11 +153,10 @@ class LoRAStrategy(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode the updates in client order, refuse what cannot be used, apply the aggregator."""
-        self._starts.clear()
         decoded = [self._decode(reply) for reply in self._sort_out(replies)]
-        answers = [answer for answer in decoded if answer is not None]
-        before = self.server_state
-        after, accepted, refused = run_round(self.aggregator, before, [answer.update for answer in answers])
+        answers = self._with_usable_variates([answer for answer in decoded if answer is not None])
+        before, updates = self.server_state, [answer.update for answer in answers]
+        after, accepted, refused = run_round(self.aggregator, before, updates, self._limits)
         self.server_state = after
         self.record.failed += [Failure(client_id, reason) for client_id, reason in refused]
         self.record.failed.sort(key=lambda failure: failure.client_id)
@@ -172,6 +190,17 @@ class LoRAStrategy(FedAvg):
             new = control_names(next_control(control, changes, len(self._nodes)))
             self.server_state = replace(self.server_state, memory={**self.server_state.memory, **new})
 
+    def _with_usable_variates(self, answers: list[Answer]) -> list[Answer]:
+        """Return the answers whose control variates can be meant; name the others' clients."""
+        if not self._scaffold or not answers:
+            return answers
+        _, control = split_control(self.server_state.memory)
+        norms = {answer.update.client_id: whole_norm(answer.variate_change) for answer in answers}
+        absurd = absurd_norms(norms, control, self._limits)
+        for client_id, reason in absurd.items():
+            self._refuse(client_id, f"its control variate: {reason}")
+        return [answer for answer in answers if answer.update.client_id not in absurd]
+
     def _aggregation_error(
         self, before: ServerState, accepted: Sequence[Update], answers: Sequence[Answer]
     ) -> float | None:
@@ -200,10 +229,15 @@ class LoRAStrategy(FedAvg):
             client_id = self._client_of(reply)
             try:
                 metrics = read_evaluation(reply.content)
+                self._shard_sizes.check_test(client_id, metrics["eval_examples"])
             except UnreadableReplyError as error:
-                self._refuse(client_id, error)
+                self._refuse(client_id, str(error))
+                continue
+            entry = self.record.clients.setdefault(client_id, {})
+            if "eval_examples" in entry:
+                self._refuse(client_id, "sent its evaluation again; the first counts")
             else:
-                self.record.clients.setdefault(client_id, {}).update(metrics)
+                entry.update(metrics)
         self.record.clients = dict(sorted(self.record.clients.items()))
         return None
 
@@ -223,12 +257,24 @@ class LoRAStrategy(FedAvg):
         content = write_state(self.server_state.state, codec_from_name("fp32"), None, {})
         return content.array_records[ARRAYS]
 
+    def num_values(self, reply: Message) -> int:
+        """Return how many values a reply carries: what the agreed codec sends of what was asked for.
+
+        0 where what arrived is of another length; what the client says of it counts for nothing.
+        """
+        num_bytes, client_id = payload_bytes(reply), self._client_of(reply)
+        if not num_bytes:
+            return 0
+        layout = self._start_of(client_id).answer_layout
+        return self._uplink.num_sent(layout) if num_bytes == self._uplink.num_bytes(layout) else 0
+
     # ---- both directions
 
     def _broadcast(self, server_round: int, client_ids: list[int], message_type: str) -> list[Message]:
         """Encode each distinct downlink once and address it to its clients."""
-        self._addressed = set(client_ids)
         self._sent_version = self.server_state.server_round
+        self._sent.clear()
+        self._starts.clear()
         if client_ids:
             self._on_broadcast(server_round, len(client_ids), message_type)
         if self._held is not None:
@@ -240,7 +286,9 @@ class LoRAStrategy(FedAvg):
             key = (profile.version, profile.rank)
             if key not in contents:
                 contents[key] = self._downlink_content(server_round, profile, message_type)
-            messages.append(Message(contents[key], self._nodes[client_id], message_type))
+            group = str(server_round)
+            messages.append(Message(contents[key], self._nodes[client_id], message_type, group_id=group))
+            self._sent[client_id] = messages[-1].metadata
             if self._held is not None:
                 values, _ = split_control(read_broadcast(contents[key], self._downlink, self._full_layout))
                 config = cast(Mapping[str, int], contents[key][CONFIG])
@@ -269,24 +317,28 @@ class LoRAStrategy(FedAvg):
         return ClientProfile(rank=rank, scaling=self._ranks.scaling(rank), version=version)
 
     def _sort_out(self, replies: Iterable[Message]) -> list[Message]:
-        """Return the replies with content in client order; name the clients that failed or stayed silent."""
+        """Return the replies to what was sent, with content, in client order; name the other clients."""
         asked = []
         for reply in replies:
             client_id = self._clients.get(reply.metadata.src_node_id)
-            if client_id in self._addressed:
+            if client_id in self._sent:
                 asked.append(reply)
             else:
                 log.warning("a reply from node %s was not asked for: ignored", reply.metadata.src_node_id)
         asked.sort(key=self._client_of)
-        silent = sorted(self._addressed - {self._client_of(reply) for reply in asked})
-        self.record.failed += [
-            Failure(client_id, "no reply within federation.timeout_seconds") for client_id in silent
-        ]
+        for client_id in sorted(self._sent.keys() - {self._client_of(reply) for reply in asked}):
+            self.record.failed.append(Failure(client_id, "no reply within federation.timeout_seconds"))
         answered = []
         for reply in asked:
             client_id = self._client_of(reply)
-            if reply.has_error():
-                self.record.failed.append(Failure(client_id, str(reply.error.reason)))
+            try:
+                check_answers(reply, self._sent[client_id], self.record.server_round)
+            except UnreadableReplyError as error:
+                self._refuse(client_id, str(error))
+                continue
+            if not reply.has_content():
+                reason = reply.error.reason if reply.has_error() else "its reply is empty"
+                self.record.failed.append(Failure(client_id, reason or "no reason given"))
                 self.versions.pop(client_id, None)  # whatever it has lost, it will receive everything
                 if self._held is not None:
                     self._held.failed(client_id)
@@ -301,16 +353,18 @@ class LoRAStrategy(FedAvg):
         """Return a client's answer; None (and a named failure) when it cannot be read."""
         client_id = self._client_of(reply)
         try:
-            return read_answer(client_id, reply.content, self._uplink, self._start_of(client_id))
+            answer = read_answer(client_id, reply.content, self._uplink, self._start_of(client_id))
+            self._shard_sizes.check_train(client_id, answer.update.num_examples)
         except UnreadableReplyError as error:
-            self._refuse(client_id, error)
+            self._refuse(client_id, str(error))
             return None
+        return answer
 
-    def _refuse(self, client_id: int, error: UnreadableReplyError) -> None:
-        failed = {ROUND_FAILURE: client_id}
-        server_round = self.record.server_round
-        log.warning("round %d: reply of client %d refused: %s", server_round, client_id, error, extra=failed)
-        self.record.failed.append(Failure(client_id, str(error)))
+    def _refuse(self, client_id: int, reason: str) -> None:
+        failure, values = Failure(client_id, reason), {ROUND_FAILURE: client_id}
+        where = self.record.server_round, client_id
+        log.warning("round %d: reply of client %d refused: %s", *where, failure.reason, extra=values)
+        self.record.failed.append(failure)
 
     def _start_of(self, client_id: int) -> Start:
         """Return, in full precision, what a client started from of the names that travel up."""

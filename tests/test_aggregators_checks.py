@@ -10,6 +10,7 @@ import torch
 from aggregator_simulation import MIXED_RANKS, Federation, a_name, b_name, federation, send, train
 
 from federated.aggregators import (
+    Limits,
     Update,
     check_ranks,
     check_updates,
@@ -24,6 +25,7 @@ from federated.aggregators import (
 from models.errors import UserError
 from models.state import flat
 
+ANYTHING = Limits(update_ratio=1e100, examples_ratio=1e100)
 A, B = a_name("tower.first"), b_name("tower.first")
 
 
@@ -121,11 +123,14 @@ def test_clients_recover_from_a_round_that_was_lost():
     assert not torch.equal(updates[0].state[B], fed.server.state[B])
 
 
-def test_large_values_whose_sum_overflows_are_still_finite():
+def test_large_values_whose_sum_overflows_are_named_by_their_size():
     fed = federation(fedavg(), dtype=torch.float32)
     updates = round_of(fed)
     large = changed(updates[1], **{B: torch.full_like(updates[1].state[B], 3e38)})
-    assert check_updates(fed.server, [large], fed.aggregator)[1] == []
+    assert check_updates(fed.server, [large], fed.aggregator, ANYTHING)[1] == []
+    ((client_id, reason),) = check_updates(fed.server, [large], fed.aggregator)[1]
+    assert client_id == 1
+    assert "what it sent has norm 1.59e+39" in reason  # sqrt(28) * 3e38, which float32 cannot hold
 
 
 def test_the_first_of_several_faults_is_named():
@@ -202,3 +207,80 @@ def test_applying_nothing_is_an_error_that_says_what_to_do():
     fed = federation(fedavg())
     with pytest.raises(ValueError, match="skip_round"):
         fed.aggregator.apply(fed.server, [])
+
+
+# ---- finite, and still nothing that can be meant
+
+
+def scaled(update: Update, factor: float) -> Update:
+    return replace(update, state={name: tensor * factor for name, tensor in update.state.items()})
+
+
+@pytest.mark.parametrize("num_clients", [1, 2, 3, 5])
+@pytest.mark.parametrize("rule", [fedavg, fedex, flexlora, flora, ffa])
+def test_an_absurd_update_is_named_and_the_others_are_used(rule, num_clients):
+    """In a cohort of one the global state is all there is to compare with."""
+    fed = federation(rule(), dtype=torch.float32)
+    updates = round_of(fed)[:num_clients]
+    liar = updates[-1].client_id
+    spoilt = [*updates[:-1], changed(updates[-1], **{B: torch.full_like(updates[-1].state[B], 1e30)})]
+    server, accepted, refused = run_round(fed.aggregator, fed.server, spoilt)
+    assert [update.client_id for update in accepted] == list(range(num_clients - 1))
+    assert [client_id for client_id, _ in refused] == [liar]
+    assert "aggregation.max_update_ratio=100" in refused[0][1]
+    if num_clients > 1:
+        alone = fed.aggregator.apply(fed.server, updates[:-1])
+        assert all(torch.equal(server.state[name], value) for name, value in alone.state.items())
+
+
+def test_a_majority_that_lies_does_not_vouch_for_itself():
+    fed = federation(fedavg())
+    lies = [scaled(update, 1e30) for update in round_of(fed)]
+    assert len(check_updates(fed.server, lies, fed.aggregator)[1]) == len(lies)
+
+
+@pytest.mark.parametrize("num_clients", [2, 3, 5])
+def test_an_absurd_weight_is_named_whatever_the_others_have(num_clients):
+    fed = federation(fedavg())
+    updates = [replace(u, num_examples=10 * (u.client_id + 1)) for u in round_of(fed)[:num_clients]]
+    updates[0] = replace(updates[0], num_examples=10**12)
+    accepted, refused = check_updates(fed.server, updates, fed.aggregator)
+    assert [update.client_id for update in accepted] == list(range(1, num_clients))
+    assert "has 1000000000000 training examples" in refused[0][1]
+
+
+@pytest.mark.parametrize("num_clients", [1, 2, 3, 5])
+@pytest.mark.parametrize("state", ["as usual", "zeros"])
+def test_honest_clients_may_differ_by_orders_of_magnitude(num_clients, state):
+    """Rows from 1 to 1,000,000; some have nothing left to learn while one moves its values by ten a value."""
+    fed = federation(ffa() if state == "zeros" else fedavg())
+    if state == "zeros":  # a new head
+        fed.server = replace(fed.server, state={n: torch.zeros_like(t) for n, t in fed.server.state.items()})
+    names = fed.aggregator.uplink(fed.server.state, 1)
+    moved = {k: 10.0 if k == num_clients - 1 else 1e-9 * k for k in range(num_clients)}
+    updates = [
+        replace(
+            update,
+            state={name: fed.server.state[name] + moved[update.client_id] for name in names},
+            num_examples=10**6 if update.client_id == 0 else 1 + update.client_id,
+        )
+        for update in round_of(fed)[:num_clients]
+    ]
+    assert check_updates(fed.server, updates, fed.aggregator)[1] == []
+
+
+@pytest.mark.parametrize("rule", [fedavg, fedex, flexlora, flora])
+def test_a_round_whose_aggregate_is_not_finite_leaves_the_server_as_it_was(rule, caplog):
+    """Finite updates, whose products overflow: nothing that was refused may reach a client."""
+    fed = federation(rule(), dtype=torch.float32)
+    updates = round_of(fed)
+    updates[3] = scaled(updates[3], 1e25)
+    with caplog.at_level(logging.WARNING):
+        server, accepted, refused = run_round(fed.aggregator, fed.server, updates, ANYTHING)
+    assert accepted == []
+    assert server.state is fed.server.state
+    assert server.base_delta is fed.server.base_delta
+    assert server.server_round == 1
+    assert [client_id for client_id, _ in refused] == [0, 1, 2, 3, 4]
+    assert all("not finite" in reason and "that of client 3" in reason for _, reason in refused)
+    assert "the global state stays as it was" in caplog.text

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+import threading
+from collections.abc import Callable, Iterable
+
 import flwr
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from federated.byte_counts import payload_bytes, wire_bytes
 from federated.engines.inprocess import TESTED_FLOWER, InProcessGrid, node_id_of
 from federated.engines.metered import MeteredGrid
 from federated.ledger import Ledger
@@ -62,6 +68,106 @@ def test_a_raising_client_becomes_an_error_reply_and_the_others_answer() -> None
     assert len(replies) == 4
 
 
+class _OwnKind(BaseException):
+    """What is no Exception, as some libraries use it."""
+
+
+def _exits(message: Message, context: Context) -> object:
+    sys.exit("the client has had enough")
+
+
+def _raises_its_own_kind(message: Message, context: Context) -> object:
+    raise _OwnKind("no Exception")
+
+
+def _returns_nothing(message: Message, context: Context) -> object:
+    return None
+
+
+def _returns_records(message: Message, context: Context) -> object:
+    return message.content
+
+
+def _spoils_its_state(message: Message, context: Context) -> object:
+    context.state = {"not": "records"}  # type: ignore[assignment]
+    return Message(RecordDict(), reply_to=message)
+
+
+def _writes_to_the_terminal(message: Message, context: Context) -> object:
+    raise RuntimeError("\x1b[2J\x1b]0;title\x07\u202eno\n" + "x" * 10_000_000)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [
+        (_exits, "SystemExit: the client has had enough"),
+        (_raises_its_own_kind, "_OwnKind: no Exception"),
+        (_returns_nothing, "this one: NoneType"),
+        (_returns_records, "this one: RecordDict"),
+        (_spoils_its_state, "state: dict"),
+        (_writes_to_the_terminal, "RuntimeError: no xxx"),
+    ],
+)
+def test_whatever_a_client_does_it_alone_has_failed(
+    does: Callable[[Message, Context], object],
+    reason: str,
+    num_workers: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.set_num_threads(1)
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1:
+            return does(message, context)  # type: ignore[return-value]
+        return Message(RecordDict(), reply_to=message)
+
+    grid = InProcessGrid(app, 3, num_workers=num_workers)
+    for _ in range(2):
+        replies = list(grid.send_and_receive(broadcast(grid, np.zeros(2, np.float32), [0, 1, 2])))
+        assert [reply.has_error() for reply in replies] == [False, True, False]
+        assert reason in replies[1].error.reason
+        assert len(replies[1].error.reason) < 1000
+    assert "\x1b" not in caplog.text + replies[1].error.reason
+    assert len(caplog.text) < 10_000
+    grid.close()
+
+
+def test_the_users_interrupt_ends_the_run_though_a_client_is_running() -> None:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        raise KeyboardInterrupt
+
+    grid = InProcessGrid(app, 2)
+    with pytest.raises(KeyboardInterrupt):
+        grid.send_and_receive(broadcast(grid, np.zeros(2, np.float32), [0, 1]))
+
+
+def test_a_client_that_the_deadline_finds_running_in_one_process_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app, ended = ClientApp(), threading.Event()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1:
+            while "still runs" not in caplog.text:  # it is named while it runs, for it may never end
+                ended.wait(0.01)
+        return Message(RecordDict(), reply_to=message)
+
+    grid = InProcessGrid(app, 3)
+    messages = broadcast(grid, np.zeros(2, np.float32), [0, 1, 2])
+    replies = list(grid.send_and_receive(messages, timeout=0.2))
+    assert [reply.metadata.src_node_id for reply in replies] == [node_id_of(0), node_id_of(1)]
+    assert "client 1 still runs after federation.timeout_seconds" in caplog.text
+    assert "client 1 ended" in caplog.text
+    assert "no reply from clients [2]" in caplog.text
+
+
 def test_client_state_persists_between_messages_and_is_not_committed_on_failure() -> None:
     grid = InProcessGrid(counting_app(), 3)
     for expected in (1, 2, 3):
@@ -100,18 +206,44 @@ def test_the_ledger_holds_the_length_of_what_was_sent() -> None:
     ledger = Ledger()
     grid = MeteredGrid(inner, ledger, {node_id_of(i): i for i in range(4)}.__getitem__)
     messages = broadcast(inner, np.zeros(1000, np.float32), [0, 1, 2])
-    sent = wire_bytes(messages[0].content)
     replies = list(grid.send_and_receive(messages))
     downlinks = list(ledger.select(direction="downlink"))
     assert [row.payload_bytes for row in downlinks] == [4000] * 3
-    assert [row.wire_bytes for row in downlinks] == [sent] * 3
+    assert [row.wire_bytes for row in downlinks] == [as_flower_serialises(m) for m in messages]
     assert [row.parameters for row in downlinks] == [1000] * 3
     assert [row.status for row in downlinks] == ["ok", "ok", "failed"]
-    answered = {reply.metadata.src_node_id: reply for reply in replies}
-    for row in ledger.select(direction="uplink", status="ok"):
-        reply = answered[node_id_of(row.client_id)]
-        assert row.wire_bytes == wire_bytes(reply.content)
-        assert row.payload_bytes == payload_bytes(reply.content) == 4000
+    uplinks = list(ledger.select(direction="uplink"))
+    assert [row.wire_bytes for row in uplinks] == [as_flower_serialises(reply) for reply in replies]
+    assert [row.payload_bytes for row in uplinks] == [4000, 4000, 0]
+    assert [row.parameters for row in uplinks] == [1000, 1000, 0]
+    assert [row.status for row in uplinks] == ["ok", "ok", "failed"]
+    assert uplinks[2].wire_bytes > len("client 2 always fails")
+
+
+def as_flower_serialises(message: Message) -> int:
+    """The bytes of all objects that Flower pushes for a message: records, arrays, chunks and the message."""
+    return sum(len(item.deflate()) for item in get_all_nested_objects(message).values())
+
+
+class TwiceGrid(InProcessGrid):
+    """Delivers every reply twice, and one from a node that nobody knows."""
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        replies = list(super().send_and_receive(messages, timeout=timeout))
+        stranger = copy.deepcopy(replies[0])
+        stranger.metadata.__dict__["_src_node_id"] = 5
+        return [*replies, stranger, *replies]
+
+
+def test_replies_that_come_twice_are_counted_twice(caplog: pytest.LogCaptureFixture) -> None:
+    grid, ledger = TwiceGrid(counting_app(), 4), Ledger()
+    metered = MeteredGrid(grid, ledger, lambda node_id: node_id - node_id_of(0))
+    replies = metered.send_and_receive(broadcast(grid, np.zeros(10, np.float32), [0, 2]))
+    uplinks = [(row.client_id, row.status, row.wire_bytes) for row in ledger.select(direction="uplink")]
+    ok, error = (as_flower_serialises(reply) for reply in list(replies)[:2])
+    assert uplinks == [(0, "ok", ok)] * 2 + [(2, "failed", error)] * 2
+    assert len(list(ledger.select(direction="downlink"))) == 2
+    assert "bytes came from a node that nothing was sent to" in caplog.text
 
 
 def test_a_silent_client_still_costs_its_downlink() -> None:
@@ -125,15 +257,32 @@ def test_a_silent_client_still_costs_its_downlink() -> None:
     ]
 
 
-@pytest.mark.parametrize("told", ["many", [1, 2], -3, 0.5])
-def test_a_reply_that_miscounts_its_values_does_not_stop_the_ledger(told: str | list[int] | float) -> None:
+@pytest.mark.parametrize("told", ["many", [1, 2], -3, 0.5, 10**12])
+def test_what_a_reply_says_of_its_values_counts_for_nothing(told: str | list[int] | float) -> None:
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return Message(RecordDict({CONFIG: ConfigRecord({NUM_VALUES: told})}), reply_to=message)
+        array = Array(np.zeros(6, np.float32))
+        array.shape = (10**12,)  # neither does this
+        content = RecordDict({CONFIG: ConfigRecord({NUM_VALUES: told}), ARRAYS: ArrayRecord({"a": array})})
+        return Message(content, reply_to=message)
 
     grid, ledger = InProcessGrid(app, 2), Ledger()
     metered = MeteredGrid(grid, ledger, lambda node_id: node_id - node_id_of(0))
     list(metered.send_and_receive(broadcast(grid, np.zeros(4, np.float32), [0])))
-    assert [(row.direction, row.parameters) for row in ledger.rows] == [("downlink", 4), ("uplink", 0)]
+    rows = [(row.direction, row.parameters, row.payload_bytes) for row in ledger.rows]
+    assert rows == [("downlink", 4, 16), ("uplink", 6, 24)]
+
+
+def test_records_of_another_kind_do_not_stop_the_ledger() -> None:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return Message(RecordDict({ARRAYS: MetricRecord({"a": 1}), CONFIG: MetricRecord()}), reply_to=message)
+
+    grid, ledger = InProcessGrid(app, 2), Ledger()
+    metered = MeteredGrid(grid, ledger, lambda node_id: node_id - node_id_of(0))
+    list(metered.send_and_receive(broadcast(grid, np.zeros(4, np.float32), [0])))
+    assert [(row.direction, row.payload_bytes) for row in ledger.rows] == [("downlink", 16), ("uplink", 0)]

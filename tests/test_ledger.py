@@ -98,6 +98,13 @@ def test_cumulative_bytes_end_at_the_total_and_never_fall() -> None:
     assert sent[max(sent)] == ledger.total().wire_bytes
 
 
+def test_a_client_that_was_only_asked_who_it_is_took_no_part_and_needs_no_base() -> None:
+    rows = [Transfer(0, client_id, "downlink", "setup", "ok", 0, 0, 10) for client_id in (0, 1, 2)]
+    rows.append(Transfer(1, 1, "downlink", "train", "ok", 1, 4, 10))
+    assert Ledger(rows).clients() == (1,)
+    assert ModelSizes(full_model_bytes=100, base_bytes=90).one_off_base_bytes(Ledger(rows)) == 90
+
+
 def test_a_round_without_transfers_keeps_the_cumulative_bytes() -> None:
     rows = [Transfer(t, 0, "uplink", "train", "ok", 1, 4, 10) for t in (1, 4)]
     assert Ledger(rows).cumulative_wire_bytes() == {0: 0, 1: 10, 2: 10, 3: 10, 4: 20}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import time
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -39,8 +41,8 @@ def _one_thread() -> object:
     torch.set_num_threads(before)
 
 
-def counting_app(dies: int | None = None) -> ClientApp:
-    """Adds 1 to what came, counts its own messages, tells its process; one client raises, one may die."""
+def counting_app(dies: int | None = None, sleeps: Mapping[int, float] | None = None) -> ClientApp:
+    """Adds to what came, counts its own messages, tells its process; one raises, others may die or sleep."""
     app = ClientApp()
 
     @app.train()
@@ -52,6 +54,7 @@ def counting_app(dies: int | None = None) -> ClientApp:
             raise RuntimeError("client 2 always fails")
         if client_id == dies:
             os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep((sleeps or {}).get(client_id, 0.0))
         values = message.content[ARRAYS]["state"].numpy()
         content = RecordDict({ARRAYS: ArrayRecord({"state": Array(values + client_id)})})
         content["metrics"] = MetricRecord({"process": os.getpid(), "calls": calls})
@@ -112,6 +115,39 @@ def test_a_killed_worker_gives_error_replies_for_its_clients_alone() -> None:
     assert not any(reply.has_error() for reply in later)
     grid.close()
     assert_ended(processes_of(replies) | processes_of(later))
+
+
+def test_a_dead_worker_fails_the_client_that_it_was_on_and_no_other() -> None:
+    grid = InProcessGrid(counting_app(dies=1), 8, num_workers=2)
+    for _ in range(2):  # the second batch finds a whole pool
+        replies = send(grid, [0, 1, 3, 5, 4, 6, 7])  # 1, 5 and 6 are one worker's
+        failed = [reply.metadata.src_node_id for reply in replies if reply.has_error()]
+        assert failed == [node_id_of(1)]
+        assert len(replies) == 7
+    assert {grid.context(i).state["calls"]["n"] for i in (0, 3, 4, 5, 6, 7)} == {2}
+    grid.close()
+
+
+def test_sleeping_clients_are_ended_at_the_deadline_and_the_others_of_their_shares_answer() -> None:
+    """0 and 1 stop both workers; 5 sleeps long enough for 6 to go on without it, and answers in time."""
+    grid = InProcessGrid(counting_app(sleeps={0: 3600, 1: 3600, 5: 1.5}), 8, num_workers=2)
+    replies = send(grid, [0, 1, 3, 5, 4, 6, 7], timeout=4.0)  # 1, 5 and 6 are one worker's
+    answered = [3, 5, 4, 6, 7]
+    assert [reply.metadata.src_node_id for reply in replies] == [node_id_of(i) for i in answered]
+    values = [reply.content[ARRAYS]["state"].numpy()[0] for reply in replies]
+    assert values == answered  # each has its own answer, once
+    assert all(grid.context(i).state["calls"]["n"] == 1 for i in answered)
+    later = send(grid, [3, 4], timeout=60.0)
+    assert [int(reply.content["metrics"]["calls"]) for reply in later] == [2, 2]
+    assert len(processes_of(later)) == 2
+    grid.close()
+    assert_ended(processes_of(replies) | processes_of(later))
+
+
+def test_a_sleeping_client_that_is_alone_is_ended_too() -> None:
+    grid = InProcessGrid(counting_app(sleeps={1: 3600}), 2, num_workers=2)
+    assert send(grid, [1], timeout=0.5) == []
+    grid.close()
 
 
 def test_workers_are_forked_anew_when_what_they_inherited_changes() -> None:

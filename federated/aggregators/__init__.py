@@ -9,6 +9,7 @@ from federated.aggregators.factor_averaging import dual, fedavg, fedsa, ffa, rol
 from federated.aggregators.fed_sb import InBasis, fed_sb, spectral_start
 from federated.aggregators.fresh import fresh_factors
 from federated.aggregators.hetlora import cut_to_rank, hetlora
+from federated.aggregators.plausibility import DEFAULT_LIMITS, Limits, absurd_norms, whole_norm
 from federated.aggregators.protocol import (
     NEVER,
     Aggregator,
@@ -27,6 +28,7 @@ from federated.aggregators.stacking import flora
 
 __all__ = [
     "AGGREGATORS",
+    "DEFAULT_LIMITS",
     "NEVER",
     "Aggregator",
     "BaseDelta",
@@ -38,9 +40,11 @@ __all__ = [
     "FreshDraw",
     "InBasis",
     "Known",
+    "Limits",
     "Refusal",
     "ServerState",
     "Update",
+    "absurd_norms",
     "aggregation_error",
     "aggregator_from_name",
     "check_ranks",
@@ -68,4 +72,5 @@ __all__ = [
     "skip_round",
     "spectral_start",
     "unpack_downlink",
+    "whole_norm",
 ]

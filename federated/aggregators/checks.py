@@ -16,6 +16,13 @@ import torch
 
 from federated.aggregators.averaging import in_groups
 from federated.aggregators.factor_averaging import fedavg
+from federated.aggregators.plausibility import (
+    DEFAULT_LIMITS,
+    Limits,
+    absurd_updates,
+    fault_of_aggregate,
+    whole_norm,
+)
 from federated.aggregators.protocol import Aggregator, ServerState, Update, skip_round
 from lora.adapters import FactorPair, factor_pairs
 from models.errors import ROUND_FAILURE, UserError
@@ -30,15 +37,22 @@ _NUM_SHOWN = 3
 
 
 def run_round(
-    aggregator: Aggregator, server: ServerState, updates: Iterable[Update]
+    aggregator: Aggregator,
+    server: ServerState,
+    updates: Iterable[Update],
+    limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[ServerState, list[Update], list[Refusal]]:
-    """Check the updates and apply the usable ones.
+    """Check the updates, apply the usable ones, check what came of it.
 
     Returns:
-        The server after the round (unchanged but for its round counter when no update was usable), the
-        updates that were used and the refusals, both in client order.
+        The server after the round (unchanged but for its round counter when no update was usable or their
+        aggregate is not finite), the updates that were used and the refusals, both in client order.
     """
-    accepted, refused = check_updates(server, updates, aggregator)
+    accepted, refused = check_updates(server, updates, aggregator, limits)
+    after, fault = _applied(aggregator, server, accepted) if accepted else (server, None)
+    if fault is not None:
+        refused = sorted([*refused, *((update.client_id, fault) for update in accepted)], key=lambda r: r[0])
+        accepted = []
     server_round = server.server_round + 1
     for client_id, reason in refused:
         values = server_round, client_id, reason
@@ -47,11 +61,31 @@ def run_round(
         reason = "no usable update, the global state stays as it was"
         logger.warning("round %d: %s", server_round, reason, extra={ROUND_FAILURE: None})
         return skip_round(server), accepted, refused
-    return aggregator.apply(server, accepted), accepted, refused
+    return after, accepted, refused
+
+
+def _applied(
+    aggregator: Aggregator, server: ServerState, updates: Sequence[Update]
+) -> tuple[ServerState, str | None]:
+    """Return the server after a round, and why that cannot be used; None when it can."""
+    try:
+        after = aggregator.apply(server, updates)
+        fault = fault_of_aggregate(after)
+    except torch.linalg.LinAlgError as error:
+        after, fault = server, str(error).partition("\n")[0]
+    if fault is None:
+        return after, None
+    sizes = {update.client_id: whole_norm(update.state) for update in updates}
+    largest = max(sizes, key=lambda client_id: sizes[client_id])
+    cause = f"the largest update is that of client {largest}, of norm {sizes[largest]:.3g}"
+    return server, f"not used, since the aggregate of the round is not finite ({fault}); {cause}"
 
 
 def check_updates(
-    server: ServerState, updates: Iterable[Update], aggregator: Aggregator | None = None
+    server: ServerState,
+    updates: Iterable[Update],
+    aggregator: Aggregator | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[list[Update], list[Refusal]]:
     """Sort updates into usable ones and refusals, both in client order.
 
@@ -62,6 +96,7 @@ def check_updates(
         server: The state that the clients started from.
         updates: In any order.
         aggregator: Says what should have travelled; None: everything, in the server's shapes.
+        limits: How far one client may be from its cohort.
     """
     expected = _Expectation(fedavg() if aggregator is None else aggregator, server)
     accepted: list[Update] = []
@@ -78,7 +113,9 @@ def check_updates(
             accepted.append(first)
         else:
             refused.append((client_id, fault))
-    return accepted, refused
+    absurd = absurd_updates(server, accepted, limits)
+    refused = sorted([*refused, *absurd.items()], key=lambda refusal: refusal[0])
+    return [update for update in accepted if update.client_id not in absurd], refused
 
 
 def check_ranks(aggregator: Aggregator, server: ServerState, ranks: Mapping[int, int]) -> None:

@@ -56,6 +56,7 @@ class Codec:
         decode: ``(buffer, layout) -> state``, fp32 on the CPU, in memory of its own. Raises PayloadError for
             a buffer of the wrong length or with values that are not finite.
         num_bytes: ``layout -> bytes`` of every buffer of that layout, exactly.
+        num_sent: ``layout -> values`` that such a buffer holds; a sparse codec leaves the others out.
         draws: Whether encoding draws from ``rng``: stochastic rounding does.
         error_feedback: Whether the sender adds what earlier payloads lost; ``federated.client`` keeps that.
         lossless: Whether what is decoded is what was encoded, bit for bit.
@@ -65,6 +66,7 @@ class Codec:
     encode: Callable[[State, np.random.Generator | None], np.ndarray]
     decode: Callable[[np.ndarray, Layout], State]
     num_bytes: Callable[[Layout], int]
+    num_sent: Callable[[Layout], int] = num_values
     draws: bool = False
     error_feedback: bool = False
     lossless: bool = False
@@ -166,7 +168,10 @@ def _sparse(kind: str, density: float, stored_as: str) -> Codec:
     def num_bytes(layout: Layout) -> int:
         return sum(one.num_bytes(part) for part in _kinds(layout))
 
-    return replace(one, encode=encode, decode=decode, num_bytes=num_bytes)
+    def num_sent(layout: Layout) -> int:
+        return sum(one.num_sent(part) for part in _kinds(layout))
+
+    return replace(one, encode=encode, decode=decode, num_bytes=num_bytes, num_sent=num_sent)
 
 
 @functools.lru_cache(maxsize=64)
@@ -209,10 +214,11 @@ def _sparse_kind(kind: str, density: float, stored_as: str) -> Codec:
         k = num_kept(n, density)
         return coding.num_bytes(k, groups.size) + positions_num_bytes(n, k)
 
-    lossless = density == 1 and stored_as == "fp32"
-    return Codec(
-        f"{kind}:{density}+{stored_as}", encode, decode, num_bytes, draws=coding.draws, lossless=lossless
-    )
+    def num_sent(layout: Layout) -> int:
+        return num_kept(num_values(layout), density)
+
+    name, lossless = f"{kind}:{density}+{stored_as}", density == 1 and stored_as == "fp32"
+    return Codec(name, encode, decode, num_bytes, num_sent, draws=coding.draws, lossless=lossless)
 
 
 def _count_by_group(mask: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from federated.engines.pipes import Answer, Request
 from federated.engines.workers import Workers
+from federated.foreign_text import shown
 from models.errors import ROUND_FAILURE
 
 TESTED_FLOWER = ("1.41", "1.42")
@@ -141,8 +143,9 @@ class InProcessGrid(Grid):
     ) -> Iterable[Message]:
         """Run the addressed clients and return their replies.
 
-        A client that has not started when ``timeout`` seconds have passed gives no reply at all, as in
-        Flower's own engines; a client that is running is not interrupted.
+        A client that has not answered when ``timeout`` seconds have passed gives no reply at all, as in
+        Flower's own engines. With workers it is ended; in one process a client that is running cannot be
+        interrupted, so its reply comes late and counts, and a warning says so.
         """
         return self.pull_messages(self._execute(messages, timeout=timeout))
 
@@ -153,13 +156,36 @@ class InProcessGrid(Grid):
         with contextlib.closing(self._run_all(ordered, deadline)) as answers:
             for answer in answers:
                 self._take(answer)
+        silent = [m for m in stamped if m.metadata.message_id not in self._replies]
+        if silent:
+            clients = sorted(_client_of(message) for message in silent)
+            log.warning("timeout: no reply from clients %s", clients, extra={ROUND_FAILURE: None})
         return [message.metadata.message_id for message in stamped]
 
     def _run_all(self, messages: Sequence[Message], deadline: float | None) -> Generator[Answer, None, None]:
         clients = [_client_of(message) for message in messages]
-        if self._workers is None or not 1 < len(messages) == len(set(clients)):  # a client's are run in turn
-            return self._answers(messages, deadline, lambda client_id: self.context(client_id).state)
+        if self._workers is None or not 0 < len(messages) == len(set(clients)):  # a client's are run in turn
+            return self._answers_here(messages, deadline)
         return self._workers.run(messages, [self.context(client_id).state for client_id in clients], deadline)
+
+    def _answers_here(
+        self, messages: Sequence[Message], deadline: float | None
+    ) -> Generator[Answer, None, None]:
+        """Run messages in this process; a client that the deadline finds running is named."""
+        running: list[int] = []
+
+        def state_of(client_id: int) -> RecordDict:
+            running[:] = [client_id]
+            return self.context(client_id).state
+
+        with _warning_at(deadline, running):
+            for answer in self._answers(messages, deadline, state_of):
+                running.clear()
+                late = 0.0 if deadline is None else time.monotonic() - deadline
+                if late > 0:
+                    client_id = _client_of(answer.message)
+                    log.warning("client %d ended %.1f s after federation.timeout_seconds", client_id, late)
+                yield answer
 
     def close(self) -> None:
         """End the worker processes, if there are any."""
@@ -188,7 +214,6 @@ class InProcessGrid(Grid):
             self._prepare(messages, [self._new_context(c, state_of(c)) for c in clients])
         for message in messages:
             if deadline is not None and time.monotonic() >= deadline:
-                log.warning("timeout: the remaining clients of this batch were not run")
                 return
             yield self._run_client(message, state_of(_client_of(message)))
 
@@ -199,12 +224,17 @@ class InProcessGrid(Grid):
         inbox = copy.copy(message)
         inbox.content = _clone(message.content)
         try:
-            return Answer(message, self._client_app(message=inbox, context=working), working.state)
-        except Exception as error:  # the one place where a client's crash becomes an error reply
-            failed = {ROUND_FAILURE: client_id}
-            log.warning("client %d failed: %s: %s", client_id, type(error).__name__, error, extra=failed)
+            reply = self._client_app(message=inbox, context=working)
+            if not isinstance(reply, Message) or not isinstance(working.state, RecordDict):
+                kinds = f"{type(reply).__name__} (state: {type(working.state).__name__})"
+                raise TypeError(f"a client returns a Message and keeps a RecordDict; this one: {kinds}")
+            return Answer(message, reply, working.state)
+        except KeyboardInterrupt:  # the user's
+            raise
+        except BaseException as error:  # the one place where a client's crash becomes an error reply
+            reason, failed = shown(f"{type(error).__name__}: {error}"), {ROUND_FAILURE: client_id}
+            log.warning("client %d failed: %s", client_id, reason, extra=failed)
             log.debug("client %d failed", client_id, exc_info=True)
-            reason = f"{type(error).__name__}: {error}"
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
             return Answer(message, reply, None)
 
@@ -216,6 +246,30 @@ class InProcessGrid(Grid):
         if self._on_reply is not None:
             self._on_reply(client_id, "failed" if answer.reply.has_error() else "ok")
         self._replies[answer.message.metadata.message_id] = _stamp(answer.reply, node_id_of(client_id))
+
+
+@contextlib.contextmanager
+def _warning_at(deadline: float | None, running: Sequence[int]) -> Iterator[None]:
+    """Warn, should the deadline come inside the block, of the client that is running then."""
+
+    def warn() -> None:
+        for client_id in running:
+            log.warning(
+                "client %d still runs after federation.timeout_seconds: in one process it cannot be "
+                "interrupted, a worker could be ended (engine.workers=2)",
+                client_id,
+            )
+
+    timer = None if deadline is None else threading.Timer(max(0.0, deadline - time.monotonic()), warn)
+    if timer is not None:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        if timer is not None:
+            timer.cancel()
+            timer.join()
 
 
 def _client_of(message: Message) -> int:

@@ -4,8 +4,11 @@ Where it stands in a round: inside the in-process grid, when `engine.workers` is
 model and data when it is forked, at the first batch of messages (what is cached lies in shared memory), and
 then serves one batch after another through a pair of pipes (``federated.engines.pipes``). When what workers
 inherited is no longer what this process has (an aggregator merged into the base weights), they are forked
-anew. Results are those of one process, bit by bit. A worker that dies takes only its own clients with it:
-they get error replies, and another takes its place.
+anew. Results are those of one process, bit by bit.
+
+A worker that dies fails the client that it was running, and no other: a new worker runs the rest of its
+share. So it does, too, when one client takes half of the time that is left; that client may go on until the
+deadline, when every worker that still runs one is killed.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
 import selectors
 import signal
 import sys
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -104,7 +109,7 @@ class Workers:
             step = len(busy)
             for first, worker in enumerate(busy):
                 worker.give(Request(messages[first::step], states[first::step], deadline))
-            yield from self._collect(busy)
+            yield from self._collect(busy, deadline)
         except BaseException:  # what is still running has no one to answer to
             self.close()
             raise
@@ -124,21 +129,58 @@ class Workers:
         while len(self._workers) < self._num_workers:
             self._workers.append(_fork(self._work, self._workers))
 
-    def _collect(self, busy: Sequence[_Worker]) -> Iterator[Answer]:
-        """Read until all workers have said that they are done, or have died."""
+    def _collect(self, busy: Sequence[_Worker], deadline: float | None) -> Iterator[Answer]:
+        """Read until all workers have said that they are done, or have died, or the time is over."""
         with selectors.DefaultSelector() as selector:
             for worker in busy:
                 selector.register(worker.answers, selectors.EVENT_READ, worker)
             while selector.get_map():
-                for key, _ in selector.select():
-                    worker = key.data
-                    is_alive = worker.reader.read_some()
-                    yield from worker.answers_so_far()
-                    if worker.is_done or not is_alive:
-                        selector.unregister(worker.answers)
-                    if not is_alive:
-                        self._workers.remove(worker)
-                        yield from worker.bury()
+                running: list[_Worker] = [key.data for key in selector.get_map().values()]
+                if deadline is not None and time.monotonic() >= deadline:
+                    self._give_up(running)
+                    return
+                stuck = [worker for worker in running if time.monotonic() >= worker.stuck_from()]
+                for worker in stuck:
+                    self._go_on(worker.leave_rest(), selector)
+                times = [key.data.stuck_from() for key in selector.get_map().values()]
+                for key, _ in selector.select(_seconds_until(times, deadline)):
+                    yield from self._read(key.data, selector)
+
+    def _read(self, worker: _Worker, selector: selectors.BaseSelector) -> Iterator[Answer]:
+        """Take what a worker has written; bury it where it has died, end it where it is one too many."""
+        is_alive = worker.reader.read_some()
+        yield from worker.answers_so_far()
+        if not worker.is_done and is_alive:
+            return
+        selector.unregister(worker.answers)
+        if not is_alive:
+            self._workers.remove(worker)
+            answer, rest = worker.bury()
+            if answer is not None:
+                yield answer
+            self._go_on(rest, selector)
+        elif worker.has_left_rest or len(self._workers) > self._num_workers:
+            self._workers.remove(worker)
+            worker.end()
+
+    def _go_on(self, rest: Request, selector: selectors.BaseSelector) -> None:
+        """Let a new worker run what another one cannot."""
+        if rest.messages:
+            worker = _fork(self._work, self._workers)
+            self._workers.append(worker)
+            worker.give(rest)
+            selector.register(worker.answers, selectors.EVENT_READ, worker)
+
+    def _give_up(self, running: Sequence[_Worker]) -> None:
+        """Kill the workers that the deadline found running."""
+        for worker in running:
+            self._workers.remove(worker)
+            worker.end()
+
+
+def _seconds_until(times: Sequence[float], deadline: float | None) -> float | None:
+    """Return the seconds to wait at most; None where there is no deadline."""
+    return None if deadline is None else max(0.0, min([*times, deadline]) - time.monotonic())
 
 
 @dataclass(eq=False)
@@ -150,17 +192,21 @@ class _Worker:
         requests: Where requests go, a file descriptor.
         answers: Where answers come from.
         reader: Reads them.
-        messages: What it is running.
-        waiting: Which of them it has not answered.
-        is_done: Whether it waits for the next request.
+        request: What it is running.
+        waiting: The places of the messages in it that are not answered, in order; it is on the first.
+        patience_ends: When, on the monotonic clock, its client has taken half of the time that was left.
+        has_left_rest: Whether another runs its other clients; then only the answer of this one is wanted.
+        is_done: Whether it waits for the next request, or nothing of it is wanted any more.
     """
 
     process_id: int
     requests: int
     answers: int
     reader: FrameReader = field(init=False)
-    messages: Sequence[Message] = ()
-    waiting: set[int] = field(default_factory=set)
+    request: Request = field(default_factory=lambda: Request((), (), None))
+    waiting: list[int] = field(default_factory=list)
+    patience_ends: float = math.inf
+    has_left_rest: bool = False
     is_done: bool = True
 
     def __post_init__(self) -> None:
@@ -168,19 +214,44 @@ class _Worker:
 
     def give(self, request: Request) -> None:
         """Send its share of a batch; should it die meanwhile, reading its answers will show it."""
-        self.messages, self.waiting, self.is_done = request.messages, set(range(len(request.messages))), False
+        self.request, self.waiting, self.is_done = request, list(range(len(request.messages))), False
+        self._be_patient()
         with contextlib.suppress(BrokenPipeError):
             write_frame(self.requests, request_to_frame(request))
 
     def answers_so_far(self) -> Iterator[Answer]:
         """Yield the answers that have been read; an empty frame says that there are no more."""
         for frame in self.reader.complete_frames():
+            if self.is_done:  # it has gone on with what another one runs
+                return
             if not frame:
                 self.is_done = True
                 continue
-            place, answer = answer_from_frame(frame, self.messages)
-            self.waiting.discard(place)
+            place, answer = answer_from_frame(frame, self.request.messages)
+            self.waiting.remove(place)
+            self.is_done = self.has_left_rest
+            self._be_patient()
             yield answer
+
+    def _be_patient(self) -> None:
+        deadline, now = self.request.deadline, time.monotonic()
+        self.patience_ends = math.inf if deadline is None else now + (deadline - now) / 2
+
+    def stuck_from(self) -> float:
+        """Return when the rest of its share, if there is any, waits no longer."""
+        return self.patience_ends if len(self.waiting) > 1 else math.inf
+
+    def unanswered(self, first: int = 0) -> Request:
+        """Return what it has not answered, without the first so many."""
+        messages, states = self.request.messages, self.request.states
+        places = self.waiting[first:]
+        return Request([messages[p] for p in places], [states[p] for p in places], self.request.deadline)
+
+    def leave_rest(self) -> Request:
+        """Take away all but the client that it is on, and return it."""
+        rest = self.unanswered(1)
+        self.waiting, self.has_left_rest = self.waiting[:1], True
+        return rest
 
     def has_ended(self) -> bool:
         """Whether it has died while it waited; then nothing is left of it."""
@@ -189,19 +260,20 @@ class _Worker:
             self._close_pipes()
         return bool(ended)
 
-    def bury(self) -> Iterator[Answer]:
-        """Answer for the clients that a dead worker leaves."""
+    def bury(self) -> tuple[Answer | None, Request]:
+        """Return the answer for the client that it was on when it died, and what it had not begun."""
         self._close_pipes()
         _, status = _wait(self.process_id)
         code = os.waitstatus_to_exitcode(status)
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         guess = " (out of memory?)" if code == -signal.SIGKILL else ""
-        reason = f"worker process {how}{guess}; {len(self.waiting)} clients of its share did not finish"
-        log.warning("%s", reason)
-        for place in sorted(self.waiting):
-            message = self.messages[place]
-            error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
-            yield Answer(message, Message(error, reply_to=message), None)
+        reason = f"its worker process {how}{guess}"
+        log.warning("a worker process %s%s", how, guess)
+        if not self.waiting:
+            return None, self.unanswered()
+        message = self.request.messages[self.waiting[0]]
+        error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
+        return Answer(message, Message(error, reply_to=message), None), self.unanswered(1)
 
     def end(self) -> None:
         """Kill it: it holds nothing that was not sent."""
