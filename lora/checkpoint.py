@@ -44,6 +44,7 @@ from lora.adapters import (
 )
 from lora.biases import is_bias, is_temperature, trained_in_base
 from lora.config import LoRAConfig
+from lora.peft_settings import check_peft_settings
 from models.errors import UserError
 from models.state import State, save_state
 
@@ -320,13 +321,7 @@ def _read_peft_config(folder: Path) -> LoraConfig:
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
         raise UserError(f"{path}: peft_type is {kind!r}; only LORA adapters can be loaded")
-    unsupported = [
-        k
-        for k in ("use_dora", "modules_to_save", "target_parameters", "lora_bias", "fan_in_fan_out")
-        if raw.get(k)
-    ]
-    if unsupported:
-        raise UserError(f"{path}: {unsupported} cannot be loaded here; merge that adapter in PEFT first")
+    check_peft_settings(str(path), raw)
     config = LoraConfig.from_pretrained(str(folder))
     config.init_lora_weights = True
     return config
