@@ -8,7 +8,7 @@ Written after a run (and by the server between rounds); read before round 1 or f
     head.safetensors            what lies outside the CLIP: the head, or its adapter
 
 The first two load in plain `peft.PeftModel.from_pretrained` on the CLIP. The safetensors metadata carry the
-round or epoch, the base model's name, a sample of its weights, our LoRAConfig and the metrics. Each file is
+round or epoch, the base model's name, hashes of all its weights, our LoRAConfig and the metrics. Each file is
 written beside its place and renamed, so that an interrupted save leaves the old file.
 """
 
@@ -42,6 +42,7 @@ from lora.adapters import (
     scalings,
     unwrap,
 )
+from lora.base_identity import base_digests
 from lora.biases import is_bias, is_temperature, trained_in_base
 from lora.config import LoRAConfig
 from lora.peft_settings import check_peft_settings
@@ -66,7 +67,8 @@ class AdapterFile:
         peft_config: PEFT's configuration; None if only the head has an adapter.
         lora_config: Our configuration; None for files that plain PEFT wrote.
         base_model: Name of the base model, "" if unknown.
-        metadata: The file's metadata: server_round, epoch, metrics, base_sample, as far as present.
+        metadata: The file's metadata: server_round, epoch, metrics, base_sample, base_sha256, as far as
+            present.
     """
 
     folder: Path
@@ -106,7 +108,8 @@ def save_lora_adapters(
     root = unwrap(model)
     if not adapter_parameters(root, adapter_name):
         raise UserError(f"this model has no adapter {adapter_name!r} to save; apply LoRA first")
-    metadata = _metadata(root, server_round=server_round, epoch=epoch, metrics=metrics)
+    about = {"base_sha256": base_digests(root) or None, "server_round": server_round, "epoch": epoch}
+    metadata = _metadata(root, **about, metrics=metrics)
     inside, outside = _split_state(root, adapter_name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,12 +25,12 @@ from lora.adapters import (
     scalings,
     unwrap,
 )
+from lora.base_check import check_base_model
 from lora.base_delta import fitting_base_delta, set_base_delta
+from lora.base_identity import forget_base_digests
 from lora.biases import is_temperature, trained_in_base
 from lora.checkpoint import (
     AdapterFile,
-    base_model_name,
-    base_sample,
     expected_scaling,
     read_adapter,
     read_full_checkpoint,
@@ -93,6 +93,7 @@ def load_full_checkpoint(model: nn.Module, folder: str | Path) -> dict[str, Any]
             inject_lora(root, config)
         check_same_layout(root.state_dict(), state, str(folder))
     root.load_state_dict(state)
+    forget_base_digests(root)
     return metadata
 
 
@@ -100,26 +101,6 @@ def read_any(model: nn.Module, source: str | Path) -> AdapterFile:
     """Read a PEFT folder, or convert a `.pt` file to this model's layer names."""
     path = Path(source)
     return read_converted(path, model) if path.suffix in {".pt", ".pth"} else read_adapter(path)
-
-
-def check_base_model(model: nn.Module, found: AdapterFile) -> None:
-    """Raise UserError if an adapter was trained on another base model.
-
-    Files of ours carry a sample of the base weights, which decides; for others the names are compared.
-    """
-    theirs, name = found.metadata.get("base_sample"), base_model_name(model)
-    mine = base_sample(model)
-    if isinstance(theirs, list) and mine:
-        same = len(theirs) == len(mine) and all(
-            math.isclose(a, b, rel_tol=2e-2, abs_tol=1e-3) for a, b in zip(theirs, mine, strict=True)
-        )
-    else:
-        same = not found.base_model or not name or found.base_model == name
-    if not same:
-        raise UserError(
-            f"{found.folder}: this adapter was trained on base model {found.base_model!r}, the model here is "
-            f"{name!r} with other weights; load that base model, or pass check_base=False"
-        )
 
 
 @contextlib.contextmanager

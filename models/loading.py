@@ -24,7 +24,8 @@ from typing import Any
 
 import httpx
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
@@ -156,6 +157,19 @@ def _source(model_name: str) -> str:
             "a hub name like openai/clip-vit-base-patch32, or model_name=tiny"
         )
     return model_name
+
+
+def stored_folder(model_name: str) -> Path | None:
+    """The folder on this machine that holds a Hugging Face model: bundled, local, or in the hub's cache."""
+    if model_name == "tiny":
+        return TINY_FOLDER
+    if Path(model_name).expanduser().is_dir():
+        return Path(model_name).expanduser()
+    try:
+        cached = try_to_load_from_cache(model_name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _check_is_clip(folder: Path) -> None:

@@ -54,15 +54,15 @@ def open_query_model(
     Raises:
         UserError: the model cannot be opened, or its weights are not those that made the index.
     """
-    manifest = index.manifest
+    manifest = index.manifest  # its hash of all weights says more than any check of an adapter's base
     if source is not None:
-        opened = open_model(source, adapter=adapter, device=device)
+        opened = open_model(source, adapter=adapter, device=device, any_base=True)
     elif adapter is not None:
-        opened = open_model(manifest.model, adapter=adapter, device=device)
+        opened = open_model(manifest.model, adapter=adapter, device=device, any_base=True)
     elif manifest.run is not None:
-        opened = open_model(manifest.run, device=device)
+        opened = open_model(manifest.run, device=device, any_base=True)
     else:
-        opened = open_model(manifest.model, adapter=manifest.adapter, device=device)
+        opened = open_model(manifest.model, adapter=manifest.adapter, device=device, any_base=True)
     if weights_sha256(opened.model.clip) != manifest.weights_sha256:
         made_with = f"model {manifest.model}, adapter {manifest.adapter or 'none'}"
         raise UserError(
