@@ -47,6 +47,7 @@ from lora.biases import is_bias, is_temperature, trained_in_base
 from lora.config import LoRAConfig
 from lora.peft_settings import check_peft_settings
 from models.errors import UserError
+from models.files import json_text
 from models.state import State, save_state
 
 logger = logging.getLogger(__name__)
@@ -241,7 +242,7 @@ def _metadata(root: nn.Module, **extra: Any) -> dict[str, str]:
     }
     present = {key: value for key, value in values.items() if value is not None}
     return {"format": "pt"} | {
-        k: v if isinstance(v, str) else json.dumps(v, default=float) for k, v in present.items()
+        k: v if isinstance(v, str) else json_text(v, default=float) for k, v in present.items()
     }
 
 

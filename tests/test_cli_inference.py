@@ -191,7 +191,8 @@ def test_a_plain_adapter_is_used_with_or_without_naming_its_base_model(adapter, 
 
 def test_an_adapter_of_another_base_is_refused_unless_any_base_is_given(images, tmp_path, capsys):
     model = FederatedCLIPModel("tiny", 2, pretrained=False, task="zero_shot", strategy="lora")
-    inject_lora(model, LoRAConfig(r=2))
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj"]  # as quickstart has them
+    inject_lora(model, LoRAConfig(r=8, lora_alpha=16, target_components=["vision"], target_modules=targets))
     folder = save_lora_adapters(model, tmp_path / "adapter")
     commands = (
         ("predict", "tiny", images, "--classes", CLASSES),

@@ -20,6 +20,7 @@ from federated.standalone.embedding_files import EmbeddingIndex, weights_sha256
 from federated.standalone.embeddings import embed_images, embed_texts, is_image_file
 from federated.standalone.trained_models import OpenedModel, open_model
 from models.errors import UserError
+from models.finite import check_finite
 
 SPARE_CANDIDATES = 32
 """Rows fetched beyond those asked for, so that rounding does not decide which of equal ones are cut."""
@@ -118,9 +119,12 @@ def nearest_rows(
 
     Returns:
         Row numbers (K,), and cosines (K,).
+
+    Raises:
+        UserError: Embeddings are not finite.
     """
     find = _with_faiss if (engine or default_engine()) == "faiss" else _with_torch
-    rows = functional.normalize(embeddings.float(), dim=-1)
+    rows = functional.normalize(check_finite(embeddings.float()), dim=-1)
     wanted = functional.normalize(query.float(), dim=-1)
     candidates = find(rows, wanted, min(top_k + SPARE_CANDIDATES, len(rows)))
     exact = functional.normalize(embeddings[torch.from_numpy(candidates)].double(), dim=-1)
