@@ -16,6 +16,7 @@ from torch import nn
 from lora.adapters import unwrap
 from lora.base_identity import agreeing_precision, base_digests
 from lora.checkpoint import AdapterFile, base_model_name, base_sample
+from lora.input_identity import differing_settings, input_settings
 from models.errors import UserError
 from models.loading import load_clip, stored_folder
 
@@ -30,7 +31,7 @@ def check_base_model(model: nn.Module, found: AdapterFile) -> None:
     """Refuse an adapter that was trained on another base model.
 
     Raises:
-        UserError: The base weights differ, or nothing but another name is known of them.
+        UserError: The base weights or the preparation of inputs differ, or only another name is known.
     """
     name, theirs = base_model_name(model), found.base_model
     hashes = found.metadata.get("base_sha256")
@@ -40,6 +41,12 @@ def check_base_model(model: nn.Module, found: AdapterFile) -> None:
         raise UserError(
             f"{found.folder}: this adapter was trained on base model {theirs!r}, the model here is {name!r} "
             f"with other weights; {_REMEDY}"
+        )
+    if others := differing_settings(input_settings(model), found.metadata.get("inputs")):
+        raise UserError(
+            f"{found.folder}: this adapter was trained on inputs prepared in another way "
+            f"({', '.join(others)}); copy the base model's processor and tokenizer "
+            f"files again; {_REMEDY}"
         )
     if isinstance(hashes, dict) or found.metadata.get("base_sample"):
         return

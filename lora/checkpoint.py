@@ -8,8 +8,9 @@ Written after a run (and by the server between rounds); read before round 1 or f
     head.safetensors            what lies outside the CLIP: the head, or its adapter
 
 The first two load in plain `peft.PeftModel.from_pretrained` on the CLIP. The safetensors metadata carry the
-round or epoch, the base model's name, hashes of all its weights, our LoRAConfig and the metrics. Each file is
-written beside its place and renamed, so that an interrupted save leaves the old file.
+round or epoch, the base model's name, hashes of all its weights, how its inputs are prepared, its classes,
+our LoRAConfig and the metrics. Each file is written beside its place and renamed, so that an interrupted save
+leaves the old file.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from lora.adapters import (
 from lora.base_identity import base_digests
 from lora.biases import is_bias, is_temperature, trained_in_base
 from lora.config import LoRAConfig
+from lora.input_identity import input_settings
 from lora.peft_settings import check_peft_settings
 from models.errors import UserError
 from models.files import json_text
@@ -68,8 +70,8 @@ class AdapterFile:
         peft_config: PEFT's configuration; None if only the head has an adapter.
         lora_config: Our configuration; None for files that plain PEFT wrote.
         base_model: Name of the base model, "" if unknown.
-        metadata: The file's metadata: server_round, epoch, metrics, base_sample, base_sha256, as far as
-            present.
+        metadata: The file's metadata: server_round, epoch, metrics, base_sample, base_sha256, inputs,
+            class_names, templates, as far as present.
     """
 
     folder: Path
@@ -109,7 +111,10 @@ def save_lora_adapters(
     root = unwrap(model)
     if not adapter_parameters(root, adapter_name):
         raise UserError(f"this model has no adapter {adapter_name!r} to save; apply LoRA first")
-    about = {"base_sha256": base_digests(root) or None, "server_round": server_round, "epoch": epoch}
+    about: dict[str, Any] = {"base_sha256": base_digests(root), "inputs": input_settings(root)}
+    if getattr(root, "head", None) is not None:
+        about |= {key: getattr(root, key, None) for key in ("class_names", "templates")}
+    about |= {"server_round": server_round, "epoch": epoch}
     metadata = _metadata(root, **about, metrics=metrics)
     inside, outside = _split_state(root, adapter_name)
     folder = Path(folder)
@@ -240,7 +245,7 @@ def _metadata(root: nn.Module, **extra: Any) -> dict[str, str]:
         "lora_config": None if config is None else config.model_dump(mode="json"),
         **extra,
     }
-    present = {key: value for key, value in values.items() if value is not None}
+    present = {key: value for key, value in values.items() if value not in (None, {})}
     return {"format": "pt"} | {
         k: v if isinstance(v, str) else json_text(v, default=float) for k, v in present.items()
     }

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def _fill(root: nn.Module, found: AdapterFile) -> None:
         del inside[temperature[0]]
     check_same_layout(inside, found.state, str(found.folder))
     _check_scaling(root, found)
-    head = _fitting_head(outside, found)
+    head = _fitting_head(outside, in_class_order(root, found))
     deltas = fitting_base_delta(root, found.folder)
     _copy(inside, found.state)
     _copy(outside, head)
@@ -188,6 +189,37 @@ def _fitting_head(outside: Mapping[str, nn.Parameter], found: AdapterFile) -> St
         same="classes, base model and rank of the head's adapter",
     )
     return found.head
+
+
+def in_class_order(model: nn.Module, found: AdapterFile) -> AdapterFile:
+    """The file with its head's rows in the order of the model's classes, where both name theirs.
+
+    Raises:
+        UserError: The classes differ, or the head's adapter was trained on other prompts.
+    """
+    root, theirs = unwrap(model), found.metadata.get("class_names")
+    mine = getattr(root, "class_names", None)
+    if not found.head or not mine or not isinstance(theirs, list):
+        return found
+    templates = found.metadata.get("templates")
+    if any(factor_of(name) for name in found.head) and templates not in (None, list(root.templates)):
+        raise UserError(
+            f"{found.folder}: its head was adapted with templates {templates}; set task.templates so"
+        )
+    if list(mine) == theirs:
+        return found
+    if sorted(mine) != sorted(theirs) or len(set(mine)) < len(mine):
+        others = sorted(set(mine) ^ set(theirs))
+        raise UserError(
+            f"{found.folder}: its head knows {len(theirs)} classes, the model here {len(mine)}; they differ "
+            f"in {others[:3]}; use data with the classes of the training"
+        )
+    rows = [theirs.index(name) for name in mine]
+    head = {
+        n: t[rows] if t.shape[0] == len(rows) and factor_of(n) != "lora_A" else t
+        for n, t in found.head.items()
+    }
+    return replace(found, head=head)
 
 
 @torch.no_grad()
