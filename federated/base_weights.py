@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from federated.aggregators import NEVER, BaseDelta
 from lora.adapters import base_weights
+from lora.base_delta import pretrained_base_weights
 from models.errors import UserError
 
 
@@ -33,7 +34,7 @@ class BaseWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self._weights = base_weights(model)
-        self._pretrained: dict[str, Tensor] = {}
+        self._pretrained = pretrained_base_weights(model)
         self.version = NEVER
         self.follow_server = False
         self.num_changes = 0

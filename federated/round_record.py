@@ -6,6 +6,7 @@ down at the end (``federated.server.round_line``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,13 @@ class RoundRecord:
     failed: list[Failure] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     skipped: bool = False
+
+
+def best_value(lines: Sequence[Mapping[str, Any]], metric: str, *, default: float) -> float:
+    """Return the largest value of a metric that is a number; the default where no line has a value."""
+    values = [line[metric] for line in lines if metric in line]
+    numbers = [value for value in values if not math.isnan(value)]
+    return max(numbers, default=math.nan if values else default)
 
 
 def curve_lines(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -9,7 +9,6 @@ at all.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import resource
@@ -24,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from federated.config import ExperimentConfig, dump_config
 from models.errors import UserError
-from models.files import write_json, write_text
+from models.files import json_text, write_json, write_text
 from models.state import State, save_state
 
 _MARKER = "config.yaml"
@@ -57,7 +56,7 @@ class RunFolder:
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Append one round to ``metrics.jsonl`` and to the TensorBoard events."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, sort_keys=True) + "\n")
+            file.write(json_text(line, sort_keys=True) + "\n")
         if self._writer is None:
             self._writer = SummaryWriter(str(self.path))
         for key, value in line.items():

@@ -28,7 +28,7 @@ from federated.learnable import check_can_learn
 from federated.ledger import Ledger
 from federated.messages import CLIENT_ID, SERVER_ROUND
 from federated.payload import CONFIG, METRICS
-from federated.round_record import RoundRecord, curve_lines
+from federated.round_record import RoundRecord, best_value, curve_lines
 from federated.run_folder import RunFolder, peak_memory_bytes
 from federated.savings import Bandwidth, communication_summary
 from federated.seeding import generator
@@ -208,9 +208,7 @@ def finish(served: Served) -> dict[str, Any]:
         "headline_metric": metric,
         "zero_shot": values[0],
         "final": values[-1],
-        "best": max(
-            [line[metric] for line in curve_lines(served.lines) if metric in line], default=values[-1]
-        ),
+        "best": best_value(curve_lines(served.lines), metric, default=values[-1]),
         "rounds": served.lines[-1]["server_round"],
         "seconds": round(time.perf_counter() - served.started, 3),
         "peak_memory_bytes": peak_memory_bytes(),

@@ -118,12 +118,18 @@ def set_base_delta(model: nn.Module, deltas: Mapping[str, Tensor]) -> None:
     """
     root = unwrap(model)
     weights = base_weights(root)
-    pretrained: dict[str, Tensor] = root.__dict__.setdefault(_PRETRAINED, {})
+    pretrained = pretrained_base_weights(root)
     for module in pretrained.keys() - deltas.keys():
         weights[module].copy_(pretrained[module])
     for module, delta in deltas.items():
         start = pretrained.setdefault(module, weights[module].detach().clone())
         weights[module].copy_(start + delta.to(start))
+
+
+def pretrained_base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The pre-trained values of overwritten base weights, by module; whoever overwrites one adds to it."""
+    found: dict[str, Tensor] = unwrap(model).__dict__.setdefault(_PRETRAINED, {})
+    return found
 
 
 def _full_name(module: str, prefix: str, weights: Mapping[str, Tensor]) -> str:

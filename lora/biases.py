@@ -56,6 +56,11 @@ def trained_temperature(root: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in trained_in_base(root).items() if is_temperature(name)}
 
 
+def base_values(root: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> the base model's value of what `train_in_base` named."""
+    return {name: getattr(owner, _buffer_name(leaf)) for name, owner, leaf in _trained(root)}
+
+
 def use_base_values(root: nn.Module) -> None:
     """Swap the base values in; the trained parameters wait, untouched, on their modules."""
     for _, owner, leaf in _trained(root):

@@ -8,8 +8,9 @@ Written after a run (and by the server between rounds); read before round 1 or f
     head.safetensors            what lies outside the CLIP: the head, or its adapter
 
 The first two load in plain `peft.PeftModel.from_pretrained` on the CLIP. The safetensors metadata carry the
-round or epoch, the base model's name, a sample of its weights, our LoRAConfig and the metrics. Each file is
-written beside its place and renamed, so that an interrupted save leaves the old file.
+round or epoch, the base model's name, hashes of all its weights, how its inputs are prepared, its classes,
+our LoRAConfig and the metrics. Each file is written beside its place and renamed, so that an interrupted save
+leaves the old file.
 """
 
 from __future__ import annotations
@@ -42,9 +43,13 @@ from lora.adapters import (
     scalings,
     unwrap,
 )
+from lora.base_identity import base_digests
 from lora.biases import is_bias, trained_in_base
 from lora.config import LoRAConfig
+from lora.input_identity import input_settings
+from lora.peft_settings import check_peft_settings
 from models.errors import UserError
+from models.files import json_text
 from models.state import State, save_state
 from models.temperature import is_temperature
 
@@ -66,7 +71,8 @@ class AdapterFile:
         peft_config: PEFT's configuration; None if only the head has an adapter.
         lora_config: Our configuration; None for files that plain PEFT wrote.
         base_model: Name of the base model, "" if unknown.
-        metadata: The file's metadata: server_round, epoch, metrics, base_sample, as far as present.
+        metadata: The file's metadata: server_round, epoch, metrics, base_sample, base_sha256, inputs,
+            class_names, templates, as far as present.
     """
 
     folder: Path
@@ -106,7 +112,11 @@ def save_lora_adapters(
     root = unwrap(model)
     if not adapter_parameters(root, adapter_name):
         raise UserError(f"this model has no adapter {adapter_name!r} to save; apply LoRA first")
-    metadata = _metadata(root, server_round=server_round, epoch=epoch, metrics=metrics)
+    about: dict[str, Any] = {"base_sha256": base_digests(root), "inputs": input_settings(root)}
+    if getattr(root, "head", None) is not None:
+        about |= {key: getattr(root, key, None) for key in ("class_names", "templates")}
+    about |= {"server_round": server_round, "epoch": epoch}
+    metadata = _metadata(root, **about, metrics=metrics)
     inside, outside = _split_state(root, adapter_name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -236,9 +246,9 @@ def _metadata(root: nn.Module, **extra: Any) -> dict[str, str]:
         "lora_config": None if config is None else config.model_dump(mode="json"),
         **extra,
     }
-    present = {key: value for key, value in values.items() if value is not None}
+    present = {key: value for key, value in values.items() if value not in (None, {})}
     return {"format": "pt"} | {
-        k: v if isinstance(v, str) else json.dumps(v, default=float) for k, v in present.items()
+        k: v if isinstance(v, str) else json_text(v, default=float) for k, v in present.items()
     }
 
 
@@ -321,13 +331,7 @@ def _read_peft_config(folder: Path) -> LoraConfig:
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
         raise UserError(f"{path}: peft_type is {kind!r}; only LORA adapters can be loaded")
-    unsupported = [
-        k
-        for k in ("use_dora", "modules_to_save", "target_parameters", "lora_bias", "fan_in_fan_out")
-        if raw.get(k)
-    ]
-    if unsupported:
-        raise UserError(f"{path}: {unsupported} cannot be loaded here; merge that adapter in PEFT first")
+    check_peft_settings(str(path), raw)
     config = LoraConfig.from_pretrained(str(folder))
     config.init_lora_weights = True
     return config

@@ -14,6 +14,7 @@ import pickle
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import nn
 
 from lora.adapters import find_towers
 from lora.checkpoint import AdapterFile
+from lora.peft_settings import check_peft_settings
 from models.errors import UserError
 from models.state import State
 
@@ -42,15 +44,17 @@ def read_converted(path: Path, model: nn.Module) -> AdapterFile:
     """
     content = _read(path)
     config = content["lora_config"]
+    _check_settings(path, config)
     rank = int(_setting(path, config, "r", "rank"))
     alpha = float(_setting(path, config, "lora_alpha", "alpha"))
     blocks = _grouped(path, content["lora_state_dict"], rank)
     fused = find_towers(model).backend == "open_clip"
     state, modules = _fused(blocks, rank) if fused else _separate(blocks)
-    width = 3 if fused else 1
+    width, rank_stabilised = 3 if fused else 1, bool(config.get("use_rslora"))
     peft_config = LoraConfig(
         r=width * rank,
-        lora_alpha=width * alpha,  # type: ignore[arg-type]
+        lora_alpha=(width**0.5 if rank_stabilised else width) * alpha,  # type: ignore[arg-type]
+        use_rslora=rank_stabilised,
         lora_dropout=float(config.get("lora_dropout", config.get("dropout", 0.0))),
         target_modules="|".join(re.escape(name) for name in modules),
     )
@@ -81,6 +85,14 @@ def _setting(path: Path, config: Mapping[str, Any], *names: str) -> Any:
         if name in config:
             return config[name]
     raise UserError(f"{path}: lora_config has no {names[0]!r}")
+
+
+def _check_settings(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse settings of PEFT's that change what factors compute, as for PEFT's own files."""
+    known = {field.name for field in fields(LoraConfig)}
+    check_peft_settings(str(path), {key: value for key, value in config.items() if key in known})
+    if patterns := [key for key in ("alpha_pattern", "rank_pattern") if config.get(key)]:
+        raise UserError(f"{path}: {patterns} cannot be read from this layout; save the adapter with PEFT")
 
 
 def _grouped(path: Path, factors: Mapping[str, torch.Tensor], rank: int) -> Blocks:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ from lora.adapters import (
     scalings,
     unwrap,
 )
+from lora.base_check import check_base_model
 from lora.base_delta import fitting_base_delta, set_base_delta
+from lora.base_identity import forget_base_digests
 from lora.biases import trained_in_base
 from lora.checkpoint import (
     AdapterFile,
-    base_model_name,
-    base_sample,
     expected_scaling,
     read_adapter,
     read_full_checkpoint,
@@ -94,6 +95,7 @@ def load_full_checkpoint(model: nn.Module, folder: str | Path) -> dict[str, Any]
             inject_lora(root, config)
         check_same_layout(root.state_dict(), state, str(folder))
     root.load_state_dict(state)
+    forget_base_digests(root)
     return metadata
 
 
@@ -101,26 +103,6 @@ def read_any(model: nn.Module, source: str | Path) -> AdapterFile:
     """Read a PEFT folder, or convert a `.pt` file to this model's layer names."""
     path = Path(source)
     return read_converted(path, model) if path.suffix in {".pt", ".pth"} else read_adapter(path)
-
-
-def check_base_model(model: nn.Module, found: AdapterFile) -> None:
-    """Raise UserError if an adapter was trained on another base model.
-
-    Files of ours carry a sample of the base weights, which decides; for others the names are compared.
-    """
-    theirs, name = found.metadata.get("base_sample"), base_model_name(model)
-    mine = base_sample(model)
-    if isinstance(theirs, list) and mine:
-        same = len(theirs) == len(mine) and all(
-            math.isclose(a, b, rel_tol=2e-2, abs_tol=1e-3) for a, b in zip(theirs, mine, strict=True)
-        )
-    else:
-        same = not found.base_model or not name or found.base_model == name
-    if not same:
-        raise UserError(
-            f"{found.folder}: this adapter was trained on base model {found.base_model!r}, the model here is "
-            f"{name!r} with other weights; load that base model, or pass check_base=False"
-        )
 
 
 @contextlib.contextmanager
@@ -158,7 +140,7 @@ def _fill(root: nn.Module, found: AdapterFile) -> None:
         del inside[temperature[0]]
     check_same_layout(inside, found.state, str(found.folder))
     _check_scaling(root, found)
-    head = _fitting_head(outside, found)
+    head = _fitting_head(outside, in_class_order(root, found))
     deltas = fitting_base_delta(root, found.folder)
     _copy(inside, found.state)
     _copy(outside, head)
@@ -208,6 +190,37 @@ def _fitting_head(outside: Mapping[str, nn.Parameter], found: AdapterFile) -> St
         same="classes, base model and rank of the head's adapter",
     )
     return found.head
+
+
+def in_class_order(model: nn.Module, found: AdapterFile) -> AdapterFile:
+    """The file with its head's rows in the order of the model's classes, where both name theirs.
+
+    Raises:
+        UserError: The classes differ, or the head's adapter was trained on other prompts.
+    """
+    root, theirs = unwrap(model), found.metadata.get("class_names")
+    mine = getattr(root, "class_names", None)
+    if not found.head or not mine or not isinstance(theirs, list):
+        return found
+    templates = found.metadata.get("templates")
+    if any(factor_of(name) for name in found.head) and templates not in (None, list(root.templates)):
+        raise UserError(
+            f"{found.folder}: its head was adapted with templates {templates}; set task.templates so"
+        )
+    if list(mine) == theirs:
+        return found
+    if sorted(mine) != sorted(theirs) or len(set(mine)) < len(mine):
+        others = sorted(set(mine) ^ set(theirs))
+        raise UserError(
+            f"{found.folder}: its head knows {len(theirs)} classes, the model here {len(mine)}; they differ "
+            f"in {others[:3]}; use data with the classes of the training"
+        )
+    rows = [theirs.index(name) for name in mine]
+    head = {
+        n: t[rows] if t.shape[0] == len(rows) and factor_of(n) != "lora_A" else t
+        for n, t in found.head.items()
+    }
+    return replace(found, head=head)
 
 
 @torch.no_grad()

@@ -21,9 +21,10 @@ from lora.adapters import (
     clip_of,
     unwrap,
 )
+from lora.base_check import check_base_model
 from lora.base_delta import BASE_DELTA_FILE
 from lora.injection import inject_peft
-from lora.loading import check_base_model, read_any
+from lora.loading import read_any
 from lora.switching import (
     disable_lora,
     enable_lora,

@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 
 from lora.adapters import FACTORS, adapter_layers, clip_of, exchanged_names, unwrap
+from lora.base_delta import pretrained_base_weights
+from lora.base_identity import forget_base_digests, hold_base_digests
 from lora.biases import forget_base_values, use_base_values, use_trained_values
 from models.errors import UserError
 
@@ -77,6 +79,11 @@ def merge_lora(model: nn.Module) -> None:
     Raises:
         UserError: adapters are disabled, or hold a value that is not finite.
     """
+    hold_base_digests(model)
+    _merge(model)
+
+
+def _merge(model: nn.Module) -> None:
     layers = adapter_layers(model)
     if any(layer.disable_adapters for _, layer in layers):
         raise UserError("adapters are disabled; call enable_lora(model) before merge_lora(model)")
@@ -105,11 +112,13 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     values and are frozen again; of what travels, the head remains.
     """
     root = unwrap(model)
-    merge_lora(root)
+    _merge(root)
     for name, layer in sorted(adapter_layers(root), key=lambda item: -item[0].count(".")):
         parent, _, leaf = name.rpartition(".")
         setattr(root.get_submodule(parent), leaf, layer.base_layer)
     forget_base_values(root)
+    pretrained_base_weights(root).clear()
+    forget_base_digests(root)
     for owner in {root, clip_of(root)[0]}:
         for attribute in ("peft_config", "lora_config"):
             owner.__dict__.pop(attribute, None)

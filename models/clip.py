@@ -25,8 +25,9 @@ from models.features import check_given, image_features, text_features
 from models.finetuning import STRATEGIES, check_choice, check_strategy, trains
 from models.frozen import dropout_modules, moving_parts
 from models.head import class_head
+from models.hub_tokenizer import TokenizerMissingError
 from models.lean_blocks import lean, lean_modules
-from models.loading import TokenizerMissingError, Tokens, load_clip
+from models.loading import Tokens, load_clip
 from models.partial_towers import count_blocks
 from models.prompts import (
     average_templates,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -24,14 +24,17 @@ from typing import Any
 
 import httpx
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPConfig, CLIPModel
 from transformers.utils import logging as transformers_logging
 
 from models.construction import seeded_construction
 from models.errors import UserError
+from models.hub_tokenizer import HubTokenizer
+from models.image_settings import read_image_settings
 from models.images import ImageProcessor
 from models.open_clip_backend import OPEN_CLIP_PREFIX, load_open_clip
 from models.towers import LoadedCLIP, Tokens, Towers
@@ -68,10 +71,6 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """What differs from CLIPConfig's defaults, which are ViT-B/32's (Radford et al. 2021, table 20)."""
-
-
-class TokenizerMissingError(UserError):
-    """Text is given to a model whose tokenizer is neither on disk nor reachable."""
 
 
 HUGGINGFACE_TOWERS = Towers(
@@ -116,11 +115,13 @@ def load_clip(
         clip = seeded_construction(lambda: CLIPModel(config), seed=seed, device=device)
     clip = clip.to(device=device, dtype=dtype).eval()
     image_size = int(clip.config.vision_config.image_size)
-    context = int(clip.config.text_config.max_position_embeddings)
+    settings = read_image_settings(
+        model_name, source, image_size, pretrained=pretrained, local_only=pretrained and _local_only(source)
+    )
     return LoadedCLIP(
         clip=clip,
-        tokenize=_HubTokenizer(model_name, source, context),
-        preprocess=ImageProcessor.from_settings(_image_settings(source, image_size, pretrained=pretrained)),
+        tokenize=HubTokenizer(model_name, source, clip.config.text_config, local_only=_local_only),
+        preprocess=ImageProcessor.from_settings(settings),
         encode_image=_encode_image,
         encode_text=_encode_text,
         towers=HUGGINGFACE_TOWERS,
@@ -158,17 +159,37 @@ def _source(model_name: str) -> str:
     return model_name
 
 
+def stored_folder(model_name: str) -> Path | None:
+    """The folder on this machine that holds a Hugging Face model: bundled, local, or in the hub's cache."""
+    if model_name == "tiny":
+        return TINY_FOLDER
+    if Path(model_name).expanduser().is_dir():
+        return Path(model_name).expanduser()
+    try:
+        cached = try_to_load_from_cache(model_name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 def _check_is_clip(folder: Path) -> None:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UserError(f"{folder} has no config.json: it is no model folder in the hub's format")
     try:
-        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        model_type = config.get("model_type")
     except ValueError as error:
         raise UserError(f"{config_file} is not valid JSON ({error}): write the folder again") from error
     if model_type != "clip":
         raise UserError(
             f"{config_file} says model_type={model_type!r}: a CLIP model (model_type 'clip') is needed"
+        )
+    if config.get("quantization_config"):
+        raise UserError(f"{config_file}: the weights are quantised; take the model they were made from")
+    if (folder / "adapter_config.json").is_file():  # transformers would load the base that this file names
+        raise UserError(
+            f"{folder} holds a model and an adapter (adapter_config.json): move the adapter to another folder"
         )
 
 
@@ -220,11 +241,13 @@ def _pretrained(model_name: str, source: str) -> CLIPModel:
             ) from error
         raise UserError(_unreachable(model_name)) from error
     clip, report = loaded
-    if report["missing_keys"]:
-        raise UserError(
-            f"model_name={model_name!r}: the weights file lacks {len(report['missing_keys'])} parameters, "
-            f"first {min(report['missing_keys'])}; write or fetch the folder again"
-        )
+    for kind, verb in (("missing_keys", "lacks"), ("unexpected_keys", "has, beyond config.json,")):
+        names = sorted(name for name in report[kind] if not name.endswith(".position_ids"))
+        if names:
+            raise UserError(
+                f"model_name={model_name!r}: the weights file {verb} {len(names)} parameters, first "
+                f"{names[0]}; write or fetch the folder again"
+            )
     return clip
 
 
@@ -247,44 +270,3 @@ def _config(model_name: str, source: str) -> CLIPConfig:
             f"model_name={model_name!r}, pretrained=false: its configuration is not on this machine and the "
             f"Hugging Face hub cannot be reached. Known without network: tiny, {', '.join(ARCHITECTURES)}"
         ) from error
-
-
-class _HubTokenizer:
-    """Tokenizer read at first use, so that a model without text needs none."""
-
-    def __init__(self, model_name: str, source: str, context_length: int) -> None:
-        self.model_name = model_name
-        self.source = source
-        self.context_length = context_length
-        self.tokenizer: Any = None
-
-    def __call__(self, texts: Sequence[str]) -> Tokens:
-        if self.tokenizer is None:
-            self.tokenizer = self._read()
-        tokens = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.context_length, return_tensors="pt"
-        )
-        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
-
-    def _read(self) -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(self.source, local_files_only=_local_only(self.source))
-        except (OSError, ValueError) as error:
-            raise TokenizerMissingError(
-                f"model_name={self.model_name!r}: its tokenizer is not on this machine and cannot be fetched "
-                "from the Hugging Face hub. Check the network, give a local folder that has tokenizer.json, "
-                "use model_name=tiny, or leave out class names and texts"
-            ) from error
-
-
-def _image_settings(source: str, image_size: int, *, pretrained: bool) -> CLIPImageProcessorPil:
-    has_file = (Path(source) / "preprocessor_config.json").is_file()
-    if has_file or (pretrained and not Path(source).is_dir()):
-        try:
-            return CLIPImageProcessorPil.from_pretrained(source, local_files_only=_local_only(source))
-        except OSError as error:
-            raise UserError(_unreachable(source)) from error
-    logger.info("%s: no preprocessor_config.json, using CLIP's defaults at %d px", source, image_size)
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-    )

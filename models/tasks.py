@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.errors import UserError
+from models.finite import or_not_a_number
 from models.metrics import recall_at
 from models.training import Batch, num_examples
 
@@ -71,25 +72,29 @@ def zero_shot_loss(model: FederatedCLIPModel, batch: Batch) -> Tensor:
 def _evaluate_logits(logits_of: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> dict[str, float]:
     loss_sum: Tensor | float = 0.0
     correct: Tensor | int = 0
+    finite: Tensor | bool = True
     total = 0
     for batch in batches:
         labels = _labels(batch)
         logits = logits_of(batch).float()  # (B, C)
         loss_sum = loss_sum + F.cross_entropy(logits, labels, reduction="sum").double()
         correct = correct + (logits.argmax(dim=1) == labels).sum()
+        finite = logits.isfinite().all() & finite
         total += num_examples(batch)
     if total == 0:
         raise UserError("there is nothing to evaluate: no batch was given")
-    return {"loss": float(loss_sum) / total, "accuracy": float(correct) / total, "num_examples": float(total)}
+    loss = float(loss_sum) / total
+    accuracy = or_not_a_number(float(correct) / total, loss, finite)
+    return {"loss": loss, "accuracy": accuracy, "num_examples": float(total)}
 
 
 def evaluate_classification(model: FederatedCLIPModel, batches: Iterable[Batch]) -> dict[str, float]:
-    """Loss and accuracy of the head."""
+    """Loss and accuracy of the head; the accuracy is NaN where a logit is not finite."""
     return _evaluate_logits(model.logits, batches)
 
 
 def evaluate_zero_shot(model: FederatedCLIPModel, batches: Iterable[Batch]) -> dict[str, float]:
-    """Loss and accuracy against the class prompts."""
+    """Loss and accuracy against the class prompts; as `evaluate_classification`."""
     return _evaluate_logits(model.zero_shot_logits, batches)
 
 
@@ -120,7 +125,10 @@ def retrieval_loss(model: FederatedCLIPModel, batch: Batch) -> Tensor:
 
 
 def evaluate_retrieval(model: FederatedCLIPModel, batches: Iterable[Batch]) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in both directions, and the contrastive loss within the batches."""
+    """Recall at 1, 5 and 10 in both directions, and the contrastive loss within the batches.
+
+    Recalls are NaN where an embedding is not finite.
+    """
     images, texts, concepts = [], [], []
     loss_sum: Tensor | float = 0.0
     total = 0
@@ -143,12 +151,13 @@ def evaluate_retrieval(model: FederatedCLIPModel, batches: Iterable[Batch]) -> d
     metrics = {"loss": float(loss_sum) / total, "num_examples": float(total)}
     image_rows, text_rows = torch.cat(images), torch.cat(texts)
     concept_ids = torch.cat([concept.cpu() for concept in concepts])
+    finite = image_rows.isfinite().all() & text_rows.isfinite().all()
     for direction, queries, gallery in (
         ("image_to_text", image_rows, text_rows),
         ("text_to_image", text_rows, image_rows),
     ):
         for k, recall in recall_at(queries, gallery, concept_ids, concept_ids, RECALL_CUTOFFS).items():
-            metrics[f"{direction}_recall_at_{k}"] = recall
+            metrics[f"{direction}_recall_at_{k}"] = or_not_a_number(recall, metrics["loss"], finite)
     return metrics
 
 

@@ -189,6 +189,23 @@ def test_a_plain_adapter_is_used_with_or_without_naming_its_base_model(adapter, 
     assert by_folder != plain
 
 
+def test_an_adapter_of_another_base_is_refused_unless_any_base_is_given(images, tmp_path, capsys):
+    model = FederatedCLIPModel("tiny", 2, pretrained=False, task="zero_shot", strategy="lora")
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj"]  # as quickstart has them
+    inject_lora(model, LoRAConfig(r=8, lora_alpha=16, target_components=["vision"], target_modules=targets))
+    folder = save_lora_adapters(model, tmp_path / "adapter")
+    commands = (
+        ("predict", "tiny", images, "--classes", CLASSES),
+        ("encode", "tiny", images, "--output", tmp_path / "e.npy"),
+        ("evaluate", "quickstart", *SMALL, "--output", tmp_path / "evaluation"),
+    )
+    for command in commands:
+        code, _, error = fedlora(capsys, *command, "--adapter", folder)
+        assert (code, "--any-base" in error) == (2, True)
+        assert fedlora(capsys, *command, "--adapter", folder, "--any-base")[0] == 0
+    assert fedlora(capsys, "search", tmp_path / "e.npy", "red")[0] == 0  # the index names the very weights
+
+
 def test_the_adapter_folder_of_a_run_stands_for_the_run(run, images, capsys):
     assert records(capsys, "predict", run / "adapter", images) == records(capsys, "predict", run, images)
 

@@ -95,6 +95,12 @@ def test_a_configuration_is_evaluated_untrained_or_with_an_adapter(central: Path
     assert results_of(adapted)["accuracy"] == pytest.approx(summary_of(central)["final"], abs=1e-9)
 
 
+def test_a_run_is_not_evaluated_on_another_base_model(federated_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="other weights"):
+        evaluate_source(federated_run, ["model.pretrained=false"], output=tmp_path)
+    evaluate_source(federated_run, ["model.pretrained=false"], output=tmp_path, any_base=True)
+
+
 def test_the_validation_split_is_the_one_that_training_chose_on(central: Path) -> None:
     folder, _ = evaluate_source(central, split="validation")
     found = results_of(folder)

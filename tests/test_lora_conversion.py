@@ -71,6 +71,29 @@ def test_converted_adapters_are_the_same_function(
     torch.testing.assert_close(outputs(model), outputs(by_hand(backend, state)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rank_stabilised_scaling_is_that_of_the_file(backend: str, tmp_path: Path) -> None:
+    config = {
+        "r": RANK,
+        "lora_alpha": ALPHA / RANK**0.5,
+        "use_rslora": True,
+    }  # alpha / sqrt(r) = ALPHA / RANK
+    model, state = small_clip(backend), state_dict()
+    load_lora_adapters(model, save(tmp_path, state, lora_config=config))
+    torch.testing.assert_close(outputs(model), outputs(by_hand(backend, state)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"alpha_pattern": {"q": 3}}], ids=str
+)
+def test_settings_that_change_what_the_factors_compute_are_refused(
+    setting: dict[str, object], tmp_path: Path
+) -> None:
+    config = {"r": RANK, "lora_alpha": ALPHA, "dropout": 0.1, "position": "all", **setting}
+    with pytest.raises(UserError, match=next(iter(setting))):
+        load_lora_adapters(small_clip(), save(tmp_path, state_dict(), lora_config=config))
+
+
 def test_transposed_factors_are_recognised_by_the_rank(tmp_path: Path) -> None:
     model = small_clip()
     load_lora_adapters(model, save(tmp_path, state_dict(transposed=True)))

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from models import exchange
 from models.clip import STRATEGIES, FederatedCLIPModel
 from models.errors import UserError
-from models.loading import TokenizerMissingError, load_clip
+from models.hub_tokenizer import TokenizerMissingError
+from models.loading import load_clip
 from models.state import flat
 from models.tasks import TASKS
 from models.training import TrainingSettings
@@ -133,7 +134,7 @@ def test_random_weights_without_a_tokenizer_start_a_random_head_but_pretrained_o
     def no_tokenizer(*args: object) -> None:
         raise TokenizerMissingError("none here")
 
-    monkeypatch.setattr("models.loading._HubTokenizer.__call__", no_tokenizer)
+    monkeypatch.setattr("models.hub_tokenizer.HubTokenizer.__call__", no_tokenizer)
     assert build(pretrained=False).head.weight.shape == (3, 24)
     with pytest.raises(TokenizerMissingError):
         build()

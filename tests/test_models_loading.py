@@ -13,8 +13,9 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from models.errors import UserError
+from models.hub_tokenizer import TokenizerMissingError
 from models.images import ImageProcessor
-from models.loading import HUGGINGFACE_TOWERS, TINY_FOLDER, TokenizerMissingError, load_clip
+from models.loading import HUGGINGFACE_TOWERS, TINY_FOLDER, load_clip
 
 VIT_B32 = "openai/clip-vit-base-patch32"
 has_tiny = pytest.mark.skipif(
@@ -150,7 +151,7 @@ def test_an_unknown_architecture_without_weights_lists_the_known_ones(
 
 def test_a_missing_tokenizer_is_an_error_of_tokenize_not_of_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.loading._local_only", lambda source: True)
-    monkeypatch.setattr("models.loading.AutoTokenizer.from_pretrained", _raise_os_error)
+    monkeypatch.setattr("models.hub_tokenizer.AutoTokenizer.from_pretrained", _raise_os_error)
     loaded = load_clip(VIT_B32, pretrained=False, device="meta")
     with pytest.raises(TokenizerMissingError, match=r"tokenizer\.json"):
         loaded.tokenize(["a cat"])

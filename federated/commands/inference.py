@@ -46,6 +46,10 @@ ModelOption = Annotated[
 AdapterOption = Annotated[
     str | None, typer.Option("--adapter", metavar="FOLDER", help="Adapter to put on a model given by name.")
 ]
+AnyBaseOption = Annotated[
+    bool,
+    typer.Option("--any-base", help="Use an adapter on a base model that is not known to be its own."),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1 …")]
 BatchSizeOption = Annotated[
     int, typer.Option("--batch-size", min=1, help="Images or texts that pass through the model at once.")
@@ -74,6 +78,7 @@ def predict(  # noqa: PLR0913 - the command's options
     ] = None,
     model: ModelOption = None,
     adapter: AdapterOption = None,
+    any_base: AnyBaseOption = False,
     output: Annotated[Path | None, typer.Option("--output", help="Write a .csv or .json file.")] = None,
     output_format: FormatOption = None,
     overwrite: OverwriteOption = False,
@@ -99,7 +104,7 @@ def predict(  # noqa: PLR0913 - the command's options
         check_output(output, overwrite=overwrite)
     source, path = _source_and_input(inputs, model)
     names = None if classes is None else [name.strip() for name in classes.split(",")]
-    opened = _open(source, adapter, model, device)
+    opened = _open(source, adapter, model, device, any_base=any_base)
     classifier = make_classifier(opened, names, template)
     with progress_bar("images") as report:
         options = InputOptions(batch_size, skip_corrupt, report)
@@ -124,6 +129,7 @@ def encode(  # noqa: PLR0913 - the command's options
     ] = False,
     model: ModelOption = None,
     adapter: AdapterOption = None,
+    any_base: AnyBaseOption = False,
     overwrite: OverwriteOption = False,
     skip_corrupt: SkipCorruptOption = False,
     batch_size: BatchSizeOption = 64,
@@ -147,7 +153,7 @@ def encode(  # noqa: PLR0913 - the command's options
     source, path = _source_and_input(inputs, model)
     if not text:
         check_no_texts(path)
-    opened = _open(source, adapter, model, device)
+    opened = _open(source, adapter, model, device, any_base=any_base)
     kind = "texts" if text else "images"
     if output is not None:
         with progress_bar(kind) as report:
@@ -248,10 +254,11 @@ def _source_and_input(inputs: Sequence[str], model: str | None) -> tuple[str, st
     return model, inputs[0]
 
 
-def _open(source: str, adapter: str | None, model: str | None, device: str) -> OpenedModel:
+def _open(source: str, adapter: str | None, model: str | None, device: str, *, any_base: bool) -> OpenedModel:
     from federated.standalone.trained_models import open_model
 
-    return open_model(source, adapter=adapter, base_model=None if source == model else model, device=device)
+    base_model = None if source == model else model
+    return open_model(source, adapter=adapter, base_model=base_model, device=device, any_base=any_base)
 
 
 def _format(chosen: Format | None, output: Path | None) -> Format:

@@ -63,6 +63,10 @@ def evaluate(
     adapter: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Evaluate with this adapter instead of the run's.")
     ] = None,
+    any_base: Annotated[
+        bool,
+        typer.Option("--any-base", help="Use an adapter on a base model that is not known to be its own."),
+    ] = False,
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
     output: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where to write; RUN/evaluation_SPLIT by default.")
@@ -83,6 +87,7 @@ def evaluate(
             source,
             overrides or [],
             adapter=adapter,
+            any_base=any_base,
             split=split,
             output=output,
             overwrite=overwrite,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -30,7 +29,7 @@ from federated.reporting.wording import (
     metric_label,
 )
 from models.errors import UserError
-from models.files import write_text
+from models.files import json_text, write_text
 
 COST_COLUMNS = ("MB up", "MB down", "parameters sent", "time", "peak memory")
 """Columns of a comparison that have a table of their own in the terminal."""
@@ -180,7 +179,7 @@ def to_markdown(rows: Sequence[RunRow]) -> str:
 
 def to_json(rows: Sequence[RunRow]) -> str:
     """Return the rows as a JSON list of objects with ``RunRow``'s keys; bytes and shares are not rounded."""
-    return json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False) + "\n"
+    return json_text([asdict(row) for row in rows], indent=2, ensure_ascii=False) + "\n"
 
 
 def to_csv(rows: Sequence[RunRow]) -> str:

@@ -82,21 +82,18 @@ class RunRecord:
     def headline(self) -> dict[str, Any]:
         """``zero_shot``, ``final``, ``best``, ``rounds``, ``seconds``: from the summary, or the rounds.
 
-        A value that neither has is None.
+        A value that neither has, or that was not a number, is None.
         """
-        values = [
-            line[self.metric] for line in curve_lines(self.metrics) if line.get(self.metric) is not None
-        ]
+        values = [line[self.metric] for line in curve_lines(self.metrics) if self.metric in line]
         first = self.metrics[0] if self.metrics and self.metrics[0]["server_round"] == 0 else {}
         derived = {
             "zero_shot": first.get(self.metric),
             "final": values[-1] if values else None,
-            "best": max(values, default=None),
+            "best": max((value for value in values if value is not None), default=None),
             "rounds": self.metrics[-1]["server_round"] if self.metrics else 0,
             "seconds": sum(line.get("seconds") or 0.0 for line in self.metrics),
         }
-        recorded = {key: self.summary[key] for key in derived if self.summary.get(key) is not None}
-        return derived | recorded
+        return derived | {key: self.summary[key] for key in derived if key in self.summary}
 
 
 def read_run(run_dir: str | Path) -> RunRecord:
@@ -123,13 +120,17 @@ def read_run(run_dir: str | Path) -> RunRecord:
     )
 
 
+def _null(constant: str) -> None:
+    """NaN and infinity in files of older versions: not a number."""
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """Read one mapping a line, sorted by round; of two lines of one round, the later."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     by_round: dict[int, dict[str, Any]] = {}
     for number, text in enumerate(lines, start=1):
         try:
-            line = json.loads(text)
+            line = json.loads(text, parse_constant=_null)
             by_round[int(line["server_round"])] = line
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines) and not text.endswith("\n"):
@@ -143,7 +144,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_null)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

@@ -30,6 +30,7 @@ from federated.data.loading import ImageTensors, image_tensors, steps_per_epoch
 from federated.experiment import Experiment, build_experiment
 from federated.learnable import check_can_learn
 from federated.ledger import Ledger
+from federated.round_record import best_value
 from federated.run_folder import RunFolder, check_free, peak_memory_bytes
 from federated.seeding import generator, scoped_torch_rng
 from federated.simulation import limited_threads
@@ -269,7 +270,7 @@ def finish(training: Training) -> None:
             "headline_metric": metric,
             "zero_shot": training.lines[0][metric],
             "final": final,
-            "best": max(line[metric] for line in training.lines if metric in line),
+            "best": best_value(training.lines, metric, default=final),
             "rounds": epochs_done,
             "seconds": round(time.perf_counter() - training.started, 3),
             "parameters": {**experiment.parameter_counts(), "exchanged": 0},

@@ -27,6 +27,7 @@ from federated.standalone.evaluation_plots import (
     recall_by_k,
 )
 from lora.adapters import unwrap
+from models.finite import check_finite
 from models.metrics import recall_at
 from models.training import Batch
 
@@ -68,13 +69,17 @@ class Predictions:
 
 @torch.no_grad()
 def predict_classes(model: nn.Module, batches: Iterable[Batch]) -> Predictions:
-    """Classify images by the head, or by the class prompts where the task has no head."""
+    """Classify images by the head, or by the class prompts where the task has no head.
+
+    Raises:
+        UserError: Logits are not finite.
+    """
     federated_model = unwrap(model)
     logits_of = federated_model.logits if federated_model.task.uses_head else federated_model.zero_shot_logits
     federated_model.eval()
     labels, predicted, loss = [], [], 0.0
     for batch in _on_device(batches, federated_model.device):
-        logits = logits_of(batch).float()  # (B, C)
+        logits = check_finite(logits_of(batch).float(), "logits")  # (B, C)
         loss += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
         labels.append(batch["labels"].cpu())
         predicted.append(logits.argmax(dim=1).cpu())
@@ -130,12 +135,17 @@ def embed_pairs(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Ten
     Returns:
         Normalised image features (N, D), text features (N, D), and what each pair shows, (N,); without a
         concept in the batches every pair shows something of its own.
+
+    Raises:
+        UserError: Embeddings are not finite.
     """
     federated_model = unwrap(model).eval()
     images, texts, concepts = [], [], []
     for batch in _on_device(batches, federated_model.device):
-        images.append(F.normalize(federated_model.image_features(batch), dim=-1).float().cpu())
-        texts.append(F.normalize(federated_model.text_features(batch), dim=-1).float().cpu())
+        image = F.normalize(federated_model.image_features(batch), dim=-1)
+        text = F.normalize(federated_model.text_features(batch), dim=-1)
+        images.append(check_finite(image).float().cpu())
+        texts.append(check_finite(text).float().cpu())
         concepts.append(batch["concept"].cpu() if "concept" in batch else None)
     pairs = torch.cat(images), torch.cat(texts)
     known = [concept for concept in concepts if concept is not None]

@@ -34,7 +34,7 @@ from federated.standalone.output_files import check_output
 from federated.standalone.trained_models import OpenedModel
 from lora.adapters import scalings
 from models.errors import UserError
-from models.files import write_text, written_whole
+from models.files import json_text, write_text, written_whole
 
 ARRAY_SUFFIXES = (".safetensors", ".npy")
 ARRAY_NAME = "embeddings"
@@ -201,7 +201,7 @@ def _write(target: Path, array: Tensor, about: dict[str, Any], opened: OpenedMod
         dtype=str(array.dtype).removeprefix("torch."),
         array_sha256=array_sha256,
     )
-    write_text(_manifest_path(target), json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n")
+    write_text(_manifest_path(target), json_text(asdict(manifest), indent=1, ensure_ascii=False) + "\n")
     return manifest
 
 

@@ -18,6 +18,7 @@ from federated.data.folder_scan import DECODE_ERRORS, IMAGE_SUFFIXES, image_erro
 from federated.progress import Report, quiet
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
+from models.finite import check_finite
 
 MAX_NAMED = 10
 """Corrupt files listed in one message."""
@@ -113,7 +114,7 @@ def embed_images(
     for files, pixel_values in image_batches(model, paths, options, corrupt):
         rows.append(model.encode_image(pixel_values).cpu())
         kept.extend(files)
-    return ImageEmbeddings(_finite(torch.cat(rows)), tuple(kept), tuple(corrupt))
+    return ImageEmbeddings(check_finite(torch.cat(rows)), tuple(kept), tuple(corrupt))
 
 
 def image_batches(
@@ -164,7 +165,7 @@ def embed_texts(
         chunk = list(texts[start : start + options.batch_size])
         rows.append(model.encode_text(chunk).cpu())
         options.report(start + len(chunk), len(texts))
-    return _finite(torch.cat(rows))
+    return check_finite(torch.cat(rows))
 
 
 def read_texts(path: Path | str) -> list[str]:
@@ -213,12 +214,6 @@ def _corrupt_message(corrupt: Sequence[tuple[Path, str]], *, all_of_them: bool) 
     plural, them = ("image", "it") if len(corrupt) == 1 else ("images", "them")
     remedy = f"replace {them}" if all_of_them else f"replace or remove {them}, or pass --skip-corrupt"
     return f"{len(corrupt)} {plural} cannot be decoded: {listed}{more}; {remedy}"
-
-
-def _finite(features: Tensor) -> Tensor:
-    if not bool(features.isfinite().all()):
-        raise UserError("the model's embeddings are not finite; its weights or adapter are damaged")
-    return features
 
 
 def _is_hidden(path: Path) -> bool:

@@ -32,9 +32,13 @@ from federated.standalone.detailed_metrics import (
     embed_pairs,
     predict_classes,
 )
-from federated.standalone.trained_models import check_global_model, has_global_model
-from lora.checkpoint import FULL_FILE
-from lora.loading import load_full_checkpoint, load_lora_adapters
+from federated.standalone.trained_models import (
+    check_global_model,
+    has_global_model,
+    load_adapter_or_checkpoint,
+)
+from lora.base_check import check_base_model
+from lora.checkpoint import ADAPTER_FILE, read_adapter
 from models.errors import UserError
 from models.files import write_json, write_text
 from models.training import Batch
@@ -53,6 +57,7 @@ def evaluate_source(
     overrides: Sequence[str] = (),
     *,
     adapter: Path | None = None,
+    any_base: bool = False,
     split: str = "test",
     output: Path | None = None,
     overwrite: bool = False,
@@ -64,6 +69,7 @@ def evaluate_source(
         source: A run folder, a configuration file or the name of a shipped one.
         overrides: ``key=value`` over the configuration, such as another batch size.
         adapter: Folder of the adapter (or full checkpoint) to evaluate instead of the run's own.
+        any_base: Take the trained part although the base model is not known to be its own.
         split: "test" or "validation".
         output: Where files go; ``evaluation_<split>`` inside the run by default, or
             ``<name>-evaluation_<split>`` under ``output.root``.
@@ -91,7 +97,7 @@ def evaluate_source(
         experiment = build_experiment(one_shard(config))
         check_can_score(experiment)
         images = split_images(experiment, split)
-        trained = load_trained(experiment, run, adapter)
+        trained = load_trained(experiment, run, adapter, any_base=any_base)
         detailed = evaluate_in_detail(experiment, images, report)
     saw_the_same = split == "test" and not overrides and config.evaluation.max_samples is None
     if run is not None and adapter is None and saw_the_same:
@@ -134,18 +140,21 @@ def split_images(experiment: Experiment, split: str) -> ImageTensors:
     )
 
 
-def load_trained(experiment: Experiment, run: Path | None, adapter: Path | None) -> str:
+def load_trained(
+    experiment: Experiment, run: Path | None, adapter: Path | None, *, any_base: bool = False
+) -> str:
     """Put what was trained into the model; return where it came from.
 
     Raises:
         UserError: There is nothing to load, or it is damaged.
     """
     if adapter is not None:
-        load = load_full_checkpoint if (adapter / FULL_FILE).is_file() else load_lora_adapters
-        load(experiment.model, adapter)
+        load_adapter_or_checkpoint(experiment.model, adapter, any_base=any_base)
         return str(adapter)
     if run is None:
         return "none (untrained)"
+    if (run / "adapter" / ADAPTER_FILE).is_file() and not any_base:
+        check_base_model(experiment.model, read_adapter(run / "adapter"))
     try:
         return load_checkpoint(experiment, run / "checkpoint")
     except SafetensorError as error:

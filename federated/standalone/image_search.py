@@ -20,6 +20,7 @@ from federated.standalone.embedding_files import EmbeddingIndex, weights_sha256
 from federated.standalone.embeddings import embed_images, embed_texts, is_image_file
 from federated.standalone.trained_models import OpenedModel, open_model
 from models.errors import UserError
+from models.finite import check_finite
 
 SPARE_CANDIDATES = 32
 """Rows fetched beyond those asked for, so that rounding does not decide which of equal ones are cut."""
@@ -54,15 +55,15 @@ def open_query_model(
     Raises:
         UserError: the model cannot be opened, or its weights are not those that made the index.
     """
-    manifest = index.manifest
+    manifest = index.manifest  # its hash of all weights says more than any check of an adapter's base
     if source is not None:
-        opened = open_model(source, adapter=adapter, device=device)
+        opened = open_model(source, adapter=adapter, device=device, any_base=True)
     elif adapter is not None:
-        opened = open_model(manifest.model, adapter=adapter, device=device)
+        opened = open_model(manifest.model, adapter=adapter, device=device, any_base=True)
     elif manifest.run is not None:
-        opened = open_model(manifest.run, device=device)
+        opened = open_model(manifest.run, device=device, any_base=True)
     else:
-        opened = open_model(manifest.model, adapter=manifest.adapter, device=device)
+        opened = open_model(manifest.model, adapter=manifest.adapter, device=device, any_base=True)
     if weights_sha256(opened.model.clip) != manifest.weights_sha256:
         made_with = f"model {manifest.model}, adapter {manifest.adapter or 'none'}"
         raise UserError(
@@ -118,9 +119,12 @@ def nearest_rows(
 
     Returns:
         Row numbers (K,), and cosines (K,).
+
+    Raises:
+        UserError: Embeddings are not finite.
     """
     find = _with_faiss if (engine or default_engine()) == "faiss" else _with_torch
-    rows = functional.normalize(embeddings.float(), dim=-1)
+    rows = functional.normalize(check_finite(embeddings.float()), dim=-1)
     wanted = functional.normalize(query.float(), dim=-1)
     candidates = find(rows, wanted, min(top_k + SPARE_CANDIDATES, len(rows)))
     exact = functional.normalize(embeddings[torch.from_numpy(candidates)].double(), dim=-1)

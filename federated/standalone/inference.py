@@ -27,6 +27,7 @@ from lora.adapters import adapter_layers
 from lora.base_delta import BASE_DELTA_FILE
 from lora.named import compare_embeddings
 from models.errors import UserError
+from models.finite import check_finite
 from models.prompts import average_templates, check_classes, class_prompts, encode_in_chunks
 
 _SCORED_AT_ONCE = 4096
@@ -119,7 +120,7 @@ def make_classifier(
     check_classes(len(names), names, wording)
     with torch.no_grad():
         prompts = encode_in_chunks(model.encode_text, model.tokenize(class_prompts(names, wording)))
-        classes = average_templates(prompts, len(names))  # (C, D)
+        classes = check_finite(average_templates(prompts, len(names)))  # (C, D)
 
     def logits(features: Tensor) -> Tensor:
         return model.temperature_scale() * functional.normalize(features, dim=-1) @ classes.T
@@ -186,7 +187,7 @@ def compare_with_base(
     else:
         for _, pixel_values in image_batches(opened.model, find_images(path), options, []):
             cosines.append(compare_embeddings(opened.model, pixel_values=pixel_values)["image"].cpu())
-    rows = torch.cat(cosines).double()  # (N,)
+    rows = check_finite(torch.cat(cosines)).double()  # (N,)
     return BaseComparison(len(rows), float(rows.mean()), float(rows.min()))
 
 
@@ -196,7 +197,8 @@ def _classify(
     rows: list[Prediction] = []
     with torch.no_grad():
         for features in found.features.split(_SCORED_AT_ONCE):
-            scores = classifier.logits(features.to(opened.model.device)).float().softmax(dim=-1)  # (B, C)
+            logits = classifier.logits(features.to(opened.model.device)).float()  # (B, C)
+            scores = check_finite(logits, "logits").softmax(dim=-1)
             best = scores.topk(min(top_k, scores.shape[1]), dim=-1)
             for values, classes in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 names = tuple(classifier.class_names[number] for number in classes)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from federated.data.folder_scan import SPLITS
 from federated.reporting.round_table import TextTable
 from federated.reporting.wording import MISSING, format_count, format_percent
+from models.files import json_text
 
 if TYPE_CHECKING:  # a folder's check needs no model, so none is imported for it
     from federated.data.folders import FolderReport
@@ -101,7 +101,7 @@ def records_to_csv(records: Sequence[Record]) -> str:
 
 def records_to_json(records: Sequence[Record]) -> str:
     """Return records as a JSON list of objects."""
-    return json.dumps(list(records), indent=1, ensure_ascii=False) + "\n"
+    return json_text(list(records), indent=1, ensure_ascii=False) + "\n"
 
 
 def _group(root: Path, paths: Sequence[Path]) -> str:

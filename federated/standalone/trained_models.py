@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from federated.aggregators import aggregator_from_name
 from federated.builders import build_model, load_run_data, usable_device
@@ -51,6 +52,7 @@ def open_model(
     adapter: str | Path | None = None,
     base_model: str | None = None,
     device: str = "cpu",
+    any_base: bool = False,
 ) -> OpenedModel:
     """Open a run folder, an adapter folder (or ``.pt`` file), or a model by name.
 
@@ -59,6 +61,7 @@ def open_model(
         adapter: An adapter to put on a model given by name.
         base_model: The base model of an adapter that does not name it.
         device: Where the model runs.
+        any_base: Take an adapter although the base model is not known to be its own.
 
     Raises:
         UserError: it is none of them, incomplete, does not fit together, or there is no such device.
@@ -70,7 +73,9 @@ def open_model(
             raise UserError(f"{source} brings its own adapter; leave --adapter out, or give a model's name")
         if run is not None and base_model is not None:
             raise UserError(f"{source} belongs to a run, which names its base model; leave --model out")
-        return _open_adapter(path, base_model, place) if run is None else _open_run(run, place)
+        if run is not None:
+            return _open_run(run, place, any_base=any_base)
+        return _open_adapter(path, base_model, place, any_base=any_base)
     if base_model is not None:
         raise UserError(f"{source} is no run and no adapter, so --model {base_model} does not go with it")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -82,7 +87,7 @@ def open_model(
         raise UserError(f"{source} does not exist; give a run folder, an adapter, or a model's name")
     name = str(path.resolve()) if path.is_dir() else str(source)
     if adapter is not None:
-        return _open_adapter(Path(adapter), name, place)
+        return _open_adapter(Path(adapter), name, place, any_base=any_base)
     return OpenedModel(_plain_model(name, 0, place))
 
 
@@ -98,7 +103,7 @@ def _is_adapter(path: Path) -> bool:
     return path.suffix in {".pt", ".pth"} or any((path / name).is_file() for name in (CONFIG_FILE, HEAD_FILE))
 
 
-def _open_run(run: Path, device: torch.device) -> OpenedModel:
+def _open_run(run: Path, device: torch.device, *, any_base: bool) -> OpenedModel:
     config = load_config(run / "config.yaml")
     folder = run / "adapter"
     if not folder.is_dir():
@@ -107,14 +112,25 @@ def _open_run(run: Path, device: torch.device) -> OpenedModel:
     bare = config.model.model_copy(update={"type": "clip", "fine_tuning": "lora", "device": str(device)})
     model = build_model(config.model_copy(update={"model": bare}), _class_names(run, config))
     assert isinstance(model, FederatedCLIPModel)
-    load = load_full_checkpoint if (folder / FULL_FILE).is_file() else load_lora_adapters
-    load(model, folder)
+    load_adapter_or_checkpoint(model, folder, any_base=any_base)
     return OpenedModel(
         model.eval(),
         run=str(run.resolve()),
         adapter=str(folder.resolve()),
         uses_head=model.task.uses_head,
     )
+
+
+def load_adapter_or_checkpoint(model: nn.Module, folder: Path, *, any_base: bool = False) -> None:
+    """Load every weight where a folder has them, else the adapter and head.
+
+    Raises:
+        UserError: the folder is incomplete, or does not belong on this model.
+    """
+    if (folder / FULL_FILE).is_file():
+        load_full_checkpoint(model, folder)
+    else:
+        load_lora_adapters(model, folder, check_base=not any_base)
 
 
 def has_global_model(config: ExperimentConfig) -> bool:
@@ -146,13 +162,15 @@ def _class_names(run: Path, config: ExperimentConfig) -> tuple[str, ...] | None:
     return tuple(names) if names else load_run_data(config).class_names
 
 
-def _open_adapter(folder: Path, base_model: str | None, device: torch.device) -> OpenedModel:
+def _open_adapter(
+    folder: Path, base_model: str | None, device: torch.device, *, any_base: bool
+) -> OpenedModel:
     found = read_adapter(folder) if folder.suffix not in {".pt", ".pth"} else AdapterFile(folder, state={})
     name = base_model or found.base_model
     if not name:
         raise UserError(f"{folder} does not name its base model; give it with --model")
     model = _plain_model(name, _num_head_classes(found), device)
-    load_lora_adapters(model, folder)
+    load_lora_adapters(model, folder, check_base=not any_base)
     return OpenedModel(model.eval(), adapter=str(folder.resolve()))
 
 
