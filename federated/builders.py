@@ -12,7 +12,7 @@ import torch
 
 from federated.config import ExperimentConfig
 from federated.data.loading import FederatedData, load_data
-from federated.data.splits import IntArray, column_values, hold_out
+from federated.data.splits import IntArray, hold_out
 from federated.partition import Partition
 from federated.seeding import generator
 from lora.clip_wrapper import CLIPLoRAWrapper
@@ -128,10 +128,10 @@ class Shard:
 
 
 def split_shards(config: ExperimentConfig, data: FederatedData, split: Partition) -> tuple[Shard, ...]:
-    """Set each client's own test rows apart from those it trains on; one concept stays on one side."""
+    """Set each client's own test rows apart from those it trains on; a concept or picture stays whole."""
     fraction = config.partition.local_test_fraction
     labels = data.labels() if data.label_column else None
-    groups = column_values(data.train, data.concept_column) if data.concept_column else None
+    groups = data.groups()
     shards = []
     for client_id, rows in enumerate(split.indices):
         rng = generator(config.seed, "split", 2, client_id)

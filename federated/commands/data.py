@@ -28,6 +28,10 @@ MAX_IGNORED_SHOWN = 5
 @app.command()
 def check(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Holds train/, test/ and maybe val/.")],
+    *,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Follow links that leave the folder.")
+    ] = False,
 ) -> None:
     """Look at every image of a folder: structure, corrupt files, class balance, doubles across splits.
 
@@ -40,7 +44,7 @@ def check(
     from federated.standalone.result_tables import class_table, double_table
 
     with progress_bar("images") as report_progress:
-        report = check_folder(folder, report=report_progress)
+        report = check_folder(folder, allow_outside=allow_outside, report=report_progress)
     console = Console()
     if report.counts:
         print_table(console, class_table(report.counts), f"Images in {folder}")
@@ -50,7 +54,7 @@ def check(
         shown = [str(path) for path in report.ignored[:MAX_IGNORED_SHOWN]]
         more = len(report.ignored) - len(shown)
         shown += [f"and {more} more"] if more else []
-        typer.echo(f"not images by their suffix, and ignored: {', '.join(shown)}")
+        typer.echo(f"not images by their suffix or place, and ignored: {', '.join(shown)}")
     if not report.usable:
         corrupt = [f"{path} cannot be decoded ({error})" for path, error in report.corrupt]
         raise UserError(f"{folder} cannot be used:\n  " + "\n  ".join([*report.problems, *corrupt]))
@@ -58,7 +62,7 @@ def check(
 
 
 @app.command()
-def prepare(
+def prepare(  # noqa: PLR0913 - the command's options
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to make.")],
     *,
     classes: Annotated[
@@ -72,6 +76,9 @@ def prepare(
     test: Annotated[float, typer.Option("--test", help="Share of the test images.")] = 0.1,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal splits.")] = 0,
     link: Annotated[bool, typer.Option("--link", help="Make hard links instead of copies.")] = False,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Write through links, and follow those that leave FLAT.")
+    ] = False,
 ) -> None:
     """Make train/ val/ test/<class>/: empty, or from a folder that has one folder of images per class.
 
@@ -96,6 +103,7 @@ def prepare(
             ratios=(train, val, test),
             seed=seed,
             link=link,
+            allow_outside=allow_outside,
             report=report,
         )
     print_table(Console(), class_table(counts), f"Images in {target}")

@@ -80,8 +80,9 @@ def load_data(
             raise UserError(f"data source {source!r} has no {split} samples; check {key}")
     train, validation = data.train, data.validation
     if validation is None and validation_fraction > 0:
-        columns = {"label_column": data.label_column, "group_column": data.concept_column}
-        train, validation = split_off(train, validation_fraction, rng, **columns)
+        train, validation = split_off(
+            train, validation_fraction, rng, label_column=data.label_column, groups=data.groups()
+        )
     data = replace(
         data,
         train=_at_most(train, max_train_samples, data.label_column, rng),
