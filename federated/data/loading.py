@@ -121,6 +121,7 @@ def image_tensors(
         label_column=data.label_column,
         caption_column=data.caption_column,
         concept_column=data.concept_column,
+        picture_column=data.picture_column,
         cache_bytes=cache_bytes,
     )
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from federated.data.batch_order import index_batches, local_index_batches
 from federated.data.folder_scan import DECODE_ERRORS
+from federated.data.names import plain
 from federated.data.row_cache import shared_zeros
 from federated.data.splits import IntArray, column_values
 from models.errors import UserError
@@ -54,6 +55,7 @@ class ImageTensors:
         label_column: the column of class numbers, if any.
         caption_column: the column of texts, if any.
         concept_column: rows of equal value show the same thing, if known.
+        picture_column: rows of equal value are of the same picture, if known.
         cache_bytes: the memory budget for kept images.
 
     Attributes:
@@ -73,6 +75,7 @@ class ImageTensors:
         label_column: str | None = None,
         caption_column: str | None = None,
         concept_column: str | None = None,
+        picture_column: str | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         """Read the scalar columns and one image; decode the others when they are asked for."""
@@ -89,8 +92,15 @@ class ImageTensors:
         self._preprocess = preprocess
         self._cache_bytes = cache_bytes
         self._labels = None if label_column is None else _codes(dataset, label_column, distinct=False)
-        self._concepts = None if concept_column is None else _codes(dataset, concept_column, distinct=True)
         self._captions = None if caption_column is None else list(column_values(dataset, caption_column))
+        self._ids = {
+            key: _codes(dataset, column, distinct=True)
+            for key, column in (("concept", concept_column), ("picture", picture_column))
+            if column is not None
+        }
+        if self._captions is not None:
+            texts = np.array([plain(caption) for caption in self._captions])
+            self._ids["text"] = torch.from_numpy(np.unique(texts, return_inverse=True)[1])
         self.image_shape = tuple(self._decode(np.zeros(1, dtype=np.int64))[0].shape)
         self._levels = _grey_levels(preprocess)  # (3, 256) or None
         self._kept: Tensor | None = None
@@ -136,7 +146,8 @@ class ImageTensors:
 
         Returns:
             "pixel_values" (B, 3, H, W), "index" (B,) the rows, and as far as the data has them "labels" (B,),
-            "concept" (B,) int64 (equal numbers show the same thing) and "captions", a list of B strings.
+            "concept", "picture" and "text" (B,) int64 (equal numbers show the same thing, are of the same
+            picture, have the same caption) and "captions", a list of B strings.
         """
         rows = np.asarray(indices, dtype=np.int64)
         index = torch.from_numpy(rows)
@@ -145,8 +156,7 @@ class ImageTensors:
             batch["pixel_values"] = self.pixel_values(rows)
         if self._labels is not None:
             batch["labels"] = self._labels[index]
-        if self._concepts is not None:
-            batch["concept"] = self._concepts[index]
+        batch |= {key: ids[index] for key, ids in self._ids.items()}
         if self._captions is not None:
             batch["captions"] = [self._captions[row] for row in rows]
         return batch
