@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from federated.config import ExperimentConfig
-from federated.data.loading import FederatedData, load_data
+from federated.data.loading import FederatedData, check_task_data, load_data
 from federated.data.splits import IntArray, hold_out
 from federated.partition import Partition
 from federated.seeding import generator
@@ -23,13 +23,13 @@ from models.training import TrainingSettings
 
 
 def load_run_data(config: ExperimentConfig) -> FederatedData:
-    """Load the data of a configuration.
+    """Load the data of a configuration, with what its task needs.
 
     Raises:
         UserError: It is missing or unusable; the message names the file.
     """
     section = config.data
-    return load_data(
+    data = load_data(
         section.source,
         path=section.path,
         seed=config.seed,
@@ -39,6 +39,8 @@ def load_run_data(config: ExperimentConfig) -> FederatedData:
         max_test_samples=section.max_test_samples,
         **section.options,
     )
+    check_task_data(data, config.task.name)
+    return data
 
 
 def build_model(

@@ -26,6 +26,7 @@ __all__ = [
     "SOURCES",
     "FederatedData",
     "ImageTensors",
+    "check_task_data",
     "image_tensors",
     "index_batches",
     "load_data",
@@ -98,6 +99,31 @@ def load_data(
         data.num_skipped,
     )
     return data
+
+
+def check_task_data(data: FederatedData, task: str) -> None:
+    """Make sure that data have what a task learns from.
+
+    Args:
+        data: the data.
+        task: "classification", "zero_shot" or "retrieval".
+
+    Raises:
+        UserError: they have no captions, or no labels; says what would help.
+    """
+    needed, column = ("captions", "caption_column") if task == "retrieval" else ("labels", "label_column")
+    if getattr(data, column) is not None:
+        return
+    there = ", ".join(name for name in data.train.column_names if name != "picture")
+    remedy = (
+        "choose another data.source, or task.name=classification"
+        if data.name in ("imagefolder", "digits", "fashion_mnist")
+        else f"name their column with data.options.{column}"
+    )
+    raise UserError(
+        f"task.name={task} needs {needed}, and data source {data.name!r} has none (it gives {there}); "
+        f"{remedy}"
+    )
 
 
 def image_tensors(
