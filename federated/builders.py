@@ -19,6 +19,7 @@ from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.second_adapter import add_second_adapter
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
+from models.images import with_background
 from models.training import TrainingSettings
 
 
@@ -70,6 +71,7 @@ def build_model(
         dtype=getattr(torch, section.dtype),
         seed=config.seed,
     )
+    model.preprocess = with_background(model.preprocess, config.data.background)
     model.keeps_class_embeddings = config.cache.class_embeddings
     model.trims_prompts = config.cache.trim_prompts
     if not config.uses_adapters:

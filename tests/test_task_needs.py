@@ -61,7 +61,8 @@ def test_data_without_what_the_task_needs_end_with_code_two_and_leave_nothing(
         main(
             [
                 command, "quickstart", f"task.name={task}", f"data.source={source}",
-                f"data.path={root / case}", "model.num_classes=null", f"output.root={tmp_path / 'runs'}", *options,
+                f"data.path={root / case}", "model.num_classes=null",
+                f"output.root={tmp_path / 'runs'}", *options,
             ]
         )  # fmt: skip
     assert end.value.code == 2

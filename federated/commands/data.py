@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from federated.data.names import MAX_NAMED, listed
 from federated.progress import progress_bar
 from models.errors import UserError
 
@@ -19,10 +21,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-
-MAX_IGNORED_SHOWN = 5
-"""Files named that are no images."""
 
 
 @app.command()
@@ -51,10 +49,9 @@ def check(
     if report.leaks:
         print_table(console, double_table(report), "In more than one split: test results would be too good")
     if report.ignored:
-        shown = [str(path) for path in report.ignored[:MAX_IGNORED_SHOWN]]
-        more = len(report.ignored) - len(shown)
-        shown += [f"and {more} more"] if more else []
-        typer.echo(f"not images by their suffix or place, and ignored: {', '.join(shown)}")
+        shown = listed(report.ignored)
+        typer.echo(f"not images by their suffix or place, and ignored: {shown}")
+    _name_suspects(report.one_colour, report.look_alike)
     if not report.usable:
         corrupt = [f"{path} cannot be decoded ({error})" for path, error in report.corrupt]
         raise UserError(f"{folder} cannot be used:\n  " + "\n  ".join([*report.problems, *corrupt]))
@@ -107,6 +104,15 @@ def prepare(  # noqa: PLR0913 - the command's options
             report=report,
         )
     print_table(Console(), class_table(counts), f"Images in {target}")
+
+
+def _name_suspects(one_colour: Sequence[Path], look_alike: Sequence[Sequence[Path]]) -> None:
+    """Name images that say little, or the same as others."""
+    if one_colour:
+        typer.echo(f"{len(one_colour)} images are of one colour: {listed(one_colour)}")
+    if look_alike:
+        groups = [" = ".join(map(str, group[:MAX_NAMED])) for group in look_alike]
+        typer.echo(f"images that differ as files and are equal as a model is shown them: {listed(groups)}")
 
 
 def _balance(imbalance: float) -> str:

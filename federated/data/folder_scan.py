@@ -17,6 +17,7 @@ from PIL import Image
 
 from federated.data.names import listed, plain, shortened, unusable
 from models.errors import UserError
+from models.images import load_image, rgb_image
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = frozenset(
@@ -218,10 +219,9 @@ def leaves(path: Path, folder: Path) -> bool:
 
 
 def image_error(path: Path | str) -> str | None:
-    """Say why an image file cannot be decoded; None when it can."""
+    """Say why an image file cannot be decoded and shown; None when it can."""
     try:
-        with Image.open(path) as image:
-            image.load()
+        rgb_image(load_image(path))
     except DECODE_ERRORS as error:
         return str(error) or type(error).__name__
     return None
@@ -233,11 +233,37 @@ def content_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def pixel_hash(path: Path) -> str:
-    """Hash of size and RGBA pixels: equal for one picture saved twice without loss."""
-    with Image.open(path) as image:
-        pixels = image.convert("RGBA")
-    return hashlib.sha256(f"{pixels.size}".encode() + pixels.tobytes()).hexdigest()
+@dataclass(frozen=True)
+class Look:
+    """What an image file shows.
+
+    Attributes:
+        pixels: Hash of size and values as the file holds them, transparency included: equal for one picture
+            saved twice without loss.
+        shown: Hash of size and RGB pixels, as a model is shown them.
+        is_one_colour: Whether all of these are equal.
+    """
+
+    pixels: str
+    shown: str
+    is_one_colour: bool
+
+
+def look_at(path: Path) -> Look:
+    """Decode an image file.
+
+    Raises:
+        What is in ``DECODE_ERRORS``: it cannot be decoded, or not be shown.
+    """
+    image = load_image(path)
+    rgb = rgb_image(image)
+    is_deep = image.mode == "F" or image.mode.startswith("I")
+    raw = image if is_deep else image.convert("LA" if image.mode == "La" else "RGBA")
+    return Look(
+        pixels=hashlib.sha256(f"{is_deep and image.mode} {raw.size}".encode() + raw.tobytes()).hexdigest(),
+        shown=hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest(),
+        is_one_colour=rgb.getcolors(maxcolors=1) is not None,
+    )
 
 
 def _is_visible(path: Path) -> bool:

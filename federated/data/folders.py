@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from federated.data.folder_scan import (
+    DECODE_ERRORS,
     SPLITS,
+    Look,
     content_hash,
-    image_error,
-    pixel_hash,
+    look_at,
     scan_classes,
     scan_folder,
 )
@@ -48,7 +49,9 @@ class FolderReport:
         same_content: groups of byte-identical files that lie in more than one split.
         same_pixels: groups of files in more than one split that decode to the same pixels, the
             byte-identical ones aside.
-        ignored: files that are not images by their suffix.
+        ignored: files that are not images by their suffix or place.
+        one_colour: images whose pixels are all of one colour.
+        look_alike: groups of images that differ as files hold them and are equal as a model is shown them.
     """
 
     path: Path
@@ -58,6 +61,8 @@ class FolderReport:
     same_content: tuple[tuple[Path, ...], ...]
     same_pixels: tuple[tuple[Path, ...], ...]
     ignored: tuple[Path, ...]
+    one_colour: tuple[Path, ...] = ()
+    look_alike: tuple[tuple[Path, ...], ...] = ()
 
     @property
     def usable(self) -> bool:
@@ -95,16 +100,18 @@ def check_folder(path: Path | str, *, allow_outside: bool = False, report: Repor
     scan = scan_folder(root, allow_outside=allow_outside)
     corrupt: list[tuple[Path, str]] = []
     by_content: dict[str, list[Path]] = defaultdict(list)
-    by_pixels: dict[str, list[Path]] = defaultdict(list)
+    looks: dict[Path, Look] = {}
     images = [file for classes in scan.files.values() for files in classes.values() for file in files]
     for number, image in enumerate(images, start=1):
         by_content[content_hash(image)].append(image)
-        error = image_error(image)
-        if error is None:
-            by_pixels[pixel_hash(image)].append(image)
-        else:
-            corrupt.append((image, error))
+        try:
+            looks[image] = look_at(image)
+        except DECODE_ERRORS as error:
+            corrupt.append((image, str(error) or type(error).__name__))
         report(number, len(images))
+    by_pixels: dict[str, list[Path]] = defaultdict(list)
+    for image, look in looks.items():
+        by_pixels[look.shown].append(image)
     same_content = _across_splits(by_content, root)
     known = set(same_content)
     return FolderReport(
@@ -115,6 +122,10 @@ def check_folder(path: Path | str, *, allow_outside: bool = False, report: Repor
         same_content=same_content,
         same_pixels=tuple(group for group in _across_splits(by_pixels, root) if group not in known),
         ignored=scan.ignored,
+        one_colour=tuple(image for image, look in looks.items() if look.is_one_colour),
+        look_alike=tuple(
+            tuple(group) for group in by_pixels.values() if len({looks[image].pixels for image in group}) > 1
+        ),
     )
 
 

@@ -25,6 +25,7 @@ from federated.data.names import plain
 from federated.data.row_cache import shared_zeros
 from federated.data.splits import IntArray, column_values
 from models.errors import UserError
+from models.images import WHITE, rgb_image
 
 logger = logging.getLogger(__name__)
 
@@ -231,15 +232,22 @@ class ImageTensors:
             images = self._images[rows.tolist()][self._image_column]
         except DECODE_ERRORS as error:
             raise UserError(self._undecodable(rows, error)) from error
-        tensors = [self._preprocess(image.convert("RGB")) for image in images]
+        try:
+            tensors = [self._shown(image) for image in images]
+        except UserError as error:  # an image of values that cannot be shown
+            raise UserError(self._undecodable(rows, error)) from error
         return torch.stack(tensors).to(torch.float32)
+
+    def _shown(self, image: Image.Image) -> Tensor:
+        """Preprocess an image of any mode, (3, H, W)."""
+        return self._preprocess(rgb_image(image, getattr(self._preprocess, "background", WHITE)))
 
     def _undecodable(self, rows: IntArray, error: Exception) -> str:
         """Say which image it was."""
         raw = self._images.cast_column(self._image_column, ImageFeature(decode=False))
         for row in rows.tolist():
             try:
-                self._images[row]
+                self._shown(self._images[row][self._image_column])
             except DECODE_ERRORS:
                 name = raw[row][self._image_column]["path"] or f"image {row}"
                 return (
