@@ -35,6 +35,7 @@ from models.prompts import (
     class_prompts,
     encode_in_chunks,
     pad_tokens,
+    warn_of_cut,
 )
 from models.state import State
 from models.tasks import TASKS
@@ -414,7 +415,9 @@ class FederatedCLIPModel(nn.Module):
         if self.class_names is None:
             raise UserError("class_names are needed for class prompts: pass class_names=[...] to the model")
         if self._class_tokens is None:
-            self._class_tokens = self.tokenize(class_prompts(self.class_names, self.templates))
+            prompts = class_prompts(self.class_names, self.templates)
+            warn_of_cut(self.tokenize, prompts, "class prompts")
+            self._class_tokens = self.tokenize(prompts)
         features = encode_in_chunks(self.encode_text, self._class_tokens)
         return average_templates(features, len(self.class_names))
 

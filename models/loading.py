@@ -266,6 +266,12 @@ class _HubTokenizer:
         )
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens each text has before it is cut, (N,)."""
+        if self.tokenizer is None:
+            self.tokenizer = self._read()
+        return [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
+
     def _read(self) -> Any:
         try:
             return AutoTokenizer.from_pretrained(self.source, local_files_only=_local_only(self.source))

@@ -18,6 +18,7 @@ from federated.progress import Report, quiet
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
 from models.images import load_image
+from models.prompts import warn_of_cut
 
 MAX_NAMED = 10
 """Corrupt files listed in one message."""
@@ -159,6 +160,7 @@ def embed_texts(
         raise UserError(
             f"text {empty[0]} of {len(texts)} is empty; remove it" if empty else "there is no text"
         )
+    warn_of_cut(model.tokenize, texts, "texts")
     rows: list[Tensor] = []
     for start in range(0, len(texts), options.batch_size):
         chunk = list(texts[start : start + options.batch_size])
