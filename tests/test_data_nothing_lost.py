@@ -16,6 +16,7 @@ from federated.data.folders import prepare_folder
 from federated.data.form import row_groups
 from federated.data.loading import load_data
 from models.errors import UserError
+from tests.command import fedlora
 from tests.test_data_tables import pictures, write_csv, write_hub_folder, write_images
 
 
@@ -391,3 +392,50 @@ def test_images_of_equal_bytes_are_one_picture():
 
         rows = Dataset.from_dict({"image": [one, two]}, features=Features({"image": Image()}))
         assert with_pictures(rows, "image")["picture"][:] == [0, 0]
+
+
+# captions that are cut, and the check of a table
+
+LONG = "a picture taken on a plain table in a bright room on an early morning of may with a new camera " * 2
+
+
+def test_captions_that_are_cut_are_counted_and_named(caplog):
+    from models.loading import load_clip
+    from models.prompts import warn_of_cut
+
+    tokenize = load_clip("tiny").tokenize
+    limit = tokenize.context_length
+    fits = " ".join(["dog"] * (limit - 2))  # with the tokens before and behind: exactly what the tower reads
+    warn_of_cut(tokenize, ["short", fits], "captions")
+    assert caplog.text == ""
+    warn_of_cut(
+        tokenize, ["short", fits, f"{fits} cat", f"{fits} dog", f"{fits} cat", f"cat {fits}"], "captions"
+    )
+    assert f"3 of 5 captions are longer than the {limit} tokens" in caplog.text
+    assert "1 of them become equal to another" in caplog.text
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_the_check_reads_tables_and_names_captions_that_are_cut(folder, tmp_path, capsys, caplog):
+    write_images(tmp_path, 3)
+    PilImage.new("RGB", (4, 4), "red").save(tmp_path / "blank.png")
+    lines = [f"{n}.png,{LONG} and it shows {n}" for n in (0, 1)] + ["blank.png,nothing", "blank.png,no more"]
+    if folder:
+        write_csv(tmp_path / "train.csv", "image,caption", lines)
+        write_csv(tmp_path / "test.csv", "image,caption", ["2.png,two"])
+    else:
+        rows = [*(f"{line},train" for line in lines), "2.png,two,test"]
+        write_csv(tmp_path / "all.csv", "image,caption,split", rows)
+    path = tmp_path if folder else tmp_path / "all.csv"
+    code, out, _ = fedlora(capsys, "data", "check", path)
+    assert code == 0
+    assert [line.split() for line in out.splitlines() if line.startswith(("rows", "pictures"))] == [
+        ["rows", "4", "1"],
+        ["pictures", "3", "1"],
+    ]
+    assert "1 images are of one colour" in out
+    assert "2 of 5 captions are longer" in caplog.text
+    (tmp_path / "0.png").write_bytes(b"no image")
+    code, _, error = fedlora(capsys, "data", "check", path)
+    assert code == 2
+    assert "0.png" in error

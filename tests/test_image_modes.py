@@ -19,7 +19,8 @@ from federated.data.tensors import ImageTensors
 from federated.experiment import build_experiment
 from federated.standalone.embeddings import InputOptions, image_batches
 from models.errors import UserError
-from models.images import ImageProcessor, load_image, rgb_image
+from models.image_modes import load_image, rgb_image
+from models.images import ImageProcessor
 from tests.command import fedlora
 
 SIZE = 8

@@ -25,18 +25,31 @@ app = typer.Typer(
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Holds train/, test/ and maybe val/.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Holds train/, test/ and maybe val/; or a csv file.")
+    ],
     *,
     allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Follow links that leave the folder.")
+        bool, typer.Option("--allow-outside", help="Follow links and paths that leave the folder.")
     ] = False,
+    model: Annotated[
+        str,
+        typer.Option("--model", help="For captions of a csv file: the model that reads them."),
+    ] = "tiny",
 ) -> None:
     """Look at every image of a folder: structure, corrupt files, class balance, doubles across splits.
 
+    A csv file, or a folder of them, is looked at likewise: rows, images, captions.
     Ends with exit code 0 if a run can use the folder, and with 2 if not.
 
     Example: fedlora data check my_images
+
+    Example: fedlora data check my_images/all.csv --model openai/clip-vit-base-patch32
     """
+    is_table = folder.is_dir() and not (folder / "train").is_dir() and any(folder.glob("*.csv"))
+    if folder.is_file() or is_table:
+        _check_table(folder, model, allow_outside=allow_outside)
+        return
     from federated.data.folders import check_folder
     from federated.reporting.console import print_table
     from federated.standalone.result_tables import class_table, double_table
@@ -104,6 +117,23 @@ def prepare(  # noqa: PLR0913 - the command's options
             report=report,
         )
     print_table(Console(), class_table(counts), f"Images in {target}")
+
+
+def _check_table(path: Path, model: str, *, allow_outside: bool) -> None:
+    """The check of a csv file, or of a folder of them."""
+    from federated.data.table_check import check_table
+    from federated.reporting.console import print_table
+    from federated.standalone.result_tables import count_table
+    from models.loading import load_clip
+    from models.prompts import warn_of_cut
+
+    with progress_bar("images") as report_progress:
+        report = check_table(path, allow_outside=allow_outside, report=report_progress)
+    print_table(Console(), count_table(report.counts), f"Rows in {path}")
+    _name_suspects(report.one_colour, report.look_alike)
+    if report.captions:
+        warn_of_cut(load_clip(model).tokenize, report.captions, "captions")
+    typer.echo(f"{path} can be used")
 
 
 def _name_suspects(one_colour: Sequence[Path], look_alike: Sequence[Sequence[Path]]) -> None:

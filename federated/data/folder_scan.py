@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from federated.data.names import listed, plain, shortened, unusable
+from federated.progress import Report
 from models.errors import UserError
-from models.images import load_image, rgb_image
+from models.image_modes import load_image, rgb_image
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = frozenset(
@@ -263,6 +264,42 @@ def look_at(path: Path) -> Look:
         pixels=hashlib.sha256(f"{is_deep and image.mode} {raw.size}".encode() + raw.tobytes()).hexdigest(),
         shown=hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest(),
         is_one_colour=rgb.getcolors(maxcolors=1) is not None,
+    )
+
+
+def look_at_all(images: Sequence[Path], corrupt: list[tuple[Path, str]], report: Report) -> dict[Path, Look]:
+    """Decode image files.
+
+    Args:
+        images: the files.
+        corrupt: gets (file, why it cannot be decoded).
+        report: told about the progress, after each image.
+
+    Returns:
+        Image -> what it shows, without the corrupt ones.
+    """
+    looks = {}
+    for number, image in enumerate(images, start=1):
+        try:
+            looks[image] = look_at(image)
+        except DECODE_ERRORS as error:
+            corrupt.append((image, str(error) or type(error).__name__))
+        report(number, len(images))
+    return looks
+
+
+def of_one_colour(looks: Mapping[Path, Look]) -> tuple[Path, ...]:
+    """Return the images whose pixels are all of one colour."""
+    return tuple(image for image, look in looks.items() if look.is_one_colour)
+
+
+def look_alike(looks: Mapping[Path, Look]) -> tuple[tuple[Path, ...], ...]:
+    """Return groups of images that differ as files hold them and are equal as a model is shown them."""
+    groups: dict[str, list[Path]] = {}
+    for image, look in looks.items():
+        groups.setdefault(look.shown, []).append(image)
+    return tuple(
+        tuple(group) for group in groups.values() if len({looks[image].pixels for image in group}) > 1
     )
 
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from federated.data.folder_scan import (
-    DECODE_ERRORS,
     SPLITS,
-    Look,
     content_hash,
-    look_at,
+    look_alike,
+    look_at_all,
+    of_one_colour,
     scan_classes,
     scan_folder,
 )
@@ -100,15 +100,10 @@ def check_folder(path: Path | str, *, allow_outside: bool = False, report: Repor
     scan = scan_folder(root, allow_outside=allow_outside)
     corrupt: list[tuple[Path, str]] = []
     by_content: dict[str, list[Path]] = defaultdict(list)
-    looks: dict[Path, Look] = {}
     images = [file for classes in scan.files.values() for files in classes.values() for file in files]
-    for number, image in enumerate(images, start=1):
+    for image in images:
         by_content[content_hash(image)].append(image)
-        try:
-            looks[image] = look_at(image)
-        except DECODE_ERRORS as error:
-            corrupt.append((image, str(error) or type(error).__name__))
-        report(number, len(images))
+    looks = look_at_all(images, corrupt, report)
     by_pixels: dict[str, list[Path]] = defaultdict(list)
     for image, look in looks.items():
         by_pixels[look.shown].append(image)
@@ -122,10 +117,8 @@ def check_folder(path: Path | str, *, allow_outside: bool = False, report: Repor
         same_content=same_content,
         same_pixels=tuple(group for group in _across_splits(by_pixels, root) if group not in known),
         ignored=scan.ignored,
-        one_colour=tuple(image for image, look in looks.items() if look.is_one_colour),
-        look_alike=tuple(
-            tuple(group) for group in by_pixels.values() if len({looks[image].pixels for image in group}) > 1
-        ),
+        one_colour=of_one_colour(looks),
+        look_alike=look_alike(looks),
     )
 
 

@@ -25,7 +25,7 @@ from federated.data.names import plain
 from federated.data.row_cache import shared_zeros
 from federated.data.splits import IntArray, column_values
 from models.errors import UserError
-from models.images import WHITE, rgb_image
+from models.image_modes import WHITE, rgb_image
 
 logger = logging.getLogger(__name__)
 

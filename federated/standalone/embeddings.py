@@ -17,7 +17,7 @@ from federated.data.folder_scan import DECODE_ERRORS, IMAGE_SUFFIXES, image_erro
 from federated.progress import Report, quiet
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
-from models.images import load_image
+from models.image_modes import load_image
 from models.prompts import warn_of_cut
 
 MAX_NAMED = 10
