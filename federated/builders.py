@@ -11,25 +11,26 @@ from dataclasses import dataclass
 import torch
 
 from federated.config import ExperimentConfig
-from federated.data.loading import FederatedData, load_data
-from federated.data.splits import IntArray, column_values, hold_out
+from federated.data.loading import FederatedData, check_task_data, load_data
+from federated.data.splits import IntArray, hold_out
 from federated.partition import Partition
 from federated.seeding import generator
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.second_adapter import add_second_adapter
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
+from models.images import with_background
 from models.training import TrainingSettings
 
 
 def load_run_data(config: ExperimentConfig) -> FederatedData:
-    """Load the data of a configuration.
+    """Load the data of a configuration, with what its task needs.
 
     Raises:
         UserError: It is missing or unusable; the message names the file.
     """
     section = config.data
-    return load_data(
+    data = load_data(
         section.source,
         path=section.path,
         seed=config.seed,
@@ -39,6 +40,8 @@ def load_run_data(config: ExperimentConfig) -> FederatedData:
         max_test_samples=section.max_test_samples,
         **section.options,
     )
+    check_task_data(data, config.task.name)
+    return data
 
 
 def build_model(
@@ -68,6 +71,7 @@ def build_model(
         dtype=getattr(torch, section.dtype),
         seed=config.seed,
     )
+    model.preprocess = with_background(model.preprocess, config.data.background)
     model.keeps_class_embeddings = config.cache.class_embeddings
     model.trims_prompts = config.cache.trim_prompts
     if not config.uses_adapters:
@@ -129,10 +133,10 @@ class Shard:
 
 
 def split_shards(config: ExperimentConfig, data: FederatedData, split: Partition) -> tuple[Shard, ...]:
-    """Set each client's own test rows apart from those it trains on; one concept stays on one side."""
+    """Set each client's own test rows apart from those it trains on; a concept or picture stays whole."""
     fraction = config.partition.local_test_fraction
     labels = data.labels() if data.label_column else None
-    groups = column_values(data.train, data.concept_column) if data.concept_column else None
+    groups = data.groups()
     shards = []
     for client_id, rows in enumerate(split.indices):
         rng = generator(config.seed, "hold-out", client_id)

@@ -63,6 +63,8 @@ class DataSection(Section):
     """Folder, file or hub name of the sources that need one."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the source, such as ``language`` or ``skip_corrupt``."""
+    background: str = "white"
+    """The colour that transparent places of images show, by name or as ``"#rrggbb"``."""
     max_train_samples: int | None = Field(None, ge=1)
     max_validation_samples: int | None = Field(None, ge=1)
     max_test_samples: int | None = Field(None, ge=1)

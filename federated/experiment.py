@@ -36,6 +36,7 @@ from lora.checkpoint import save_full_checkpoint, save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.verify import count_parameters
 from models.clip import FederatedCLIPModel
+from models.metrics import CONCEPT, PICTURE, TEXT
 from models.state import Layout, State, layout_of, num_values
 from models.training import Batch, TrainingSettings
 
@@ -191,7 +192,10 @@ class Experiment:
             batch: As ``ImageTensors.batch`` makes it.
             kept: The split that the rows of a batch without pixels are from.
         """
-        tensors = {key: batch[key] for key in ("pixel_values", "labels", "concept") if key in batch}
+        keys: tuple[str, ...] = ("pixel_values", "labels")
+        if self.config.task.name == "retrieval":
+            keys = (*keys, CONCEPT, PICTURE, TEXT)
+        tensors = {key: batch[key] for key in keys if key in batch}
         if kept is not None:
             tensors |= self.caches.of_images(kept, batch["index"])
         if self.config.task.name == "retrieval":

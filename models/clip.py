@@ -36,6 +36,7 @@ from models.prompts import (
     encode_in_chunks,
     names_that_read_alike,
     pad_tokens,
+    warn_of_cut,
 )
 from models.state import State
 from models.tasks import TASKS
@@ -413,7 +414,9 @@ class FederatedCLIPModel(nn.Module):
         if self.class_names is None:
             raise UserError("class_names are needed for class prompts: pass class_names=[...] to the model")
         if self._class_tokens is None:
-            self._class_tokens = self.tokenize(class_prompts(self.class_names, self.templates))
+            prompts = class_prompts(self.class_names, self.templates)
+            warn_of_cut(self.tokenize, prompts, "class prompts")
+            self._class_tokens = self.tokenize(prompts)
         return self._class_tokens
 
     def classes_that_read_alike(self) -> list[tuple[str, ...]]:

@@ -42,6 +42,7 @@ class HubTokenizer:
         """
         self.model_name, self.source = model_name, source
         self.text_config, self.local_only = text_config, local_only
+        self.context_length = int(text_config.max_position_embeddings)
         self.tokenizer: Any = None
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
@@ -50,15 +51,22 @@ class HubTokenizer:
         Raises:
             UserError: The tokenizer is missing, or is another model's.
         """
+        self._make_ready()
+        tokens = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.context_length, return_tensors="pt"
+        )
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens each text has before it is cut, (N,)."""
+        self._make_ready()
+        return [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
+
+    def _make_ready(self) -> None:
         if self.tokenizer is None:
             tokenizer = self._read()
             self._check(tokenizer)
             self.tokenizer = tokenizer
-        length = int(self.text_config.max_position_embeddings)
-        tokens = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
-        )
-        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
     def _read(self) -> Any:
         folder = Path(self.source)

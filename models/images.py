@@ -5,13 +5,37 @@ Used when data is read, before the first round: every image of every client pass
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
+
+from models.errors import UserError
+from models.image_modes import WHITE, rgb_image
+
+
+def with_background(
+    preprocess: Callable[[Image.Image], Tensor], background: str
+) -> Callable[[Image.Image], Tensor]:
+    """Return an image processor that shows transparent places in another colour.
+
+    Raises:
+        UserError: There is no such colour, or the processor is not one of ours.
+    """
+    try:
+        ImageColor.getrgb(background)
+    except ValueError as error:
+        raise UserError(
+            f"data.background={background!r} is no colour ({error}): use white, black or #rrggbb"
+        ) from error
+    if isinstance(preprocess, ImageProcessor):
+        return replace(preprocess, background=background)
+    if background != WHITE:
+        raise UserError(f"data.background={background}: this model's image processor knows white alone")
+    return preprocess
 
 
 @dataclass(frozen=True)
@@ -19,7 +43,7 @@ class ImageProcessor:
     """Resize, centre crop, scale, normalise.
 
     Equal to transformers' CLIPImageProcessorPil, several times faster for one image and without
-    torchvision. Images of any mode become RGB.
+    torchvision. Images of any mode become RGB by `rgb_image`, over `background`.
     """
 
     size: tuple[int, int] | int | None
@@ -27,6 +51,7 @@ class ImageProcessor:
     resample: Image.Resampling
     scale: Tensor  # (3, 1, 1)
     shift: Tensor  # (3, 1, 1)
+    background: str = WHITE
 
     @classmethod
     def from_values(
@@ -72,8 +97,7 @@ class ImageProcessor:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return the pixel values (3, H, W), float32."""
-        image = image.convert("RGB")
-        image = self._resized(image)
+        image = self._resized(rgb_image(image, self.background))
         if self.crop is not None and (image.height, image.width) != self.crop:
             top, left = (image.height - self.crop[0]) // 2, (image.width - self.crop[1]) // 2
             image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))

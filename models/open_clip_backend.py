@@ -148,6 +148,7 @@ class _OpenCLIPTokenizer:
     def __init__(self, tokenizer: Any, *, trims: bool) -> None:
         self.tokenizer = tokenizer
         self.trims = trims
+        self.context_length = int(tokenizer.context_length)
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         ids = self.tokenizer(list(texts))  # (N, context length), padded with 0
@@ -159,6 +160,12 @@ class _OpenCLIPTokenizer:
             "input_ids": ids,
             "attention_mask": (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long(),
         }
+
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens each text has before it is cut, (N,)."""
+        if hasattr(self.tokenizer, "encode"):  # open_clip's own; one token before and one behind
+            return [len(self.tokenizer.encode(text)) + 2 for text in texts]
+        return [len(ids) for ids in self.tokenizer.tokenizer(list(texts), verbose=False)["input_ids"]]
 
 
 def _encode_image(clip: Any, pixel_values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Source: Radford et al. 2021, section 3.1.4 (prompt ensembling in embedding space
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SHOWN_LETTERS = 60
+"""Letters of a text that a message shows."""
 
 MAX_PROMPTS = 1024
 """Prompts encoded at a time; a thousand classes times eighty templates would not fit at once."""
@@ -96,6 +102,44 @@ def first_places(ids: Tensor) -> tuple[Tensor, Tensor]:
     distinct, numbers = ids.unique(return_inverse=True)
     places = torch.arange(len(ids), device=ids.device)
     return torch.empty_like(distinct).scatter_(0, numbers, places), numbers
+
+
+def warn_of_cut(
+    tokenize: Callable[[Sequence[str]], dict[str, Tensor]], texts: Sequence[str], what: str
+) -> None:
+    """Log how many texts are longer than the text tower reads, and which of them become equal to another.
+
+    Args:
+        tokenize: Of a loaded model, which cuts; one that cannot count tokens says nothing.
+        texts: What it is given.
+        what: What they are, for the message: "captions".
+    """
+    count: Callable[[Sequence[str]], list[int]] | None = getattr(tokenize, "num_tokens", None)
+    different = list(dict.fromkeys(texts))
+    if count is None or not different:
+        return
+    limit: int = tokenize.context_length  # type: ignore[attr-defined]
+    cut = [text for text, length in zip(different, count(different), strict=True) if length > limit]
+    if not cut:
+        return
+    first_of: dict[tuple[int, ...], str] = {}
+    equal = [
+        (first, text)
+        for text, ids in zip(cut, tokenize(cut)["input_ids"].tolist(), strict=True)
+        if (first := first_of.setdefault(tuple(ids), text)) != text
+    ]
+    same = "".join(
+        f"; {len(equal)} of them become equal to another, such as {_end_of(first)} and {_end_of(text)}"
+        for first, text in equal[:1]
+    )
+    logger.warning(
+        "%d of %d %s are longer than the %d tokens that the text tower reads, and are cut, such as %r%s",
+        len(cut), len(different), what, limit, cut[0][:SHOWN_LETTERS], same,
+    )  # fmt: skip
+
+
+def _end_of(text: str) -> str:
+    return repr(f"… {text[-SHOWN_LETTERS:]}")
 
 
 def check_classes(num_classes: int, class_names: Sequence[str] | None, templates: Sequence[str]) -> None:

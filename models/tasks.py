@@ -5,8 +5,8 @@ clients in rounds with client evaluation). Three tasks:
 
 - classification: cross-entropy of a linear head on the image features;
 - zero_shot: cross-entropy against the embeddings of the class prompts (Radford et al. 2021, 3.1);
-- retrieval: the symmetric contrastive loss of CLIP (Radford et al. 2021, figure 3), where pairs
-  that show the same concept are positives of each other instead of false negatives.
+- retrieval: the symmetric contrastive loss of CLIP (Radford et al. 2021, figure 3), where pairs of one
+  concept, picture or text are positives of each other instead of false negatives.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from models.errors import UserError
 from models.finite import or_not_a_number
-from models.metrics import recall_at
+from models.metrics import CONCEPT, PICTURE, TEXT, retrieval_set
 from models.training import Batch, num_examples
 
 if TYPE_CHECKING:
@@ -98,21 +98,33 @@ def evaluate_zero_shot(model: FederatedCLIPModel, batches: Iterable[Batch]) -> d
     return _evaluate_logits(model.zero_shot_logits, batches)
 
 
-def contrastive_loss(logits: Tensor, concept: Tensor | None = None) -> Tensor:
+def positives(batch: Batch) -> Tensor | None:
+    """Which images and texts of a batch belong together, (B, B) bool, images by texts; None: each pair alone.
+
+    Row i's image and row j's text do where the rows show the same concept, are of one picture (a caption of
+    which j has), or have the same text.
+    """
+    known = [batch[key] for key in (CONCEPT, PICTURE, TEXT) if key in batch]
+    if not known:
+        return None
+    return torch.stack([ids.unsqueeze(0) == ids.unsqueeze(1) for ids in known]).any(dim=0)
+
+
+def contrastive_loss(logits: Tensor, positive: Tensor | None = None) -> Tensor:
     """Symmetric InfoNCE with one or several positives a row.
 
     Args:
         logits: Scaled similarities (B, B), images by texts; pair i sits at (i, i).
-        concept: What each pair shows, (B,); pairs of one concept share their target mass equally.
-            None makes every pair its own concept.
+        positive: Which of them belong together, (B, B) bool, symmetric; the positives of a row share its
+            target mass equally. None makes every pair its own.
 
     Returns:
         Mean of the image-to-text and the text-to-image cross-entropy, a scalar.
     """
-    if concept is None:
+    if positive is None:
         targets = torch.arange(logits.shape[0], device=logits.device)
         return 0.5 * (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets))
-    same = (concept.unsqueeze(0) == concept.unsqueeze(1)).to(logits.dtype)  # (B, B), symmetric
+    same = positive.to(logits.dtype)
     weights = same / same.sum(dim=1, keepdim=True)
     return 0.5 * (F.cross_entropy(logits, weights) + F.cross_entropy(logits.T, weights))
 
@@ -121,7 +133,7 @@ def retrieval_loss(model: FederatedCLIPModel, batch: Batch) -> Tensor:
     """Contrastive loss of the image-text pairs of a batch."""
     images = F.normalize(model.image_features(batch), dim=-1)  # (B, D)
     texts = F.normalize(model.text_features(batch), dim=-1)  # (B, D)
-    return contrastive_loss(model.temperature_scale() * images @ texts.T, batch.get("concept"))
+    return contrastive_loss(model.temperature_scale() * images @ texts.T, positives(batch))
 
 
 def evaluate_retrieval(model: FederatedCLIPModel, batches: Iterable[Batch]) -> dict[str, float]:
@@ -129,7 +141,7 @@ def evaluate_retrieval(model: FederatedCLIPModel, batches: Iterable[Batch]) -> d
 
     Recalls are NaN where an embedding is not finite.
     """
-    images, texts, concepts = [], [], []
+    images, texts, ids = [], [], []
     loss_sum: Tensor | float = 0.0
     total = 0
     for batch in batches:
@@ -137,26 +149,21 @@ def evaluate_retrieval(model: FederatedCLIPModel, batches: Iterable[Batch]) -> d
             F.normalize(model.image_features(batch), dim=-1),
             F.normalize(model.text_features(batch), dim=-1),
         )
-        concept = batch.get("concept")
         size = num_examples(batch)
-        loss_sum = (
-            loss_sum + contrastive_loss(model.temperature_scale() * image @ text.T, concept).double() * size
-        )
+        loss = contrastive_loss(model.temperature_scale() * image @ text.T, positives(batch))
+        loss_sum = loss_sum + loss.double() * size
         images.append(image.float())
         texts.append(text.float())
-        concepts.append(concept if concept is not None else -1 - torch.arange(total, total + size))
+        ids.append({key: batch[key].cpu() for key in (CONCEPT, PICTURE, TEXT) if key in batch})
         total += size
     if total == 0:
         raise UserError("there is nothing to evaluate: no batch was given")
     metrics = {"loss": float(loss_sum) / total, "num_examples": float(total)}
+    known = {key: torch.cat([part[key] for part in ids]) for key in ids[0]}
     image_rows, text_rows = torch.cat(images), torch.cat(texts)
-    concept_ids = torch.cat([concept.cpu() for concept in concepts])
     finite = image_rows.isfinite().all() & text_rows.isfinite().all()
-    for direction, queries, gallery in (
-        ("image_to_text", image_rows, text_rows),
-        ("text_to_image", text_rows, image_rows),
-    ):
-        for k, recall in recall_at(queries, gallery, concept_ids, concept_ids, RECALL_CUTOFFS).items():
+    for direction, recalls in retrieval_set(image_rows, text_rows, known).recall(RECALL_CUTOFFS).items():
+        for k, recall in recalls.items():
             metrics[f"{direction}_recall_at_{k}"] = or_not_a_number(recall, metrics["loss"], finite)
     return metrics
 

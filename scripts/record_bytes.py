@@ -4,7 +4,7 @@
     python scripts/record_bytes.py after.json --against before.json
 
 Every shipped offline configuration is cut short and run with every aggregation rule, three uplink codecs, and
-SCAFFOLD, mixed ranks and FedAdam on the quick start. A combination that is refused is recorded by its message.
+SCAFFOLD, mixed ranks and FedAdam on the quick start. A refused combination is recorded by its message.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     found = []
     for key in sorted(before.keys() | after.keys()):
         was, now = before.get(key, {}), after.get(key, {})
-        found += [f"{key}: {file}" for file in sorted(was.keys() | now.keys()) if was.get(file) != now.get(file)]
+        changed = (file for file in sorted(was.keys() | now.keys()) if was.get(file) != now.get(file))
+        found += [f"{key}: {file}" for file in changed]
     return found
 
 

@@ -126,9 +126,7 @@ def test_wrong_options_are_named_with_the_remedy(source, options, message):
 
 
 def test_split_off_is_complete_and_keeps_order(digits):
-    rest, held_out = split_off(
-        digits.test, 0.3, np.random.default_rng(0), label_column="label", group_column=None
-    )
+    rest, held_out = split_off(digits.test, 0.3, np.random.default_rng(0), label_column="label")
     whole = image_hashes(digits.test)
     left, right = image_hashes(rest), image_hashes(held_out)
     assert sorted(left + right) == sorted(whole)

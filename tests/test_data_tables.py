@@ -62,7 +62,7 @@ def test_captions_of_one_image_stay_in_one_split(tmp_path):
     lines = [f"{number}.png,caption {caption} of {number}" for number in range(30) for caption in range(5)]
     path = write_csv(tmp_path / "all.csv", "image,caption", lines)
     data = load_data("csv", path=path, validation_fraction=0.2)
-    images = [set(column_values(data.split(split), "concept")) for split in ("train", "validation", "test")]
+    images = [set(column_values(data.split(split), "picture")) for split in ("train", "validation", "test")]
     assert sum(map(len, images)) == len(set.union(*images)) == 30
     assert sum(len(data.split(split)) for split in ("train", "validation", "test")) == 150
     assert len(data.test) == 30

@@ -211,6 +211,7 @@ def test_image_tensors_knows_the_columns_of_federated_data():
         "index",
         "labels",
         "captions",
+        "text",
     }
     with pytest.raises(UserError, match="no validation split"):
         image_tensors(data, "validation", Counting())

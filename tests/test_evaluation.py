@@ -29,6 +29,7 @@ from federated.standalone.detailed_metrics import (
 from federated.standalone.evaluation import evaluate_source
 from federated.standalone.evaluation_plots import MAX_BARS, ClassFigures, class_performance, confusion_matrix
 from models.errors import UserError
+from models.metrics import retrieval_set
 
 SMALL = ("data.max_train_samples=96", "data.max_validation_samples=60", "data.max_test_samples=80")
 FILES = {"evaluation_report.txt", "evaluation_results.json", "confusion_matrix.png", "class_performance.png"}
@@ -190,7 +191,8 @@ def test_classes_that_a_small_split_does_not_have_do_not_lower_the_means() -> No
 def test_guessing_is_the_mean_over_all_orders_of_the_gallery() -> None:
     concepts = np.array([0, 0, 1, 2, 2, 2])
     orders = list(itertools.permutations(range(6)))
-    found = chance_recall(concepts, [1, 2, 3, 6])
+    num_right = np.array([(concepts == concept).sum() for concept in concepts])
+    found = chance_recall(num_right, 6, [1, 2, 3, 6])
     for k, recall in found.items():
         hits = [
             concepts[query] in concepts[list(order[:k])] for order in orders for query in range(len(concepts))
@@ -203,13 +205,13 @@ def test_retrieval_is_perfect_for_equal_embeddings_and_guessing_for_random_ones(
     generator = torch.Generator().manual_seed(0)
     images = torch.nn.functional.normalize(torch.randn(600, 64, generator=generator), dim=-1)
     others = torch.nn.functional.normalize(torch.randn(600, 64, generator=generator), dim=-1)
-    concepts = torch.arange(600)
     metric = "image_to_text_recall_at_5"
-    perfect = describe_retrieval(images, images, concepts, headline_metric=metric)
+    perfect = describe_retrieval(retrieval_set(images, images, {}), headline_metric=metric)
     assert perfect.results[metric] == 1.0
     assert isinstance(perfect.figures["recall_by_k"], Figure)
-    random = describe_retrieval(images, others, concepts, headline_metric=metric).results
-    assert random["image_to_text_recall_at_100"] == pytest.approx(random["chance_recall"]["100"], abs=0.05)
+    random = describe_retrieval(retrieval_set(images, others, {}), headline_metric=metric).results
+    chance = random["chance_recall"]["image_to_text"]["100"]
+    assert random["image_to_text_recall_at_100"] == pytest.approx(chance, abs=0.05)
     values = [random[f"text_to_image_recall_at_{k}"] for k in (1, 2, 3, 5, 10, 20, 30, 50, 100)]
     assert values == sorted(values)
 
@@ -219,10 +221,10 @@ def test_pairs_without_concepts_show_something_of_their_own(small_clip_folder: P
 
     model = FederatedCLIPModel(str(small_clip_folder), 2, task="retrieval")
     batch = {"pixel_values": torch.randn(3, 3, 16, 16), **model.tokenize(["cat", "dog", "red car"])}
-    images, texts, concepts = embed_pairs(model, [batch, batch])
-    assert images.shape == texts.shape == (6, 24)
-    assert torch.allclose(images.norm(dim=-1), torch.ones(6))
-    assert concepts.tolist() == list(range(6))
+    found = embed_pairs(model, [batch, batch])
+    assert found.images.shape == found.texts.shape == (6, 24)
+    assert torch.allclose(found.images.norm(dim=-1), torch.ones(6))
+    assert np.array_equal(found.right.toarray(), np.eye(6))
 
 
 @pytest.mark.parametrize("num_classes", [2, 100])

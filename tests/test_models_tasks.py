@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
 from models.metrics import nearest_neighbours, recall_at
-from models.tasks import TASKS, contrastive_loss
+from models.tasks import TASKS, contrastive_loss, positives
 
 ENGINES = [
     "torch",
@@ -90,18 +90,20 @@ def _naive_contrastive(logits: Tensor, concept: list[int]) -> float:
 @pytest.mark.parametrize("concept", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 2, 2], [3, 3, 3, 3, 3, 3]])
 def test_the_multi_positive_loss_equals_one_written_out(concept: list[int]) -> None:
     logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
-    ours = contrastive_loss(logits, torch.tensor(concept))
+    ours = contrastive_loss(logits, positives({"concept": torch.tensor(concept)}))
     assert float(ours) == pytest.approx(_naive_contrastive(logits, concept), rel=1e-12)
 
 
 def test_without_concepts_each_pair_is_its_own() -> None:
     logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(contrastive_loss(logits), contrastive_loss(logits, torch.arange(6)))
+    torch.testing.assert_close(
+        contrastive_loss(logits), contrastive_loss(logits, torch.eye(6, dtype=torch.bool))
+    )
 
 
 def test_same_concept_pairs_are_not_pushed_apart() -> None:
     logits = torch.zeros(4, 4, requires_grad=True)
-    contrastive_loss(logits, torch.tensor([0, 0, 1, 1])).backward()
+    contrastive_loss(logits, positives({"concept": torch.tensor([0, 0, 1, 1])})).backward()
     same = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]], dtype=torch.bool)
     assert (logits.grad[same] < 0).all()  # descending raises them
     assert (logits.grad[~same] > 0).all()

@@ -86,7 +86,7 @@ def test_evaluation_reports_recall_by_k_beside_guessing(run: Path) -> None:
     results = json.loads((folder / "evaluation_results.json").read_text(encoding="utf-8"))
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert results["image_to_text_recall_at_5"] == pytest.approx(summary["final"], abs=1e-9)
-    assert results["num_concepts"] == results["num_examples"] == 286
-    assert results["chance_recall"]["10"] == pytest.approx(10 / 286)
+    assert results["num_images"] == results["num_texts"] == results["num_examples"] == 286
+    assert results["chance_recall"]["image_to_text"]["10"] == pytest.approx(10 / 286)
     assert "guessing" in report
     assert (folder / "recall_by_k.png").stat().st_size > 10_000

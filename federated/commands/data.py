@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from federated.data.names import MAX_NAMED, listed
 from federated.progress import progress_bar
 from models.errors import UserError
 
@@ -21,36 +23,48 @@ app = typer.Typer(
 )
 
 
-MAX_IGNORED_SHOWN = 5
-"""Files named that are no images."""
-
-
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Holds train/, test/ and maybe val/.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Holds train/, test/ and maybe val/; or a csv file.")
+    ],
+    *,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Follow links and paths that leave the folder.")
+    ] = False,
+    model: Annotated[
+        str,
+        typer.Option("--model", help="For captions of a csv file: the model that reads them."),
+    ] = "tiny",
 ) -> None:
     """Look at every image of a folder: structure, corrupt files, class balance, doubles across splits.
 
+    A csv file, or a folder of them, is looked at likewise: rows, images, captions.
     Ends with exit code 0 if a run can use the folder, and with 2 if not.
 
     Example: fedlora data check my_images
+
+    Example: fedlora data check my_images/all.csv --model openai/clip-vit-base-patch32
     """
+    is_table = folder.is_dir() and not (folder / "train").is_dir() and any(folder.glob("*.csv"))
+    if folder.is_file() or is_table:
+        _check_table(folder, model, allow_outside=allow_outside)
+        return
     from federated.data.folders import check_folder
     from federated.reporting.console import print_table
     from federated.standalone.result_tables import class_table, double_table
 
     with progress_bar("images") as report_progress:
-        report = check_folder(folder, report=report_progress)
+        report = check_folder(folder, allow_outside=allow_outside, report=report_progress)
     console = Console()
     if report.counts:
         print_table(console, class_table(report.counts), f"Images in {folder}")
     if report.leaks:
         print_table(console, double_table(report), "In more than one split: test results would be too good")
     if report.ignored:
-        shown = [str(path) for path in report.ignored[:MAX_IGNORED_SHOWN]]
-        more = len(report.ignored) - len(shown)
-        shown += [f"and {more} more"] if more else []
-        typer.echo(f"not images by their suffix, and ignored: {', '.join(shown)}")
+        shown = listed(report.ignored)
+        typer.echo(f"not images by their suffix or place, and ignored: {shown}")
+    _name_suspects(report.one_colour, report.look_alike)
     if not report.usable:
         corrupt = [f"{path} cannot be decoded ({error})" for path, error in report.corrupt]
         raise UserError(f"{folder} cannot be used:\n  " + "\n  ".join([*report.problems, *corrupt]))
@@ -58,7 +72,7 @@ def check(
 
 
 @app.command()
-def prepare(
+def prepare(  # noqa: PLR0913 - the command's options
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to make.")],
     *,
     classes: Annotated[
@@ -72,6 +86,9 @@ def prepare(
     test: Annotated[float, typer.Option("--test", help="Share of the test images.")] = 0.1,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal splits.")] = 0,
     link: Annotated[bool, typer.Option("--link", help="Make hard links instead of copies.")] = False,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Write through links, and follow those that leave FLAT.")
+    ] = False,
 ) -> None:
     """Make train/ val/ test/<class>/: empty, or from a folder that has one folder of images per class.
 
@@ -96,9 +113,36 @@ def prepare(
             ratios=(train, val, test),
             seed=seed,
             link=link,
+            allow_outside=allow_outside,
             report=report,
         )
     print_table(Console(), class_table(counts), f"Images in {target}")
+
+
+def _check_table(path: Path, model: str, *, allow_outside: bool) -> None:
+    """The check of a csv file, or of a folder of them."""
+    from federated.data.table_check import check_table
+    from federated.reporting.console import print_table
+    from federated.standalone.result_tables import count_table
+    from models.loading import load_clip
+    from models.prompts import warn_of_cut
+
+    with progress_bar("images") as report_progress:
+        report = check_table(path, allow_outside=allow_outside, report=report_progress)
+    print_table(Console(), count_table(report.counts), f"Rows in {path}")
+    _name_suspects(report.one_colour, report.look_alike)
+    if report.captions:
+        warn_of_cut(load_clip(model).tokenize, report.captions, "captions")
+    typer.echo(f"{path} can be used")
+
+
+def _name_suspects(one_colour: Sequence[Path], look_alike: Sequence[Sequence[Path]]) -> None:
+    """Name images that say little, or the same as others."""
+    if one_colour:
+        typer.echo(f"{len(one_colour)} images are of one colour: {listed(one_colour)}")
+    if look_alike:
+        groups = [" = ".join(map(str, group[:MAX_NAMED])) for group in look_alike]
+        typer.echo(f"images that differ as files and are equal as a model is shown them: {listed(groups)}")
 
 
 def _balance(imbalance: float) -> str:

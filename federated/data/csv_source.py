@@ -6,27 +6,45 @@ Stands before round 0, called by ``federated.data.loading.load_data`` through
 
 from __future__ import annotations
 
-import csv as csv_files
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from datasets import Dataset
+from pydantic import StringConstraints
 
+from federated.data.csv_table import Row, file_of, read_tables
+from federated.data.folder_scan import leaves
 from federated.data.form import (
     FederatedData,
     completed,
     image_dataset,
+    logger,
     ordered_class_names,
-    our_split,
     readable_images,
 )
+from federated.data.names import check_names, listed, plain, unusable
+from federated.data.pictures import PICTURE, picture_names
 from models.errors import UserError
 
-MAX_NAMED = 5
-"""Missing files listed in one message."""
 
-Row = dict[str, str]
+@dataclass(frozen=True)
+class Columns:
+    """What is read of a csv file: the names of its columns; None: not read."""
+
+    image: str
+    label: str | None
+    caption: str | None
+    domain: str | None
+    concept: str | None
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Role -> the file's column, of those that are read."""
+        return {role: column for role, column in self.__dict__.items() if column is not None}
 
 
 def csv(  # noqa: PLR0913 -- the options of the data section, one by one
@@ -35,13 +53,17 @@ def csv(  # noqa: PLR0913 -- the options of the data section, one by one
     path: str,
     image_root: str | None = None,
     image_column: str = "image",
-    label_column: str = "label",
-    caption_column: str = "caption",
+    label_column: str | None = "label",
+    caption_column: str | None = "caption",
     domain_column: str | None = None,
-    split_column: str = "split",
+    concept_column: str | None = None,
+    split_column: str | None = "split",
+    delimiter: Annotated[str, StringConstraints(min_length=1, max_length=1)] = ",",
     test_fraction: float = 0.2,
     skip_corrupt: bool = False,
+    skip_incomplete: bool = False,
     check_images: bool = True,
+    allow_outside: bool = False,
 ) -> FederatedData:
     """Images listed in csv files with a header, with a caption, a class or both.
 
@@ -57,129 +79,149 @@ def csv(  # noqa: PLR0913 -- the options of the data section, one by one
         label_column: column of class names; used when it is there.
         caption_column: column of texts; used when it is there.
         domain_column: column of domains.
+        concept_column: rows of equal value show the same thing, positives of each other in retrieval.
         split_column: column of split names; used when it is there.
+        delimiter: what separates fields.
         test_fraction: share of the images for testing where there is no test split.
         skip_corrupt: leave images out that cannot be decoded, logged and counted, instead of stopping.
+        skip_incomplete: likewise rows without image, label, caption, domain or concept.
         check_images: decode every image once at loading.
+        allow_outside: take images that lie outside the folder, by ``..``, an absolute path or a link.
 
     Raises:
         UserError: a missing file, column, label or image, a corrupt image, an unknown split; named with
             file and line.
     """
-    root = None if image_root is None else Path(image_root)
-    tables = _read_tables(Path(path), split_column)
-    for table in tables.values():
-        _check_columns(table[0], (image_column, domain_column), (label_column, caption_column))
-    has_labels, has_captions = (column in tables["train"][0] for column in (label_column, caption_column))
+    tables = read_tables(Path(path), split_column, delimiter)
+    wanted = Columns(image_column, label_column, caption_column, domain_column, concept_column)
+    columns = _columns_there(tables, wanted)
     num_listed = sum(len(table) for table in tables.values())
+    tables = {split: _complete(table, columns, skip=skip_incomplete) for split, table in tables.items()}
+    root = None if image_root is None else Path(image_root)
+    files = {
+        split: _image_files(table, image_column, root, allow_outside=allow_outside)
+        for split, table in tables.items()
+    }
     if check_images:
-        tables = {
-            split: _decodable(table, _image_files(table, image_column, root), skip_corrupt=skip_corrupt)
-            for split, table in tables.items()
-        }
-    class_names = ordered_class_names([row[label_column] for row in tables["train"]]) if has_labels else None
-    texts = {"caption": caption_column} if has_captions else {}
-    texts |= {"domain": domain_column} if domain_column else {}
+        for split, table in tables.items():
+            readable = readable_images(files[split], skip_corrupt=skip_corrupt)
+            tables[split] = [row for row, good in zip(table, readable, strict=True) if good]
+            files[split] = [file for file, good in zip(files[split], readable, strict=True) if good]
+    class_names = None
+    if columns.label is not None:
+        class_names = ordered_class_names([row[columns.label] for row in tables["train"]])
+        check_names(class_names, path)
+    there = {role: role for role in columns.named if role != "image"}
     return completed(
-        {
-            split: _image_rows(
-                table, _image_files(table, image_column, root), label_column, class_names, texts
-            )
-            for split, table in tables.items()
-        },
+        {split: _image_rows(table, files[split], columns, class_names) for split, table in tables.items()},
         rng,
         test_fraction,
         class_names=class_names,
-        label_column="label" if has_labels else None,
+        label_column=there.get("label"),
         image_column="image",
-        caption_column="caption" if has_captions else None,
-        domain_column="domain" if domain_column else None,
+        caption_column=there.get("caption"),
+        domain_column=there.get("domain"),
         name="csv",
-        concept_column="concept",
+        concept_column=there.get("concept"),
+        picture_column=PICTURE,
         num_skipped=num_listed - sum(len(table) for table in tables.values()),
     )
 
 
-def _decodable(table: Sequence[Row], files: Sequence[Path], *, skip_corrupt: bool) -> list[Row]:
-    """The rows whose images can be decoded."""
-    readable = readable_images(files, skip_corrupt=skip_corrupt)
-    return [row for row, can_be_read in zip(table, readable, strict=True) if can_be_read]
-
-
 def _image_rows(
-    table: Sequence[Row],
-    files: Sequence[Path],
-    label_column: str,
-    class_names: Sequence[str] | None,
-    texts: Mapping[str, str],
+    table: Sequence[Row], files: Sequence[Path], columns: Columns, class_names: Sequence[str] | None
 ) -> Dataset:
-    """One split; rows of one image are one concept, and ``texts`` maps our columns to the file's."""
-    labels = None if class_names is None else _label_numbers(table, label_column, class_names)
-    columns = {ours: [row[theirs] for row in table] for ours, theirs in texts.items()}
-    return image_dataset(files, labels, class_names, concept=[str(file) for file in files], **columns)
+    """One split, with columns of our own names."""
+    texts = {
+        role: [row[column] for row in table]
+        for role, column in columns.named.items()
+        if role not in ("image", "label")
+    }
+    labels = None
+    if columns.label is not None and class_names is not None:
+        labels = _label_numbers(table, columns.label, class_names)
+    return image_dataset(files, labels, class_names, picture=picture_names(files), **texts)
 
 
-def _read_tables(path: Path, split_column: str) -> dict[str, list[Row]]:
-    """Split -> rows, from one csv file or a folder of them; every row knows its file and line."""
-    if path.is_dir():
-        files = {our_split(file.stem): file for file in sorted(path.glob("*.csv"))}
-        tables = {split: _read_csv(file) for split, file in files.items() if split is not None}
-    elif path.is_file():
-        tables = {}
-        for row in _read_csv(path):
-            split = our_split(row[split_column]) if split_column in row else "train"
-            if split is None:
-                raise UserError(f"{row['']}: no split {row[split_column]!r}; write train, val or test")
-            tables.setdefault(split, []).append(row)
-    else:
-        raise UserError(f"{path} does not exist; give a csv file or a folder with train.csv and test.csv")
-    if not tables.get("train"):
-        raise UserError(f"{path} has no training rows; give train.csv, or rows whose {split_column} is train")
-    return tables
-
-
-def _read_csv(path: Path) -> list[Row]:
-    """Rows of a csv file by column; the column "" says where a row stands, for messages."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv_files.DictReader(file)
-            rows = [{**row, "": f"{path} line {reader.line_num}"} for row in reader]
-    except (UnicodeDecodeError, csv_files.Error) as error:
-        raise UserError(f"{path} is no UTF-8 csv file ({error}); save it as CSV UTF-8") from error
-    for row in rows:
-        if None in row or None in row.values():
+def _columns_there(tables: Mapping[str, Sequence[Row]], wanted: Columns) -> Columns:
+    """The columns that are read; the files of all splits must agree in them."""
+    first = tables["train"][0]
+    there = listed((column for column in first if column), limit=20)
+    for column in (wanted.image, wanted.domain, wanted.concept):
+        if column is not None and column not in first:
+            raise UserError(f"{file_of(first)} has no column {column!r}; it has {there}")
+    for role, column in wanted.named.items():
+        alike = [name for name in first if name != column and name.casefold() == column.casefold()]
+        if column not in first and alike:
             raise UserError(
-                f"{row['']}: the number of fields differs from the header's; quote fields with commas"
+                f"{file_of(first)} has a column {alike[0]!r}, which is not {column!r}; rename it, or set "
+                f"{role}_column={alike[0]}"
             )
+    label, caption = (c if c in first else None for c in (wanted.label, wanted.caption))
+    if label is None and caption is None:
+        raise UserError(
+            f"{file_of(first)} has neither {wanted.label!r} nor {wanted.caption!r}; it has {there}: set "
+            "label_column or caption_column"
+        )
+    columns = Columns(wanted.image, label, caption, wanted.domain, wanted.concept)
+    for row in (table[0] for table in tables.values()):
+        for column in columns.named.values():
+            if column not in row:
+                raise UserError(
+                    f"{file_of(row)} has no column {column!r}, which {file_of(first)} has; add it, or "
+                    "remove it from the others"
+                )
+    return columns
+
+
+def _complete(table: Sequence[Row], columns: Columns, *, skip: bool) -> list[Row]:
+    """The rows without an empty field, their names without blanks around them."""
+    rows, gaps = [], []
+    for row in table:
+        empty = [column for column in columns.named.values() if not row[column].strip()]
+        if empty:
+            gaps.append(f"{row['']} has no {empty[0]}")
+            continue
+        names = [c for c in (columns.label, columns.domain, columns.concept) if c is not None]
+        rows.append({**row, **{column: plain(row[column]) for column in names}})
+    if gaps and not skip:
+        raise UserError(
+            f"{len(gaps)} rows are not complete: {listed(gaps)}; fill them in, set skip_incomplete=true to "
+            "leave such rows out, or label_column=null or caption_column=null to do without that column"
+        )
+    if gaps:
+        logger.warning("left out %d rows that are not complete: %s", len(gaps), listed(gaps))
+    if not rows:
+        raise UserError(
+            f"{file_of(table[0])} has no row that is complete; fill in {listed(columns.named.values())}"
+        )
     return rows
 
 
-def _check_columns(row: Row, needed: Sequence[str | None], one_of: Sequence[str]) -> None:
-    file = _file_of(row)
-    there = ", ".join(column for column in row if column)
-    for column in needed:
-        if column is not None and column not in row:
-            raise UserError(f"{file} has no column {column!r}; it has {there}")
-    if not any(column in row for column in one_of):
-        raise UserError(
-            f"{file} has neither {one_of[0]!r} nor {one_of[1]!r}; it has {there}: set label_column or "
-            "caption_column"
-        )
-
-
-def _file_of(row: Row) -> Path:
-    return Path(row[""].rpartition(" line ")[0])
-
-
-def _image_files(table: Sequence[Row], image_column: str, root: Path | None) -> list[Path]:
-    """Paths of the rows' images, all of which exist."""
-    files = [(root or _file_of(row).parent) / row[image_column] for row in table]
-    missing = [(row[""], file) for row, file in zip(table, files, strict=True) if not file.is_file()]
+def _image_files(
+    table: Sequence[Row], image_column: str, root: Path | None, *, allow_outside: bool
+) -> list[Path]:
+    """Paths of the rows' images; all exist and, unless allowed, none leaves the folder it starts from."""
+    files, missing, outside = [], [], []
+    for row in table:
+        folder = root or file_of(row).parent
+        if (reason := unusable(row[image_column])) is not None:
+            raise UserError(f"{row['']}: image path {row[image_column]!r} {reason}; rename the file")
+        file = folder / row[image_column]
+        if not os.path.isfile(file):
+            missing.append(f"{row['']}: {file}")
+        elif not allow_outside and leaves(file, folder):
+            outside.append(f"{row['']}: {file}")
+        files.append(file)
     if missing:
-        named = "; ".join(f"{where}: {file}" for where, file in missing[:MAX_NAMED])
         raise UserError(
-            f"{len(missing)} images do not exist ({named}); correct the paths, or set image_root to the "
-            "folder they are relative to"
+            f"{len(missing)} images do not exist ({listed(missing)}); correct the paths, or set image_root "
+            "to the folder they are relative to"
+        )
+    if outside:
+        raise UserError(
+            f"{len(outside)} images lie outside the folder ({listed(outside)}); move them into it, set "
+            "image_root to a folder that holds them all, or allow_outside=true to read them nevertheless"
         )
     return files
 

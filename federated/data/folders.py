@@ -7,6 +7,7 @@ run is started, and ``prepare_folder`` makes one, empty or from a flat ``<class>
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 from collections import defaultdict
@@ -19,14 +20,21 @@ import numpy as np
 from federated.data.folder_scan import (
     SPLITS,
     content_hash,
-    image_error,
-    pixel_hash,
+    look_alike,
+    look_at_all,
+    of_one_colour,
     scan_classes,
     scan_folder,
 )
+from federated.data.names import check_names, listed, shortened
 from federated.progress import Report, quiet
 from federated.seeding import generator
 from models.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MAX_NAME_BYTES = 255
+"""Of a file or folder on the usual file systems."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,9 @@ class FolderReport:
         same_content: groups of byte-identical files that lie in more than one split.
         same_pixels: groups of files in more than one split that decode to the same pixels, the
             byte-identical ones aside.
-        ignored: files that are not images by their suffix.
+        ignored: files that are not images by their suffix or place.
+        one_colour: images whose pixels are all of one colour.
+        look_alike: groups of images that differ as files hold them and are equal as a model is shown them.
     """
 
     path: Path
@@ -51,6 +61,8 @@ class FolderReport:
     same_content: tuple[tuple[Path, ...], ...]
     same_pixels: tuple[tuple[Path, ...], ...]
     ignored: tuple[Path, ...]
+    one_colour: tuple[Path, ...] = ()
+    look_alike: tuple[tuple[Path, ...], ...] = ()
 
     @property
     def usable(self) -> bool:
@@ -70,11 +82,12 @@ class FolderReport:
         return max(counts) / min(counts)
 
 
-def check_folder(path: Path | str, *, report: Report = quiet) -> FolderReport:
+def check_folder(path: Path | str, *, allow_outside: bool = False, report: Report = quiet) -> FolderReport:
     """Look at every file of an image folder: structure, corrupt images, balance, leaks between splits.
 
     Args:
         path: a folder with ``train/<class>/*``, ``test/<class>/*`` and, if wanted, ``val/<class>/*``.
+        allow_outside: follow links that leave the folder, as the source's option of that name does.
         report: told about the progress, after each image.
 
     Returns:
@@ -84,19 +97,16 @@ def check_folder(path: Path | str, *, report: Report = quiet) -> FolderReport:
         UserError: the path is no folder.
     """
     root = Path(path)
-    scan = scan_folder(root)
+    scan = scan_folder(root, allow_outside=allow_outside)
     corrupt: list[tuple[Path, str]] = []
     by_content: dict[str, list[Path]] = defaultdict(list)
-    by_pixels: dict[str, list[Path]] = defaultdict(list)
     images = [file for classes in scan.files.values() for files in classes.values() for file in files]
-    for number, image in enumerate(images, start=1):
+    for image in images:
         by_content[content_hash(image)].append(image)
-        error = image_error(image)
-        if error is None:
-            by_pixels[pixel_hash(image)].append(image)
-        else:
-            corrupt.append((image, error))
-        report(number, len(images))
+    looks = look_at_all(images, corrupt, report)
+    by_pixels: dict[str, list[Path]] = defaultdict(list)
+    for image, look in looks.items():
+        by_pixels[look.shown].append(image)
     same_content = _across_splits(by_content, root)
     known = set(same_content)
     return FolderReport(
@@ -107,6 +117,8 @@ def check_folder(path: Path | str, *, report: Report = quiet) -> FolderReport:
         same_content=same_content,
         same_pixels=tuple(group for group in _across_splits(by_pixels, root) if group not in known),
         ignored=scan.ignored,
+        one_colour=of_one_colour(looks),
+        look_alike=look_alike(looks),
     )
 
 
@@ -118,6 +130,7 @@ def prepare_folder(
     ratios: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 0,
     link: bool = False,
+    allow_outside: bool = False,
     report: Report = quiet,
 ) -> dict[str, dict[str, int]]:
     """Make an image folder: empty class folders to fill, or a split of a flat ``<class>/*`` folder.
@@ -132,6 +145,7 @@ def prepare_folder(
         ratios: shares of train, val and test; a share of 0 leaves that split out.
         seed: the same seed gives the same split.
         link: make hard links instead of copies (same file system only).
+        allow_outside: write through links in ``target``, and follow those that leave ``source``.
         report: told about the progress, after each file.
 
     Returns:
@@ -139,13 +153,14 @@ def prepare_folder(
 
     Raises:
         UserError: neither or both of ``class_names`` and ``source``; bad names or ratios; a class with too
-            few images for the splits; a file that exists already or cannot be linked.
+            few images for the splits; images of ``source`` that would not be read; a target folder that is a
+            link; a file that exists already or cannot be linked.
     """
     if (class_names is None) == (source is None):
         raise UserError("give either class_names (an empty skeleton) or source (a flat folder to split)")
     root = Path(target)
     if source is None:
-        return _make_skeleton(root, tuple(class_names or ()))
+        return _make_skeleton(root, tuple(class_names or ()), allow_outside=allow_outside)
     shares = dict(zip(SPLITS, ratios, strict=True))
     if min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6 or shares["train"] == 0 or shares["test"] == 0:
         raise UserError(
@@ -153,10 +168,17 @@ def prepare_folder(
         )
     plan: list[tuple[Path, Path]] = []
     counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS if shares[split] > 0}
-    classes, _ = scan_classes(_existing_folder(Path(source)))
-    if not classes:
+    flat = _existing_folder(Path(source)).resolve()
+    scan = scan_classes(flat, None if allow_outside else flat)
+    if not scan.classes:
         raise UserError(f"{source} has no class folders; it must hold <class>/*")
-    for number, (name, images) in enumerate(classes.items()):
+    if scan.problems:
+        raise UserError("; ".join(scan.problems))
+    if scan.ignored:
+        logger.warning("%d files in %s are not taken: %s", len(scan.ignored), source, listed(scan.ignored))
+    if not allow_outside:
+        _refuse_links(root, tuple(counts), tuple(scan.classes))
+    for number, (name, images) in enumerate(scan.classes.items()):
         for split, chosen in _split_class(
             images, shares, generator(seed, "folder split", number), name
         ).items():
@@ -180,13 +202,38 @@ def _existing_folder(path: Path) -> Path:
     return path
 
 
-def _make_skeleton(root: Path, class_names: tuple[str, ...]) -> dict[str, dict[str, int]]:
+def _refuse_links(root: Path, splits: Sequence[str], class_names: Sequence[str]) -> None:
+    """Files go into the folder that was named, not to where a link in it leads."""
+    folders = [root, *(root / split for split in splits)]
+    folders += [root / split / name for split in splits for name in class_names]
+    for folder in folders:
+        if folder.is_symlink():
+            raise UserError(
+                f"{folder} is a link to {folder.resolve()}; name that folder itself as the target, or pass "
+                "--allow-outside to write through links"
+            )
+
+
+def _make_skeleton(
+    root: Path, class_names: tuple[str, ...], *, allow_outside: bool
+) -> dict[str, dict[str, int]]:
     bad = [name for name in class_names if not name or name.startswith(".") or Path(name).name != name]
     if not class_names or bad or len(set(class_names)) != len(class_names):
         raise UserError(f"class names must be distinct plain folder names; got {list(class_names)}")
-    for split in SPLITS:
-        for name in class_names:
-            (root / split / name).mkdir(parents=True, exist_ok=True)
+    check_names(class_names, "--classes")
+    long = [name for name in class_names if len(os.fsencode(name)) > MAX_NAME_BYTES]
+    if long:
+        raise UserError(f"class name {shortened(long[0])} is longer than a folder's name may be; shorten it")
+    if not allow_outside:
+        _refuse_links(root, SPLITS, class_names)
+    made: list[Path] = []
+    try:
+        for split in SPLITS:
+            for name in class_names:
+                _make_folders(root / split / name, made)
+    except OSError as error:
+        _take_away(made)
+        raise UserError(f"cannot make {root} ({error}); choose another target folder") from error
     return {split: dict.fromkeys(class_names, 0) for split in SPLITS}
 
 
@@ -226,7 +273,8 @@ def _place(plan: Sequence[tuple[Path, Path]], *, link: bool, report: Report) -> 
         for number, (source, target) in enumerate(plan, start=1):
             _make_folders(target.parent, made)
             made.append(target)
-            (os.link if link else shutil.copy2)(source, target)
+            # A hard link to a link would lead astray from its new place.
+            os.link(source.resolve(), target) if link else shutil.copy2(source, target)
             report(number, len(plan))
     except OSError as error:
         _take_away(made)

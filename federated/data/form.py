@@ -46,7 +46,9 @@ class FederatedData:
         name: the source.
         concept_column: rows of equal value show the same thing: positives of each other in retrieval, and
             kept together when rows are split.
-        num_skipped: corrupt images left out.
+        picture_column: likewise rows of the same picture, one for each of its captions; a picture is in the
+            gallery of retrieval once.
+        num_skipped: rows left out, for a corrupt image or an empty field.
     """
 
     train: Dataset
@@ -59,6 +61,7 @@ class FederatedData:
     domain_column: str | None
     name: str
     concept_column: str | None = None
+    picture_column: str | None = None
     num_skipped: int = 0
 
     def split(self, name: str) -> Dataset:
@@ -84,6 +87,10 @@ class FederatedData:
         if self.label_column is None:
             raise UserError(f"data source {self.name!r} has no labels; set data.options.label_column")
         return column_values(self.split(split), self.label_column).astype(np.int64)
+
+    def groups(self, split: str = "train") -> npt.NDArray[Any] | None:
+        """Return the group of each row of a split, (N,): rows of one must not be divided; None: all may."""
+        return row_groups(self.split(split), self.concept_column, self.picture_column)
 
 
 def image_dataset(
@@ -142,7 +149,7 @@ def split_off(
     rng: np.random.Generator,
     *,
     label_column: str | None,
-    group_column: str | None,
+    groups: npt.NDArray[Any] | None = None,
 ) -> tuple[Dataset, Dataset]:
     """Split a share of the rows off, stratified by label, rows of one group staying together.
 
@@ -155,11 +162,36 @@ def split_off(
     if not 0.0 < fraction < 1.0:
         raise UserError(f"the share to split off is {fraction}; it must be between 0 and 1")
     labels = np.zeros(len(dataset)) if label_column is None else column_values(dataset, label_column)
-    groups = None if group_column is None else column_values(dataset, group_column)
     rest, held_out = split_rows(labels, round(fraction * len(dataset)), rng, groups=groups)
     if len(rest) == 0 or len(held_out) == 0:
         raise UserError(f"{len(dataset)} samples cannot give up a share of {fraction}; use more data")
     return dataset.select(rest), dataset.select(held_out)
+
+
+def row_groups(
+    dataset: Dataset, concept_column: str | None, picture_column: str | None
+) -> npt.NDArray[Any] | None:
+    """Return the group of each row, (N,): rows of one concept or picture are in one; None: all apart."""
+    columns = [column_values(dataset, column) for column in (concept_column, picture_column) if column]
+    if not columns:
+        return None
+    groups = columns[0]
+    for other in columns[1:]:  # until nothing changes: a picture links two concepts, and they a third
+        changed = True
+        while changed:
+            joined = _least_of_group(_least_of_group(groups, other), groups)
+            changed = bool((joined != groups).any())
+            groups = joined
+    return groups
+
+
+def _least_of_group(values: npt.NDArray[Any], groups: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Replace each row's value by the least of its group, (N,)."""
+    order = np.argsort(values, kind="stable")
+    _, first, codes = np.unique(groups[order], return_index=True, return_inverse=True)
+    least: npt.NDArray[Any] = np.empty_like(values)
+    least[order] = values[order][first[codes]]
+    return least
 
 
 def our_split(name: str) -> str | None:
@@ -189,6 +221,8 @@ def completed(
     train, test = splits["train"], splits.get("test")
     if test is None:
         logger.warning("no test split: %.0f %% of the training samples are set apart", 100 * test_fraction)
-        columns = {"label_column": meaning["label_column"], "group_column": meaning["concept_column"]}
-        train, test = split_off(train, test_fraction, rng, **columns)
+        groups = row_groups(train, meaning["concept_column"], meaning["picture_column"])
+        train, test = split_off(
+            train, test_fraction, rng, label_column=meaning["label_column"], groups=groups
+        )
     return FederatedData(train=train, validation=splits.get("validation"), test=test, **meaning)

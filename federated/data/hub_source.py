@@ -7,15 +7,22 @@ Stands before round 0, called by ``federated.data.loading.load_data`` through
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from federated.data.form import SPLIT_NAMES, FederatedData, completed, ordered_class_names, our_split
-from federated.data.splits import column_values
+from federated.data.form import SPLIT_NAMES, FederatedData, completed, logger, our_split
+from federated.data.hub_columns import (
+    check_columns,
+    class_names_of,
+    complete_rows,
+    with_label_numbers,
+    with_own_class_names,
+)
+from federated.data.names import check_names, listed
+from federated.data.pictures import PICTURE, with_pictures
 from models.errors import UserError
 
 
@@ -32,6 +39,7 @@ def hub(  # noqa: PLR0913 -- the options of the data section, one by one
     concept_column: str | None = None,
     splits: Mapping[str, str] | None = None,
     test_fraction: float = 0.2,
+    skip_incomplete: bool = False,
 ) -> FederatedData:
     """A data set of the Hugging Face hub by name, or a local folder in the hub's format (parquet files).
 
@@ -48,9 +56,12 @@ def hub(  # noqa: PLR0913 -- the options of the data section, one by one
         concept_column: rows of equal value show the same thing.
         splits: our split -> the data set's, where they are not found by name, such as ``{test: validation}``.
         test_fraction: share of the rows for testing where there is no test split.
+        skip_incomplete: leave rows out that lack image, label, caption, domain or concept, logged and
+            counted, instead of stopping.
 
     Raises:
-        UserError: the data set cannot be had (no network, no such name), or lacks a split or column.
+        UserError: the data set cannot be had (no network, no such name), lacks a split or column, or has rows
+            that cannot be used; named with split and row.
     """
     found = _hub_splits(_load_hub(path, configuration, revision), splits or {}, path)
     train = found["train"]
@@ -60,13 +71,26 @@ def hub(  # noqa: PLR0913 -- the options of the data section, one by one
             f"{path} has no image column; set image_column to one of {', '.join(train.column_names)}"
         )
     label = label_column or _only_column(train, ClassLabel, "label", path)
-    for column in (image, label, caption_column, domain_column, concept_column):
-        if column is not None and column not in train.column_names:
-            raise UserError(f"{path} has no column {column!r}; it has {', '.join(train.column_names)}")
+    columns = [c for c in (image, label, caption_column, domain_column, concept_column) if c is not None]
+    for split, rows in found.items():
+        check_columns(rows, columns, f"{path}, split {split}")
+        if not isinstance(rows.features[image], Image):
+            raise UserError(f"{path}, split {split}: {image!r} holds no images; set image_column")
+    num_listed = sum(map(len, found.values()))
+    found = {
+        split: complete_rows(rows, columns, f"{path}, split {split}", skip=skip_incomplete)
+        for split, rows in found.items()
+    }
     class_names = None
     if label is not None:
-        class_names = _hub_class_names(train, label)
-        found = {split: _with_label_numbers(rows, label, class_names, path) for split, rows in found.items()}
+        class_names = class_names_of(found["train"], label)
+        check_names(class_names, path)
+        found = {
+            split: with_label_numbers(rows, label, class_names, f"{path}, split {split}")
+            for split, rows in found.items()
+        }
+    if caption_column is not None:
+        found = {split: with_pictures(rows, image) for split, rows in found.items()}
     return completed(
         found,
         rng,
@@ -78,10 +102,15 @@ def hub(  # noqa: PLR0913 -- the options of the data section, one by one
         domain_column=domain_column,
         name="hub",
         concept_column=concept_column,
+        picture_column=None if caption_column is None else PICTURE,
+        num_skipped=num_listed - sum(map(len, found.values())),
     )
 
 
 def _load_hub(path: str, configuration: str | None, revision: str | None) -> DatasetDict:
+    if any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        saved = load_from_disk(path)  # what save_to_disk wrote
+        return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
     try:
         loaded = load_dataset(path, configuration, revision=revision)
     except (ConnectionError, FileNotFoundError) as error:
@@ -91,7 +120,7 @@ def _load_hub(path: str, configuration: str | None, revision: str | None) -> Dat
         ) from error
     except (ValueError, DatasetGenerationError) as error:
         raise UserError(f"cannot read the data set {path!r}: {error}") from error
-    return loaded
+    return with_own_class_names(loaded, path, configuration) if Path(path).is_dir() else loaded
 
 
 def _hub_splits(loaded: DatasetDict, chosen: Mapping[str, str], path: str) -> dict[str, Dataset]:
@@ -104,10 +133,23 @@ def _hub_splits(loaded: DatasetDict, chosen: Mapping[str, str], path: str) -> di
             f"{', '.join(SPLIT_NAMES)}"
         )
     found = {split: loaded[name] for split, name in chosen.items()}
-    for name, rows in loaded.items():
-        split = our_split(str(name))
-        if split is not None and split not in found and name not in chosen.values():
-            found[split] = rows
+    by_name: dict[str, list[str]] = {}
+    for name in loaded:
+        if name not in chosen.values():
+            by_name.setdefault(our_split(str(name)) or "", []).append(str(name))
+    unread = by_name.pop("", [])
+    for split, names in by_name.items():
+        if split in found:
+            unread += names
+        elif len(names) > 1:
+            raise UserError(
+                f"{path}: {' and '.join(names)} are both the {split} split; say which with "
+                f"splits={{{split}: ...}}"
+            )
+        else:
+            found[split] = loaded[names[0]]
+    if unread:
+        logger.warning("%s: splits that are not read: %s", path, listed(unread))
     if "train" not in found:
         raise UserError(
             f"{path} has no train split; it has {', '.join(loaded)}: say which with splits={{train: ...}}"
@@ -121,29 +163,3 @@ def _only_column(rows: Dataset, kind: type, role: str, path: str) -> str | None:
     if len(columns) > 1:
         raise UserError(f"{path} has several {role} columns ({', '.join(columns)}); set {role}_column")
     return columns[0] if columns else None
-
-
-def _hub_class_names(train: Dataset, label_column: str) -> tuple[str, ...]:
-    feature = train.features[label_column]
-    if isinstance(feature, ClassLabel):
-        return tuple(feature.names)
-    return ordered_class_names([str(value) for value in column_values(train, label_column)])
-
-
-def _with_label_numbers(rows: Dataset, label_column: str, class_names: tuple[str, ...], path: str) -> Dataset:
-    """Bring labels into the form of class numbers and check that every row has one."""
-    values: npt.NDArray[Any] = column_values(rows, label_column)
-    if not isinstance(rows.features[label_column], ClassLabel):
-        numbers = {name: number for number, name in enumerate(class_names)}
-        unknown = sorted({str(value) for value in values} - set(class_names))
-        if unknown:
-            raise UserError(f"{path}: class {unknown[0]!r} in {label_column!r} occurs in no training row")
-        codes = [numbers[str(value)] for value in values]
-        feature = ClassLabel(names=list(class_names))
-        return rows.remove_columns(label_column).add_column(label_column, codes, feature=feature)
-    if len(values) and not (values.min() >= 0 and values.max() < len(class_names)):
-        raise UserError(
-            f"{path}: {label_column!r} has values outside its {len(class_names)} classes in one split "
-            "(hidden test labels?); choose another split with splits={test: ...}"
-        )
-    return rows

@@ -26,6 +26,7 @@ __all__ = [
     "SOURCES",
     "FederatedData",
     "ImageTensors",
+    "check_task_data",
     "image_tensors",
     "index_batches",
     "load_data",
@@ -80,8 +81,9 @@ def load_data(
             raise UserError(f"data source {source!r} has no {split} samples; check {key}")
     train, validation = data.train, data.validation
     if validation is None and validation_fraction > 0:
-        columns = {"label_column": data.label_column, "group_column": data.concept_column}
-        train, validation = split_off(train, validation_fraction, rng, **columns)
+        train, validation = split_off(
+            train, validation_fraction, rng, label_column=data.label_column, groups=data.groups()
+        )
     data = replace(
         data,
         train=_at_most(train, max_train_samples, data.label_column, rng),
@@ -97,6 +99,31 @@ def load_data(
         data.num_skipped,
     )
     return data
+
+
+def check_task_data(data: FederatedData, task: str) -> None:
+    """Make sure that data have what a task learns from.
+
+    Args:
+        data: the data.
+        task: "classification", "zero_shot" or "retrieval".
+
+    Raises:
+        UserError: they have no captions, or no labels; says what would help.
+    """
+    needed, column = ("captions", "caption_column") if task == "retrieval" else ("labels", "label_column")
+    if getattr(data, column) is not None:
+        return
+    there = ", ".join(name for name in data.train.column_names if name != "picture")
+    remedy = (
+        "choose another data.source, or task.name=classification"
+        if data.name in ("imagefolder", "digits", "fashion_mnist")
+        else f"name their column with data.options.{column}"
+    )
+    raise UserError(
+        f"task.name={task} needs {needed}, and data source {data.name!r} has none (it gives {there}); "
+        f"{remedy}"
+    )
 
 
 def image_tensors(
@@ -120,6 +147,7 @@ def image_tensors(
         label_column=data.label_column,
         caption_column=data.caption_column,
         concept_column=data.concept_column,
+        picture_column=data.picture_column,
         cache_bytes=cache_bytes,
     )
 

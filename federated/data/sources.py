@@ -20,6 +20,8 @@ from federated.data.csv_source import csv
 from federated.data.folder_scan import ClassFiles, scan_folder
 from federated.data.form import FederatedData, image_dataset, readable_images, split_off
 from federated.data.hub_source import hub
+from federated.data.names import listed
+from federated.data.pictures import PICTURE, with_pictures
 from models.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -73,9 +75,9 @@ def emoji(
     splits = embedded.emoji(vendors, language)
     test = splits["test"] if test_vendors is None else embedded.emoji(test_vendors, language)["test"]
     return FederatedData(
-        train=splits["train"],
+        train=with_pictures(splits["train"], "image"),
         validation=None,
-        test=test,
+        test=with_pictures(test, "image"),
         class_names=tuple(splits["train"].features[label].names),
         label_column=label,
         image_column="image",
@@ -83,6 +85,7 @@ def emoji(
         domain_column="vendor",
         name="emoji",
         concept_column="concept",
+        picture_column=PICTURE,
     )
 
 
@@ -101,7 +104,7 @@ def digits(rng: np.random.Generator, *, test_fraction: float = 0.2) -> Federated
     columns = {"image": [PilImage.fromarray(image) for image in pixels], "label": bunch.target.tolist()}
     features = Features({"image": Image(), "label": ClassLabel(names=list(names))})
     rows = Dataset.from_dict(columns, features=features)
-    train, test = split_off(rows, test_fraction, rng, label_column="label", group_column=None)
+    train, test = split_off(rows, test_fraction, rng, label_column="label")
     return FederatedData(
         train=train,
         validation=None,
@@ -116,7 +119,12 @@ def digits(rng: np.random.Generator, *, test_fraction: float = 0.2) -> Federated
 
 
 def imagefolder(
-    rng: np.random.Generator, *, path: str, skip_corrupt: bool = False, check_images: bool = True
+    rng: np.random.Generator,
+    *,
+    path: str,
+    skip_corrupt: bool = False,
+    check_images: bool = True,
+    allow_outside: bool = False,
 ) -> FederatedData:
     """Your images in ``train/ val/ test/<class>/*``; folder names are class names, ``val`` is optional.
 
@@ -125,16 +133,17 @@ def imagefolder(
         path: the folder.
         skip_corrupt: leave images out that cannot be decoded, logged and counted, instead of stopping.
         check_images: decode every image once at loading; without it a corrupt one stops the run when read.
+        allow_outside: follow links that leave the folder.
 
     Raises:
-        UserError: a missing split, an empty class folder, classes that differ between splits, a corrupt
-            image; each names the folder or file.
+        UserError: a missing split, an empty class folder, classes that differ between splits, images that
+            would not be read, a corrupt image; each names the folder or file.
     """
-    scan = scan_folder(path)
+    scan = scan_folder(path, allow_outside=allow_outside)
     if scan.problems:
         raise UserError("; ".join(scan.problems))
     if scan.ignored:
-        logger.warning("%d files in %s are not images and are ignored", len(scan.ignored), path)
+        logger.warning("%d files in %s are not read: %s", len(scan.ignored), path, listed(scan.ignored))
     names = tuple(scan.files["train"])
     splits: dict[str, Dataset] = {}
     num_skipped = 0

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from federated.data.batch_order import index_batches, local_index_batches
 from federated.data.folder_scan import DECODE_ERRORS
+from federated.data.names import plain
 from federated.data.row_cache import shared_zeros
 from federated.data.splits import IntArray, column_values
 from models.errors import UserError
+from models.image_modes import WHITE, rgb_image
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class ImageTensors:
         label_column: the column of class numbers, if any.
         caption_column: the column of texts, if any.
         concept_column: rows of equal value show the same thing, if known.
+        picture_column: rows of equal value are of the same picture, if known.
         cache_bytes: the memory budget for kept images.
 
     Attributes:
@@ -73,6 +76,7 @@ class ImageTensors:
         label_column: str | None = None,
         caption_column: str | None = None,
         concept_column: str | None = None,
+        picture_column: str | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         """Read the scalar columns and one image; decode the others when they are asked for."""
@@ -89,8 +93,15 @@ class ImageTensors:
         self._preprocess = preprocess
         self._cache_bytes = cache_bytes
         self._labels = None if label_column is None else _codes(dataset, label_column, distinct=False)
-        self._concepts = None if concept_column is None else _codes(dataset, concept_column, distinct=True)
         self._captions = None if caption_column is None else list(column_values(dataset, caption_column))
+        self._ids = {
+            key: _codes(dataset, column, distinct=True)
+            for key, column in (("concept", concept_column), ("picture", picture_column))
+            if column is not None
+        }
+        if self._captions is not None:
+            texts = np.array([plain(caption) for caption in self._captions])
+            self._ids["text"] = torch.from_numpy(np.unique(texts, return_inverse=True)[1])
         self.image_shape = tuple(self._decode(np.zeros(1, dtype=np.int64))[0].shape)
         self._levels = _grey_levels(preprocess)  # (3, 256) or None
         self._kept: Tensor | None = None
@@ -136,7 +147,8 @@ class ImageTensors:
 
         Returns:
             "pixel_values" (B, 3, H, W), "index" (B,) the rows, and as far as the data has them "labels" (B,),
-            "concept" (B,) int64 (equal numbers show the same thing) and "captions", a list of B strings.
+            "concept", "picture" and "text" (B,) int64 (equal numbers show the same thing, are of the same
+            picture, have the same caption) and "captions", a list of B strings.
         """
         rows = np.asarray(indices, dtype=np.int64)
         index = torch.from_numpy(rows)
@@ -145,8 +157,7 @@ class ImageTensors:
             batch["pixel_values"] = self.pixel_values(rows)
         if self._labels is not None:
             batch["labels"] = self._labels[index]
-        if self._concepts is not None:
-            batch["concept"] = self._concepts[index]
+        batch |= {key: ids[index] for key, ids in self._ids.items()}
         if self._captions is not None:
             batch["captions"] = [self._captions[row] for row in rows]
         return batch
@@ -221,15 +232,22 @@ class ImageTensors:
             images = self._images[rows.tolist()][self._image_column]
         except DECODE_ERRORS as error:
             raise UserError(self._undecodable(rows, error)) from error
-        tensors = [self._preprocess(image.convert("RGB")) for image in images]
+        try:
+            tensors = [self._shown(image) for image in images]
+        except UserError as error:  # an image of values that cannot be shown
+            raise UserError(self._undecodable(rows, error)) from error
         return torch.stack(tensors).to(torch.float32)
+
+    def _shown(self, image: Image.Image) -> Tensor:
+        """Preprocess an image of any mode, (3, H, W)."""
+        return self._preprocess(rgb_image(image, getattr(self._preprocess, "background", WHITE)))
 
     def _undecodable(self, rows: IntArray, error: Exception) -> str:
         """Say which image it was."""
         raw = self._images.cast_column(self._image_column, ImageFeature(decode=False))
         for row in rows.tolist():
             try:
-                self._images[row]
+                self._shown(self._images[row][self._image_column])
             except DECODE_ERRORS:
                 name = raw[row][self._image_column]["path"] or f"image {row}"
                 return (

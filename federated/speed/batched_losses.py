@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from models.clip import FederatedCLIPModel
 from models.features import CAPTION_ID
+from models.metrics import CONCEPT, PICTURE, TEXT
 from models.prompts import MAX_PROMPTS, average_templates
-from models.tasks import contrastive_loss
+from models.tasks import contrastive_loss, positives
 from models.training import Batch, num_examples
 
 
@@ -112,12 +113,15 @@ def _mean_cross_entropy(logits: Tensor, batch: GroupBatch) -> Tensor:
 
 def _contrastive_losses(logits: Tensor, batch: GroupBatch) -> Tensor:
     """The task's own loss on each client's (n, n) block, without its filling."""
-    concepts = batch.tensors.get("concept")
     losses = []
     for client, size in enumerate(batch.sizes):
-        concept = None if concepts is None else concepts.view(len(batch.sizes), -1)[client, :size]
+        own = {
+            key: ids.view(len(batch.sizes), -1)[client, :size]
+            for key, ids in batch.tensors.items()
+            if key in (CONCEPT, PICTURE, TEXT)
+        }
         pairs = logits[client, :size, :size]
-        losses.append(contrastive_loss(pairs, concept) if size else logits.new_zeros(()))
+        losses.append(contrastive_loss(pairs, positives(own)) if size else logits.new_zeros(()))
     return torch.stack(losses)
 
 

@@ -25,6 +25,7 @@ from federated.data.tensors import ImageTensors
 from federated.speed.spare_memory import park_idle_tower
 from models.clip import FederatedCLIPModel
 from models.features import ACTIVATIONS, CAPTION_ID, IMAGE_FEATURES, TEXT_FEATURES, activations
+from models.prompts import warn_of_cut
 from models.training import Batch
 
 log = logging.getLogger(__name__)
@@ -181,6 +182,7 @@ def _add_captions(
     caches: FeatureCaches, model: FederatedCLIPModel, settings: CacheSection, batch_size: int, max_bytes: int
 ) -> None:
     captions = caches.captions
+    warn_of_cut(model.tokenize, captions.known, "captions")
     caches.shares_captions = settings.deduplicate_captions and not text_dropout(model)
     if not caches.shares_captions:
         why = (

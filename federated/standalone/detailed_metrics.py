@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from federated.data.splits import IntArray
@@ -28,13 +28,11 @@ from federated.standalone.evaluation_plots import (
 )
 from lora.adapters import unwrap
 from models.finite import check_finite
-from models.metrics import recall_at
+from models.metrics import CONCEPT, DIRECTIONS, PICTURE, TEXT, RetrievalSet, retrieval_set
 from models.training import Batch
 
 CUTOFFS = (1, 2, 3, 5, 10, 20, 30, 50, 100)
 """Values of k at which recall is reported, as far as the gallery reaches."""
-
-DIRECTIONS = ("image_to_text", "text_to_image")
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,46 +127,38 @@ def describe_classes(predictions: Predictions, class_names: Sequence[str]) -> De
 
 
 @torch.no_grad()
-def embed_pairs(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor, Tensor]:
-    """Embed image-text pairs.
-
-    Returns:
-        Normalised image features (N, D), text features (N, D), and what each pair shows, (N,); without a
-        concept in the batches every pair shows something of its own.
+def embed_pairs(model: nn.Module, batches: Iterable[Batch]) -> RetrievalSet:
+    """Embed image-text pairs, each image and each text once.
 
     Raises:
         UserError: Embeddings are not finite.
     """
     federated_model = unwrap(model).eval()
-    images, texts, concepts = [], [], []
+    images, texts, ids = [], [], []
     for batch in _on_device(batches, federated_model.device):
         image = F.normalize(federated_model.image_features(batch), dim=-1)
         text = F.normalize(federated_model.text_features(batch), dim=-1)
         images.append(check_finite(image).float().cpu())
         texts.append(check_finite(text).float().cpu())
-        concepts.append(batch["concept"].cpu() if "concept" in batch else None)
-    pairs = torch.cat(images), torch.cat(texts)
-    known = [concept for concept in concepts if concept is not None]
-    return *pairs, torch.cat(known) if len(known) == len(concepts) else torch.arange(len(pairs[0]))
+        ids.append({key: batch[key].cpu() for key in (CONCEPT, PICTURE, TEXT) if key in batch})
+    known = {key: torch.cat([part[key] for part in ids]) for key in ids[0]}
+    return retrieval_set(torch.cat(images), torch.cat(texts), known)
 
 
-def describe_retrieval(
-    images: Tensor, texts: Tensor, concepts: Tensor, *, headline_metric: str
-) -> DetailedMetrics:
+def describe_retrieval(found: RetrievalSet, *, headline_metric: str) -> DetailedMetrics:
     """Recall by k in both directions, beside what guessing reaches.
 
     Args:
-        images: Normalised image features, (N, D).
-        texts: Normalised text features, (N, D).
-        concepts: What each pair shows, (N,).
+        found: Images and texts.
         headline_metric: The metric that runs of the task are judged by.
     """
-    cutoffs = [k for k in CUTOFFS if k <= len(images)]
-    by_direction = {
-        "image_to_text": recall_at(images, texts, concepts, concepts, cutoffs),
-        "text_to_image": recall_at(texts, images, concepts, concepts, cutoffs),
+    num_images, num_texts = len(found.images), len(found.texts)
+    cutoffs = [k for k in CUTOFFS if k <= max(num_images, num_texts)]
+    by_direction = found.recall(cutoffs)
+    chance = {
+        direction: chance_recall(found.num_right(direction), found.num_gallery(direction), cutoffs)
+        for direction in DIRECTIONS
     }
-    chance = chance_recall(concepts.numpy(), cutoffs)
     recalls = {
         f"{direction}_recall_at_{k}": recall
         for direction, curve in by_direction.items()
@@ -176,34 +166,52 @@ def describe_retrieval(
     }
     results = {
         "headline_metric": headline_metric,
-        "num_examples": len(images),
-        "num_concepts": len(concepts.unique()),
+        "num_examples": found.num_rows,
+        "num_images": num_images,
+        "num_texts": num_texts,
         **recalls,
-        "chance_recall": {str(k): value for k, value in chance.items()},
+        "chance_recall": {
+            direction: {str(k): value for k, value in curve.items()} for direction, curve in chance.items()
+        },
     }
-    heads = [metric_label(f"{direction}_recall_at_") + "k" for direction in DIRECTIONS]
-    lines = [f"{'k':>4}  {heads[0]:>9}  {heads[1]:>9}  {CHANCE:>9}"]
-    for k in cutoffs:
-        values = [by_direction[direction][k] for direction in DIRECTIONS] + [chance[k]]
-        lines.append(f"{k:>4}  " + "  ".join(f"{format_metric('recall', value):>9}" for value in values))
-    report = f"{len(images)} pairs of {results['num_concepts']} concepts\n\n" + "\n".join(lines) + "\n"
+    lines = [
+        _line("k", [metric_label(f"{direction}_recall_at_") + "k" for direction in DIRECTIONS], [CHANCE] * 2)
+    ]
+    lines += [
+        _line(
+            str(k),
+            [format_metric("recall", by_direction[direction][k]) for direction in DIRECTIONS],
+            [format_metric("recall", chance[direction][k]) for direction in DIRECTIONS],
+        )
+        for k in cutoffs
+    ]
+    report = (
+        f"{found.num_rows} pairs of {num_images} images and {num_texts} texts\n\n" + "\n".join(lines) + "\n"
+    )
     return DetailedMetrics(results, report, {"recall_by_k": recall_by_k(by_direction, chance)})
 
 
-def chance_recall(concepts: npt.NDArray[np.int64], cutoffs: Sequence[int]) -> dict[int, float]:
+def _line(k: str, recalls: Sequence[str], chances: Sequence[str]) -> str:
+    """A line of the report: recall in each direction with what guessing reaches behind it."""
+    pairs = zip(recalls, chances, strict=True)
+    return f"{k:>4}" + "".join(f"  {recall:>9}  {chance:>9}" for recall, chance in pairs)
+
+
+def chance_recall(
+    num_right: npt.NDArray[np.int64], num_gallery: int, cutoffs: Sequence[int]
+) -> dict[int, float]:
     """Recall at k of a gallery in random order: k -> mean over queries of 1 - C(M - m, k) / C(M, k).
 
     Args:
-        concepts: What each of the M gallery entries shows, (M,); the queries show the same. A query has as
-            many right answers m as entries share its concept.
-        cutoffs: Values of k, at most M.
+        num_right: Right answers m of each query, (N,).
+        num_gallery: Entries M of the gallery.
+        cutoffs: Values of k; one above M counts the whole gallery.
     """
-    total = len(concepts)
-    _, codes, counts = np.unique(concepts, return_inverse=True, return_counts=True)
-    right = counts[codes].astype(np.float64)  # (M,)
-    miss, by_k = np.ones(total), {}
+    right = num_right.astype(np.float64)
+    miss, by_k = np.ones(len(right)), {}
     for drawn in range(max(cutoffs, default=0)):
-        miss *= np.maximum(total - right - drawn, 0) / (total - drawn)
+        if drawn < num_gallery:
+            miss *= np.maximum(num_gallery - right - drawn, 0) / (num_gallery - drawn)
         by_k[drawn + 1] = float(1 - miss.mean())
     return {k: by_k[k] for k in cutoffs}
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from federated.data.folder_scan import DECODE_ERRORS, IMAGE_SUFFIXES, image_error
@@ -19,6 +18,8 @@ from federated.progress import Report, quiet
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
 from models.finite import check_finite
+from models.image_modes import load_image
+from models.prompts import warn_of_cut
 
 MAX_NAMED = 10
 """Corrupt files listed in one message."""
@@ -137,7 +138,7 @@ def image_batches(
     any_good = False
     for start in range(0, len(paths), options.batch_size):
         chunk = paths[start : start + options.batch_size]
-        read = [(path, model.preprocess(image)) for path, image in _readable(chunk, corrupt)]
+        read = list(_readable(model, chunk, corrupt))
         any_good = any_good or bool(read)
         if read and (options.skip_corrupt or not corrupt):
             yield [path for path, _ in read], torch.stack([pixels for _, pixels in read])
@@ -160,6 +161,7 @@ def embed_texts(
         raise UserError(
             f"text {empty[0]} of {len(texts)} is empty; remove it" if empty else "there is no text"
         )
+    warn_of_cut(model.tokenize, texts, "texts")
     rows: list[Tensor] = []
     for start in range(0, len(texts), options.batch_size):
         chunk = list(texts[start : start + options.batch_size])
@@ -189,23 +191,16 @@ def read_texts(path: Path | str) -> list[str]:
     return lines
 
 
-def _decoded(path: Path) -> Image.Image:
-    """An RGB image, upright by its EXIF orientation, as the ``datasets`` library gives it to training."""
-    with Image.open(path) as image:
-        image.load()
-        turned = image.getexif().get(ExifTags.Base.Orientation) is not None
-        upright = ImageOps.exif_transpose(image) if turned else image
-        return upright.convert("RGB")
-
-
-def _readable(paths: Sequence[Path], corrupt: list[tuple[Path, str]]) -> Iterator[tuple[Path, Image.Image]]:
+def _readable(
+    model: FederatedCLIPModel, paths: Sequence[Path], corrupt: list[tuple[Path, str]]
+) -> Iterator[tuple[Path, Tensor]]:
     for path in paths:
         try:
-            image = _decoded(path)
+            pixels = model.preprocess(load_image(path))
         except DECODE_ERRORS as error:
             corrupt.append((path, str(error) or type(error).__name__))
             continue
-        yield path, image
+        yield path, pixels
 
 
 def _corrupt_message(corrupt: Sequence[tuple[Path, str]], *, all_of_them: bool) -> str:

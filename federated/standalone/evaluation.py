@@ -185,8 +185,8 @@ def evaluate_in_detail(
     """Evaluate the experiment's model, as it is, on rows."""
     batches = evaluation_batches(experiment, images, report)
     if experiment.model.task.name == "retrieval":
-        pairs = embed_pairs(experiment.model, batches)
-        return describe_retrieval(*pairs, headline_metric=experiment.headline_metric)
+        found = embed_pairs(experiment.model, batches)
+        return describe_retrieval(found, headline_metric=experiment.headline_metric)
     names = experiment.data.class_names
     assert names is not None  # both other tasks need classes, and the model was built from them
     return describe_classes(predict_classes(experiment.model, batches), names)

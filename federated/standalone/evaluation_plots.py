@@ -105,27 +105,32 @@ def class_performance(rows: Sequence[ClassFigures]) -> Figure:
     return figure
 
 
-def recall_by_k(by_direction: Mapping[str, Mapping[int, float]], chance: Mapping[int, float]) -> Figure:
+def recall_by_k(
+    by_direction: Mapping[str, Mapping[int, float]], chance: Mapping[str, Mapping[int, float]]
+) -> Figure:
     """Draw recall against the number of answers looked at, in each direction, beside guessing.
 
     Args:
         by_direction: "image_to_text" and the like -> k -> recall.
-        chance: k -> recall of a gallery in random order.
+        chance: likewise for a gallery in random order.
     """
     figure, (axis,) = style.new_figure()
     for number, (direction, curve) in enumerate(by_direction.items()):
         label = direction.replace("_to_", " → ")
         style.draw_line(axis, list(curve), list(curve.values()), number, label=label)
-    axis.plot(
-        list(chance),
-        list(chance.values()),
-        color=style.GREY,
-        linestyle=style.DASHED,
-        linewidth=1.2,
-        label=CHANCE,
-    )
+    alike = len({tuple(curve.items()) for curve in chance.values()}) == 1
+    for direction, curve in list(chance.items())[: 1 if alike else None]:
+        axis.plot(
+            list(curve),
+            list(curve.values()),
+            color=style.GREY,
+            linestyle=style.DASHED if direction == next(iter(chance)) else ":",
+            linewidth=1.2,
+            label=CHANCE if alike else f"{CHANCE}, {direction.replace('_to_', ' → ')}",
+        )
     axis.set_xscale("log")
-    axis.set_xticks(list(chance), [str(k) for k in chance])
+    cutoffs = list(next(iter(by_direction.values())))
+    axis.set_xticks(cutoffs, [str(k) for k in cutoffs])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("k, answers looked at")
     axis.set_ylabel("recall at k")

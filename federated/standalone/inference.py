@@ -28,7 +28,7 @@ from lora.base_delta import BASE_DELTA_FILE
 from lora.named import compare_embeddings
 from models.errors import UserError
 from models.finite import check_finite
-from models.prompts import average_templates, check_classes, class_prompts, encode_in_chunks
+from models.prompts import average_templates, check_classes, class_prompts, encode_in_chunks, warn_of_cut
 
 _SCORED_AT_ONCE = 4096
 
@@ -118,8 +118,10 @@ def make_classifier(
         raise UserError(f"classes {', '.join(names)}: give at least two, all different and none empty")
     wording = model.templates if templates is None else tuple(templates)
     check_classes(len(names), names, wording)
+    texts = class_prompts(names, wording)
+    warn_of_cut(model.tokenize, texts, "class prompts")
     with torch.no_grad():
-        prompts = encode_in_chunks(model.encode_text, model.tokenize(class_prompts(names, wording)))
+        prompts = encode_in_chunks(model.encode_text, model.tokenize(texts))
         classes = check_finite(average_templates(prompts, len(names)))  # (C, D)
 
     def logits(features: Tensor) -> Tensor:

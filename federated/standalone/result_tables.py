@@ -79,6 +79,15 @@ def class_table(counts: Mapping[str, Mapping[str, int]]) -> TextTable:
     return TextTable(("class", *splits), tuple(rows), words=frozenset({0}))
 
 
+def count_table(counts: Mapping[str, Mapping[str, int]]) -> TextTable:
+    """Return one row for each thing that is counted with its number in each split."""
+    splits = list(next(iter(counts.values())))
+    rows = tuple(
+        (name, *(format_count(by_split[split]) for split in splits)) for name, by_split in counts.items()
+    )
+    return TextTable(("", *splits), rows, words=frozenset({0}))
+
+
 def double_table(report: FolderReport) -> TextTable:
     """Return one row for each image that lies in more than one split of a folder."""
     rows = [(_group(report.path, group), "equal files") for group in report.same_content]
