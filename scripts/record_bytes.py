@@ -1,4 +1,4 @@
-"""Record what short runs leave, byte for byte, so that a change of structure can show that it changes no result.
+"""Record what short runs leave, byte for byte, so that a change of structure can show that no result changes.
 
     python scripts/record_bytes.py before.json     # on the code as it was
     python scripts/record_bytes.py after.json --against before.json
