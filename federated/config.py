@@ -91,6 +91,8 @@ class FederationSection(Section):
     cohort_size: int | None = Field(None, ge=1)
     """Clients sampled a round; all of them when not given."""
     timeout_seconds: float = Field(3600.0, gt=0)
+    keep_best: bool = True
+    """Keep the best round's adapter in ``adapter_best/``; the server's test rows choose, so flatter it."""
 
 
 class ClientSection(Section):

@@ -1,6 +1,7 @@
 """Files written whole or not at all: a run that is killed leaves the old file, never half of the new one.
 
-Used wherever anything is written: run folders, ledgers, reports, checkpoints, what commands leave.
+Used wherever anything is written: run folders, ledgers, reports, checkpoints, what commands leave. A file is
+on the disk before it takes its name, so that a loss of power leaves no empty one either.
 """
 
 from __future__ import annotations
@@ -23,23 +24,41 @@ def written_whole(path: Path) -> Iterator[Path]:
         UserError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.part")
+    with errors_named(path):
+        try:
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def errors_named(path: Path) -> Iterator[None]:
+    """Turn the system's errors of a block that writes ``path`` into a UserError that names it."""
     try:
-        yield temporary
-        os.replace(temporary, path)
+        yield
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
+
+
+def sync(path: Path) -> None:
+    """Have the system put a file, or the names in a folder, on the disk before anything else is done."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(number)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8.
+    r"""Write a text file in UTF-8; what UTF-8 has no form for (half a surrogate pair) becomes ``\udc80``.
 
     Raises:
         UserError: the file cannot be written.
     """
     with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

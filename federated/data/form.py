@@ -47,6 +47,7 @@ class FederatedData:
         concept_column: rows of equal value show the same thing: positives of each other in retrieval, and
             kept together when rows are split.
         num_skipped: corrupt images left out.
+        drawn: splits that the source does not bring, drawn from train by the seed.
     """
 
     train: Dataset
@@ -60,6 +61,7 @@ class FederatedData:
     name: str
     concept_column: str | None = None
     num_skipped: int = 0
+    drawn: tuple[str, ...] = ()
 
     def split(self, name: str) -> Dataset:
         """Return the split called "train", "validation" or "test".
@@ -187,8 +189,9 @@ def completed(
         **meaning: the other fields of ``FederatedData``.
     """
     train, test = splits["train"], splits.get("test")
+    drawn = ("test",) if test is None else ()
     if test is None:
         logger.warning("no test split: %.0f %% of the training samples are set apart", 100 * test_fraction)
         columns = {"label_column": meaning["label_column"], "group_column": meaning["concept_column"]}
         train, test = split_off(train, test_fraction, rng, **columns)
-    return FederatedData(train=train, validation=splits.get("validation"), test=test, **meaning)
+    return FederatedData(train=train, validation=splits.get("validation"), test=test, drawn=drawn, **meaning)
