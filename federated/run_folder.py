@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import resource
@@ -18,7 +17,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -26,40 +24,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from federated.config import ExperimentConfig, dump_config
 from federated.run_place import ENVIRONMENT_FILE, claim, release
-from models.files import errors_named, write_json, write_text
-
-log = logging.getLogger(__name__)
+from models.files import BestEffort, errors_named, write_json, write_text
 
 _PACKAGES = ("fedlora", "torch", "transformers", "peft", "flwr", "flwr-datasets", "datasets", "numpy")
-
-
-class BestEffort:
-    """A block whose failure is told and does not end what it belongs to.
-
-    Args:
-        what: Is being written, for the message.
-        remedy: How it can be had later.
-    """
-
-    def __init__(self, what: str, remedy: str = "") -> None:
-        """Remember the words."""
-        self.what, self.remedy = what, remedy
-        self.failed = False
-
-    def __enter__(self) -> BestEffort:
-        """Begin."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        """Tell of a failure and go on; an interrupt or the end of the program is none."""
-        self.failed = kind is not None and issubclass(kind, Exception)
-        if self.failed:
-            log.warning(
-                "%s failed (%s: %s)%s", self.what, getattr(kind, "__name__", kind), error, self.remedy
-            )
-        return self.failed
 
 
 class RunFolder:

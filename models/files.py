@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from models.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -68,3 +72,32 @@ def write_json(path: Path, value: Any) -> None:
         UserError: the file cannot be written.
     """
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+class BestEffort:
+    """A block whose failure is told and does not end what it belongs to.
+
+    Args:
+        what: Is being written, for the message.
+        remedy: How it can be had later.
+    """
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        """Remember the words."""
+        self.what, self.remedy = what, remedy
+        self.failed = False
+
+    def __enter__(self) -> BestEffort:
+        """Begin."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """Tell of a failure and go on; an interrupt or the end of the program is none."""
+        self.failed = kind is not None and issubclass(kind, Exception)
+        if self.failed:
+            log.warning(
+                "%s failed (%s: %s)%s", self.what, getattr(kind, "__name__", kind), error, self.remedy
+            )
+        return self.failed

@@ -24,7 +24,6 @@ from federated.experiment import Experiment, build_experiment
 from federated.global_model import load_global_state
 from federated.progress import Report, quiet
 from federated.reporting.plot_style import save_png
-from federated.run_folder import BestEffort
 from federated.run_place import check_place
 from federated.simulation import limited_threads
 from federated.standalone.centralized import one_shard
@@ -36,6 +35,7 @@ from federated.standalone.detailed_metrics import (
     predict_classes,
 )
 from federated.standalone.trained_models import (
+    NAME_AN_ADAPTER,
     check_global_model,
     check_names,
     has_global_model,
@@ -47,7 +47,7 @@ from lora.checkpoint import FULL_FILE
 from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.committed_folders import check_committed, current_folder
 from models.errors import UserError
-from models.files import errors_named, write_json, write_text
+from models.files import BestEffort, errors_named, write_json, write_text
 from models.training import Batch
 
 log = logging.getLogger(__name__)
@@ -213,11 +213,11 @@ def load_trained(experiment: Experiment, run: Path | None, adapter: Path | None)
     if run is None:
         return "none (untrained)"
     folder = current_folder(run / "checkpoint")
-    check_committed(folder, CHECKPOINT_FILES, remedy="name an adapter with --adapter")
+    check_committed(folder, CHECKPOINT_FILES, remedy=NAME_AN_ADAPTER)
     try:
         return load_checkpoint(experiment, folder)
     except SafetensorError as error:
-        raise UserError(f"{folder} is damaged ({error}): name an adapter with --adapter") from error
+        raise UserError(f"{folder} is damaged ({error}): {NAME_AN_ADAPTER}") from error
 
 
 def load_checkpoint(experiment: Experiment, folder: Path) -> str:

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 ADAPTER_FOLDERS = ("adapter", "adapter_best")
 """Where a run keeps the trained part of its last and its best round."""
 
+NAME_AN_ADAPTER = "name an adapter with --adapter, or copy the whole run again"
+
 
 @dataclass(frozen=True, eq=False)
 class OpenedModel:
@@ -112,7 +114,7 @@ def record_of_run(run: Path) -> TrainedRecord:
         UserError: ``partition.json`` or ``config.yaml`` cannot be read.
     """
     for name, files in (("checkpoint", CHECKPOINT_FILES), ("adapter", FILES)):
-        notes = check_committed(current_folder(run / name), files)
+        notes = check_committed(current_folder(run / name), files, remedy=NAME_AN_ADAPTER)
         if notes:
             return record_from(notes, run)
     config = load_config(run / "config.yaml")
