@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
 from federated.config import load_config
+from federated.data.loading import FederatedData
 from federated.simulation import run_experiment
 from federated.standalone.evaluation import evaluate_source
 from federated.standalone.inference import make_classifier, predict
 from federated.standalone.trained_models import open_model
+from federated.trained_record import TrainedRecord, matched_classes
 from models.errors import UserError
 
 COLOURS = {"cat": (220, 30, 30), "dog": (30, 30, 220), "frog": (30, 200, 30)}
@@ -174,3 +177,25 @@ def test_a_run_that_lost_the_names_of_its_classes_is_not_read_in_the_datas_order
     (copy / "partition.json").unlink()
     with pytest.raises(UserError, match=r"partition\.json.*classes"):
         evaluate_source(copy, output=tmp_path / "out")
+
+
+def rows(labels: list[int], names: tuple[str, ...]) -> Dataset:
+    features = Features({"label": ClassLabel(names=list(names)), "image": Value("string")})
+    return Dataset.from_dict({"label": labels, "image": ["x"] * len(labels)}, features=features)
+
+
+def test_classes_are_matched_by_name_and_only_prompts_take_others(caplog: pytest.LogCaptureFixture) -> None:
+    names = ("frog", "cat")
+    data = FederatedData(
+        *(rows([0, 1, 1], names), None, rows([1, 0], names)),
+        *(names, "label", "image", None, None, "test"),
+    )
+    record = TrainedRecord(Path("run"), class_names=("cat", "dog", "frog"))
+    found = matched_classes(data, record, needed=True)
+    assert found.class_names == record.class_names
+    assert (list(found.train["label"]), list(found.test["label"])) == ([2, 0, 0], [0, 2])
+    other = TrainedRecord(Path("run"), class_names=("cat", "dog"))
+    with pytest.raises(UserError, match="frog; it knows cat, dog"):
+        matched_classes(data, other, needed=True)
+    assert matched_classes(data, other, needed=False) is data
+    assert "others than run was trained on" in caplog.text
