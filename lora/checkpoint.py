@@ -208,7 +208,7 @@ def read_notes(folder: Path) -> tuple[tuple[str, ...] | None, dict[str, Any]]:
     notes = check_committed(folder, FILES)
     for name in (HEAD_FILE, FULL_FILE):
         if (folder / name).is_file():
-            return names_of_classes(_read_metadata(folder / name), folder), notes
+            return names_of_classes(_read_tensors(folder / name, only_metadata=True)[1], folder), notes
     return None, notes
 
 
@@ -333,26 +333,17 @@ def expected_scaling(config: LoraConfig, module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def _read_tensors(path: Path) -> tuple[State, dict[str, Any]]:
+def _read_tensors(path: Path, *, only_metadata: bool = False) -> tuple[State, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as handle:
             metadata = dict(handle.metadata() or {})
-            tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}  # noqa: SIM118
+            names = [] if only_metadata else sorted(handle.keys())
+            tensors = {name: handle.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise UserError(
             f"{path} is damaged or no safetensors file ({error}); save or copy it again"
         ) from error
     return tensors, {key: _decoded(value) for key, value in metadata.items()}
-
-
-def _read_metadata(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt") as handle:
-            return {key: _decoded(value) for key, value in dict(handle.metadata() or {}).items()}
-    except SafetensorError as error:
-        raise UserError(
-            f"{path} is damaged or no safetensors file ({error}); save or copy it again"
-        ) from error
 
 
 def _decoded(value: str) -> Any:
