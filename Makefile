@@ -32,5 +32,5 @@ check: $(STAMP) ## lint and type check
 bench: $(STAMP) ## run the benchmarks
 	$(BIN)/python -m benchmarks
 
-clean: ## remove the environment and what runs left behind
-	rm -rf $(VENV) runs build *.egg-info
+clean: ## remove the environment and build products; runs/ holds results and stays
+	rm -rf $(VENV) build *.egg-info

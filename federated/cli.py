@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import io
 import logging
 import os
 import sys
@@ -191,6 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command; ends with exit code 2 on bad input."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that a terminal cannot show ends nothing
+            stream.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app(args=None if arguments is None else list(arguments))
@@ -198,6 +202,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         message = Text.assemble(("error:", "bold red"), f" {error}")
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
+    except OSError as error:  # a disk that fills, a folder that goes away: nothing that a trace explains
+        where = f" ({error.filename})" if error.filename else ""
+        message = Text.assemble(("error:", "bold red"), f" {error.strerror or error}{where}")
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

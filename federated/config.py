@@ -94,6 +94,8 @@ class FederationSection(Section):
     """Clients sampled a round; all of them when not given."""
     timeout_seconds: float = Field(3600.0, gt=0)
     """For all clients of a phase; a worker is ended then, but in one process a running client ends late."""
+    keep_best: bool = True
+    """Keep the best round's adapter in ``adapter_best/``; the server's test rows choose, so flatter it."""
 
 
 class ClientSection(Section):

@@ -7,7 +7,7 @@ same object, so that one frozen base model serves all simulated clients.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from federated.aggregators import Aggregator, ServerState, cut_to_rank
 from federated.base_weights import BaseWeights
@@ -31,6 +31,7 @@ from federated.savings import ModelSizes
 from federated.seeding import generator
 from federated.speed.feature_cache import FeatureCaches, build_feature_caches
 from federated.speed.spare_memory import return_freed_memory
+from federated.trained_record import notes_of
 from lora.adapters import factor_pairs, scalings, unwrap
 from lora.checkpoint import save_full_checkpoint, save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
@@ -234,13 +235,32 @@ class Experiment:
         labels = self.data.labels() if self.data.label_column else None
         save_partition(self.partition, path, labels, self.data.class_names)
 
-    def save_adapter(self, folder: Path, *, server_round: int, final: float) -> None:
-        """Write the global adapter in PEFT's format, or the full model where there are no adapters."""
-        metrics = {self.headline_metric: final}
+    @functools.cached_property
+    def notes(self) -> dict[str, Any]:
+        """What the manifests beside the weights say of the run."""
+        return notes_of(self.config, self.data)
+
+    def save_adapter(
+        self,
+        folder: Path,
+        *,
+        server_round: int,
+        final: float,
+        products: Mapping[str, Sequence[Tensor]] | None = None,
+    ) -> None:
+        """Write the global adapter in PEFT's format, or the full model where there are no adapters.
+
+        Args:
+            folder: Committed whole.
+            server_round: The round that the weights are of.
+            final: Its headline metric.
+            products: What was merged into each base weight.
+        """
+        about: dict[str, Any] = {"server_round": server_round, "metrics": {self.headline_metric: final}}
         if self.config.uses_adapters:
-            save_lora_adapters(self.model, folder, server_round=server_round, metrics=metrics)
+            save_lora_adapters(self.model, folder, products=products, notes=self.notes, **about)
         else:
-            save_full_checkpoint(self.model, folder, server_round=server_round, metrics=metrics)
+            save_full_checkpoint(self.model, folder, notes=self.notes, **about)
 
 
 def experiment_of(run_config: Mapping[str, Any]) -> Experiment:
@@ -264,14 +284,18 @@ def _cached_experiment(config: str, overrides: str) -> Experiment:
     return build_experiment(parsed)
 
 
-def build_experiment(config: ExperimentConfig) -> Experiment:
+def build_experiment(config: ExperimentConfig, data: FederatedData | None = None) -> Experiment:
     """Load data and model, inject adapters, split the data over clients.
+
+    Args:
+        config: The run.
+        data: Its rows; loaded when not given.
 
     Raises:
         UserError: Something the configuration names is missing or does not fit the rest.
     """
     aggregator = build_aggregator(config)  # a wrong name should not come up after minutes of loading
-    data = load_run_data(config)
+    data = load_run_data(config) if data is None else data
     split = partition(
         data.train,
         name=config.partition.name,

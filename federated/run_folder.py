@@ -2,8 +2,8 @@
 
 ``config.yaml``, ``environment.json`` and ``partition.json`` are written before the first round; a line of
 ``metrics.jsonl``, the rows of ``communication.csv`` and TensorBoard events after each round; ``checkpoint/``
-holds the latest global state; ``summary.json`` and ``adapter/`` come at the end. Files appear whole or not
-at all.
+holds the latest global state, ``adapter_best/`` that of the best round; ``adapter/`` and ``summary.json``
+come at the end. Files appear whole or not at all. Pictures and events are best effort: no run ends for them.
 """
 
 from __future__ import annotations
@@ -22,41 +22,44 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from federated.config import ExperimentConfig, dump_config
-from models.errors import UserError
-from models.files import json_text, write_json, write_text
-from models.state import State, save_state
+from federated.run_place import ENVIRONMENT_FILE, claim, release
+from models.files import BestEffort, errors_named, json_text, write_json, write_text
 
-_MARKER = "config.yaml"
 _PACKAGES = ("fedlora", "torch", "transformers", "peft", "flwr", "flwr-datasets", "datasets", "numpy")
 
 
 class RunFolder:
-    """Writes a run's files under ``path``.
+    """Writes a run's files under ``path``, which is locked until ``close``.
 
     Args:
         path: The folder; it must not exist unless ``overwrite``.
         config: The resolved configuration.
-        overwrite: Replace an earlier run's folder. A folder that is not a run's is never removed.
+        overwrite: Replace an earlier run's files. What no run wrote is never removed.
 
     Raises:
-        UserError: The folder exists and may not be replaced.
+        UserError: The folder exists and may not be replaced, is in use, or cannot be written.
     """
 
     def __init__(self, path: Path, config: ExperimentConfig, *, overwrite: bool = False) -> None:
         self.path = path
-        check_free(path, overwrite=overwrite)
-        if path.exists():
-            shutil.rmtree(path)
-        path.mkdir(parents=True)
-        write_text(path / _MARKER, dump_config(config))
-        write_json(path / "environment.json", describe_environment(config))
-        (path / "metrics.jsonl").touch()
+        self._lock: int | None = claim(path, overwrite=overwrite)
+        write_json(path / ENVIRONMENT_FILE, describe_environment(config))
+        write_text(path / "config.yaml", dump_config(config))
+        write_text(path / "metrics.jsonl", "")
         self._writer: SummaryWriter | None = None
+        self._has_events = True
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Append one round to ``metrics.jsonl`` and to the TensorBoard events."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.path / "metrics.jsonl"
+        with errors_named(path), path.open("a", encoding="utf-8") as file:
             file.write(json_text(line, sort_keys=True) + "\n")
+        if self._has_events:
+            with BestEffort("writing TensorBoard events", "; metrics.jsonl has every value") as attempt:
+                self._append_events(line)
+            self._has_events = not attempt.failed
+
+    def _append_events(self, line: dict[str, Any]) -> None:
         if self._writer is None:
             self._writer = SummaryWriter(str(self.path))
         for key, value in line.items():
@@ -64,20 +67,25 @@ class RunFolder:
                 self._writer.add_scalar(key, value, line["server_round"])
         self._writer.flush()
 
-    def save_checkpoint(self, state: State, *, server_round: int) -> None:
-        """Replace the checkpoint by the global state after ``server_round``."""
-        folder = self.path / "checkpoint"
-        folder.mkdir(exist_ok=True)
-        save_state(state, folder / "state.safetensors", {"server_round": str(server_round)})
-
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``."""
         write_json(self.path / "summary.json", summary)
 
     def close(self) -> None:
-        """Finish the TensorBoard events."""
-        if self._writer is not None:
-            self._writer.close()
+        """Finish the TensorBoard events and give up the folder; a second call does nothing."""
+        if self._writer is not None and self._has_events:
+            with BestEffort("closing TensorBoard events"):
+                self._writer.close()
+        if self._lock is not None:
+            release(self.path, self._lock)
+        self._writer = self._lock = None
+
+    def write_report(self) -> None:
+        """Draw the report, best effort: the results are there without it."""
+        with BestEffort("drawing the report", f"; the run is complete, try: fedlora report {self.path}"):
+            from federated.reporting.report import write_report  # here: it imports the plotting library
+
+            write_report(self.path)
 
 
 def describe_environment(config: ExperimentConfig) -> dict[str, Any]:
@@ -99,20 +107,6 @@ def describe_environment(config: ExperimentConfig) -> dict[str, Any]:
         "commit": _commit(),
         "seed": config.seed,
     }
-
-
-def check_free(path: Path, *, overwrite: bool) -> None:
-    """Make sure that a run may be written to ``path``, without touching it.
-
-    Raises:
-        UserError: It exists and may not be replaced, or is not a run folder.
-    """
-    if not path.exists():
-        return
-    if not overwrite:
-        raise UserError(f"{path} already exists: pass --overwrite to replace it, or set output.name=OTHER")
-    if not path.is_dir() or (any(path.iterdir()) and not (path / _MARKER).is_file()):
-        raise UserError(f"{path} is not a run folder (it has no {_MARKER}): it is not overwritten")
 
 
 def cpu_name() -> str:

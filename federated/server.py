@@ -7,7 +7,9 @@ each node which client it is.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from federated.aggregators import Limits
 from federated.answers import ShardSizes
-from federated.checkpoint import ServerCheckpoint, save_server_checkpoint
+from federated.checkpoint import ServerCheckpoint, save_checkpoint
 from federated.engines.metered import MeteredGrid, enter, wire_sizes
 from federated.experiment import Experiment, experiment_of
 from federated.foreign_text import shown
@@ -28,12 +30,11 @@ from federated.learnable import check_can_learn
 from federated.ledger import Ledger
 from federated.messages import CLIENT_ID, SERVER_ROUND
 from federated.payload import CONFIG, METRICS
-from federated.round_record import RoundRecord, best_value, curve_lines
+from federated.round_record import SCORED_BY, RoundRecord, best_value, curve_lines
 from federated.run_folder import RunFolder, peak_memory_bytes
 from federated.savings import Bandwidth, communication_summary
 from federated.seeding import generator
 from federated.strategy import LoRAStrategy, Ranks
-from lora.base_delta import save_base_delta
 from models.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Served:
     started: float = field(default_factory=time.perf_counter)
     round_started: float = field(default_factory=time.perf_counter)
     lines: list[dict[str, Any]] = field(default_factory=list)
+    best: tuple[int, float] | None = None
 
 
 def serve(
@@ -173,10 +175,15 @@ def close_round(served: Served, server_round: int) -> MetricRecord | None:
     served.lines.append(line)
     served.folder.append_metrics(line)
     served.ledger.write_csv(served.folder.path / "communication.csv")
-    served.folder.save_checkpoint(served.strategy.server_state.state, server_round=server_round)
     strategy = served.strategy
-    checkpoint = ServerCheckpoint(strategy.server_state, strategy.versions, strategy.current_ranks)
-    save_server_checkpoint(served.folder.path / "checkpoint", checkpoint)
+    save_checkpoint(
+        served.folder.path / "checkpoint",
+        strategy.server_state.state,
+        server_round=server_round,
+        server=ServerCheckpoint(strategy.server_state, strategy.versions, strategy.current_ranks),
+        notes=experiment.notes,
+    )
+    keep_best(served, line)
     if served.display is not None:
         served.display.round_done(line)
     return None
@@ -196,11 +203,40 @@ def round_line(record: RoundRecord, ledger: Ledger) -> dict[str, Any]:
     return line
 
 
+def keep_best(served: Served, line: Mapping[str, Any]) -> None:
+    """Keep the weights of a round that is better than all before it, by the server's own evaluation.
+
+    Round 0, before training, counts as it does in the summary.
+    """
+    experiment = served.experiment
+    value = line.get(experiment.headline_metric)
+    if not experiment.config.federation.keep_best or SCORED_BY in line or value is None or math.isnan(value):
+        return
+    if not experiment.aggregator.has_global_model or not (served.best is None or value > served.best[1]):
+        return
+    served.best = (line["server_round"], value)
+    save_global(served, "adapter_best", server_round=line["server_round"], metric=value)
+
+
+def save_global(served: Served, name: str, *, server_round: int, metric: float) -> None:
+    """Write the global model's trained part into a folder of the run."""
+    experiment, server_state = served.experiment, served.strategy.server_state
+    load_global_state(experiment, server_state)
+    experiment.save_adapter(
+        served.folder.path / name,
+        server_round=server_round,
+        final=metric,
+        products={module: smallest_form(delta) for module, delta in server_state.base_delta.items()},
+    )
+
+
 def finish(served: Served) -> dict[str, Any]:
-    """Write what comes at the end: the adapter, ``summary.json`` and the report."""
+    """Write what comes at the end: the adapter, ``summary.json`` and, where that can be done, the report."""
     experiment, folder = served.experiment, served.folder
     metric = experiment.headline_metric
     values = [line[metric] for line in served.lines if metric in line]
+    last_round = served.lines[-1]["server_round"]
+    save_global(served, "adapter", server_round=last_round, metric=values[-1])
     bandwidth = Bandwidth(
         experiment.config.communication.uplink_mbps, experiment.config.communication.downlink_mbps
     )
@@ -209,26 +245,18 @@ def finish(served: Served) -> dict[str, Any]:
         "zero_shot": values[0],
         "final": values[-1],
         "best": best_value(curve_lines(served.lines), metric, default=values[-1]),
-        "rounds": served.lines[-1]["server_round"],
+        "rounds": last_round,
         "seconds": round(time.perf_counter() - served.started, 3),
         "peak_memory_bytes": peak_memory_bytes(),
         "caches": list(experiment.caches.notes),
         "parameters": experiment.parameter_counts(),
         "communication": communication_summary(served.ledger, experiment.model_sizes(), bandwidth),
     }
-    server_state = served.strategy.server_state
-    load_global_state(experiment, server_state)
-    experiment.save_adapter(folder.path / "adapter", server_round=summary["rounds"], final=summary["final"])
-    products = {module: smallest_form(delta) for module, delta in server_state.base_delta.items()}
-    save_base_delta(
-        experiment.model, folder.path / "adapter", products, server_round=server_state.server_round
-    )
+    if served.best is not None:
+        summary["best_round"] = served.best[0]
     folder.write_summary(summary)
-    folder.close()
     if experiment.config.output.report:
-        from federated.reporting.report import write_report  # here: it imports the plotting library
-
-        write_report(folder.path)
+        folder.write_report()
     return summary
 
 
@@ -242,9 +270,9 @@ def main(grid: Grid, context: Context) -> None:
     clients = ask_client_ids(grid, experiment.num_clients, ledger, timeout=timeout)
     name = str(context.run_config.get("run-dir") or "")
     path = Path(name) if name else Path(config.output.root) / f"{config.output.name}-{context.run_id}"
-    folder = RunFolder(path, config)
-    experiment.save_partition(folder.path / "partition.json")
-    serve(grid, experiment, clients, folder, ledger=ledger)
+    with contextlib.closing(RunFolder(path, config)) as folder:
+        experiment.save_partition(folder.path / "partition.json")
+        serve(grid, experiment, clients, folder, ledger=ledger)
 
 
 def ask_client_ids(grid: Grid, num_clients: int, ledger: Ledger, *, timeout: float) -> dict[int, int]:

@@ -16,7 +16,8 @@ from federated.engines.workers import check_workers
 from federated.experiment import CONFIG_KEY, experiment_of
 from federated.learnable import check_can_learn
 from federated.reporting.console import RunDisplay
-from federated.run_folder import RunFolder, check_free
+from federated.run_folder import RunFolder
+from federated.run_place import check_free, run_path
 from federated.server import serve
 from federated.speed.batched_clients import batched_clients
 
@@ -41,12 +42,10 @@ def run_experiment(
     run_config = {CONFIG_KEY: dump_config(config)}
     with limited_threads(config.engine.threads):
         check_workers(config.engine.workers)
-        path = Path(config.output.root) / str(config.output.name or "run")
+        path = run_path(config.output.root, "run" if config.output.name is None else config.output.name)
         check_free(path, overwrite=overwrite)
         experiment = experiment_of(run_config)
         check_can_learn(experiment)
-        folder = RunFolder(path, config, overwrite=overwrite)
-        experiment.save_partition(folder.path / "partition.json")
         on_reply = None if display is None else display.client_done
         grid = InProcessGrid(
             client_app,
@@ -62,9 +61,14 @@ def run_experiment(
             experiment.caches.captions.read_known()
             experiment.train_images.pixel_values([0])
         clients = {client_id: node_id_of(client_id) for client_id in range(experiment.num_clients)}
-        with contextlib.closing(grid), display if display is not None else contextlib.nullcontext():
+        with (
+            contextlib.closing(grid),
+            contextlib.closing(RunFolder(path, config, overwrite=overwrite)) as folder,
+            display if display is not None else contextlib.nullcontext(),
+        ):
+            experiment.save_partition(folder.path / "partition.json")
             serve(grid, experiment, clients, folder, display)
-    return folder.path
+    return path
 
 
 @contextlib.contextmanager

@@ -6,11 +6,13 @@ Written after a run (and by the server between rounds); read before round 1 or f
     adapter_model.safetensors   factors under `base_model.model.` + path inside the CLIP, and, so named too,
                                 trained biases and temperature
     head.safetensors            what lies outside the CLIP: the head, or its adapter
+    base_delta.safetensors      what was merged into the base weights, if anything (`lora.base_delta`)
+    manifest.json               the files with their SHA-256 (`models.committed_folders`)
 
 The first two load in plain `peft.PeftModel.from_pretrained` on the CLIP. The safetensors metadata carry the
-round or epoch, the base model's name, hashes of all its weights, how its inputs are prepared, its classes,
-our LoRAConfig and the metrics. Each file is written beside its place and renamed, so that an interrupted save
-leaves the old file.
+round or epoch, the base model's name, hashes of all its weights, how its inputs are prepared, our LoRAConfig,
+the metrics and, where there is a head, its classes. A folder is committed whole: an interrupted save leaves
+the old one.
 """
 
 from __future__ import annotations
@@ -19,9 +21,7 @@ import copy
 import json
 import logging
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ import torch
 from peft import LoraConfig
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from lora.adapters import (
     DEFAULT_ADAPTER,
@@ -43,11 +43,13 @@ from lora.adapters import (
     scalings,
     unwrap,
 )
+from lora.base_delta import BASE_DELTA_FILE, save_base_delta
 from lora.base_identity import base_digests
 from lora.biases import is_bias, trained_in_base
 from lora.config import LoRAConfig
 from lora.input_identity import input_settings
 from lora.peft_settings import check_peft_settings
+from models.committed_folders import check_committed, committed_folder, current_folder
 from models.errors import UserError
 from models.files import json_text
 from models.state import State, save_state
@@ -57,6 +59,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE, ADAPTER_FILE, HEAD_FILE = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
 FULL_FILE = "model.safetensors"
+FILES = (CONFIG_FILE, ADAPTER_FILE, HEAD_FILE, BASE_DELTA_FILE, FULL_FILE)
+CLASS_NAMES = "class_names"
 PEFT_PREFIX = "base_model.model."
 
 
@@ -73,6 +77,8 @@ class AdapterFile:
         base_model: Name of the base model, "" if unknown.
         metadata: The file's metadata: server_round, epoch, metrics, base_sample, base_sha256, inputs,
             class_names, templates, as far as present.
+        class_names: Of the head's outputs, in order; None where the file does not say.
+        notes: What the folder's manifest says of the run.
     """
 
     folder: Path
@@ -82,9 +88,11 @@ class AdapterFile:
     lora_config: LoRAConfig | None = None
     base_model: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def save_lora_adapters(
+def save_lora_adapters(  # noqa: PLR0913 -- what goes into the metadata, one by one
     model: nn.Module,
     folder: str | Path,
     *,
@@ -92,22 +100,28 @@ def save_lora_adapters(
     epoch: int | None = None,
     metrics: Mapping[str, float] | None = None,
     adapter_name: str = DEFAULT_ADAPTER,
+    products: Mapping[str, Sequence[Tensor]] | None = None,
+    notes: Mapping[str, Any] | None = None,
+    full: bool = False,
 ) -> Path:
     """Write one adapter, trained biases, temperature and head as a PEFT folder.
 
     Args:
         model: A wrapper, a federated model or a bare CLIP with adapters.
-        folder: Created if need be; the three files in it are replaced.
+        folder: Created if need be; what an earlier save wrote there is replaced.
         server_round: Goes into the metadata.
         epoch: Likewise.
         metrics: Likewise.
         adapter_name: Which adapter.
+        products: What was merged into each base weight, as `save_base_delta` takes it.
+        notes: What the manifest says of the run, JSON values.
+        full: Write every weight as well, as `save_full_checkpoint` does.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: the model has no such adapter.
+        UserError: the model has no such adapter, or the folder cannot be written.
     """
     root = unwrap(model)
     if not adapter_parameters(root, adapter_name):
@@ -119,15 +133,15 @@ def save_lora_adapters(
     metadata = _metadata(root, **about, metrics=metrics)
     inside, outside = _split_state(root, adapter_name)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        fresh = Path(temporary)
+    with committed_folder(folder, FILES, notes=notes) as fresh:
         if inside:
             _exported_config(root, adapter_name).save_pretrained(str(fresh))
             save_state({PEFT_PREFIX + name: t for name, t in inside.items()}, fresh / ADAPTER_FILE, metadata)
         if outside:
             save_state(outside, fresh / HEAD_FILE, metadata)
-        _move_into_place(fresh, folder, (CONFIG_FILE, ADAPTER_FILE, HEAD_FILE))
+        save_base_delta(root, fresh, products or {}, server_round=server_round or 0)
+        if full:
+            _write_full(root, fresh, metadata)
     logger.info("saved adapter %s to %s", adapter_name, folder)
     return folder
 
@@ -139,14 +153,14 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         UserError: there is no such folder, it is no PEFT folder, a file is missing or damaged, or the adapter
             uses something that is not plain LoRA.
     """
-    folder = Path(folder)
+    folder = current_folder(Path(folder))
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder that holds {CONFIG_FILE}")
     head, head_metadata = _read_tensors(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else ({}, {})
     if not (folder / CONFIG_FILE).is_file():
         if not head:
             raise UserError(f"{folder} is no PEFT adapter: {CONFIG_FILE} is missing")
-        return _adapter_file(folder, {}, head, None, head_metadata)
+        return _adapter_file(folder, ({}, head), None, head_metadata)
     if not (folder / ADAPTER_FILE).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         remedy = "save it again with safe_serialization=True" if pickled else "copy the whole folder"
@@ -159,7 +173,8 @@ def read_adapter(folder: str | Path) -> AdapterFile:
         raise UserError(
             f"{folder}: {len(foreign)} arrays are not plain LoRA, first {foreign[0]}; merge it in PEFT first"
         )
-    return _adapter_file(folder, state, head, peft_config, metadata)
+    metadata |= {CLASS_NAMES: head_metadata[CLASS_NAMES]} if CLASS_NAMES in head_metadata else {}
+    return _adapter_file(folder, (state, head), peft_config, metadata)
 
 
 def save_full_checkpoint(
@@ -169,16 +184,12 @@ def save_full_checkpoint(
     server_round: int | None = None,
     epoch: int | None = None,
     metrics: Mapping[str, float] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write every weight (base, adapters, head) to `model.safetensors`; else as `save_lora_adapters`."""
-    root = unwrap(model)
-    metadata = _metadata(root, server_round=server_round, epoch=epoch, metrics=metrics)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in root.state_dict().items()}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        save_state(state, Path(temporary) / FULL_FILE, metadata)
-        _move_into_place(Path(temporary), folder, (FULL_FILE,))
+    root, folder = unwrap(model), Path(folder)
+    with committed_folder(folder, FILES, notes=notes) as fresh:
+        _write_full(root, fresh, _metadata(root, server_round=server_round, epoch=epoch, metrics=metrics))
     return folder
 
 
@@ -188,10 +199,40 @@ def read_full_checkpoint(folder: str | Path) -> tuple[State, dict[str, Any]]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    path = Path(folder) / FULL_FILE
+    folder = current_folder(Path(folder))
+    path = folder / FULL_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing; was the model saved with save_only_trainable: true?")
+    check_committed(folder, FILES)
     return _read_tensors(path)
+
+
+def read_notes(folder: Path) -> tuple[tuple[str, ...] | None, dict[str, Any]]:
+    """Return what an adapter folder or full checkpoint says without its weights being read.
+
+    Returns:
+        The classes of the head, in order, None where no file says; the manifest's notes.
+
+    Raises:
+        UserError: a file is damaged, missing or changed.
+    """
+    notes = check_committed(folder, FILES)
+    for name in (HEAD_FILE, FULL_FILE):
+        if (folder / name).is_file():
+            return names_of_classes(_read_tensors(folder / name, only_metadata=True)[1], folder), notes
+    return None, notes
+
+
+def names_of_classes(metadata: Mapping[str, Any], source: str | Path) -> tuple[str, ...] | None:
+    """Return the classes of the head, in order, from a file's metadata; None where it does not say.
+
+    Raises:
+        UserError: they are no list of texts.
+    """
+    names = metadata.get(CLASS_NAMES)
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{source}: {CLASS_NAMES} is no list of class names; copy the folder again")
+    return None if names is None else tuple(names)
 
 
 def saved_config(metadata: Mapping[str, Any], source: str) -> LoRAConfig | None:
@@ -252,6 +293,17 @@ def _metadata(root: nn.Module, **extra: Any) -> dict[str, str]:
     }
 
 
+def _class_names(root: nn.Module) -> dict[str, str]:
+    """Metadata of a file that holds a head: which class each output is."""
+    names = getattr(root, "class_names", None)
+    return {} if names is None else {CLASS_NAMES: json.dumps(list(names))}
+
+
+def _write_full(root: nn.Module, folder: Path, metadata: Mapping[str, str]) -> None:
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in root.state_dict().items()}
+    save_state(state, folder / FULL_FILE, {**metadata, **_class_names(root)})
+
+
 def _split_state(root: nn.Module, adapter_name: str) -> tuple[State, State]:
     """What lies inside the CLIP (by name there) and outside it (by wire name), detached on the CPU."""
     _, prefix = clip_of(root)
@@ -292,22 +344,12 @@ def expected_scaling(config: LoraConfig, module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def _move_into_place(fresh: Path, folder: Path, names: Sequence[str]) -> None:
-    """Rename finished files into `folder`; those of `names` that this save does not have go away."""
-    for name in names:
-        if (fresh / name).is_file():
-            with (fresh / name).open("rb+") as handle:
-                os.fsync(handle.fileno())
-            os.replace(fresh / name, folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
-
-
-def _read_tensors(path: Path) -> tuple[State, dict[str, Any]]:
+def _read_tensors(path: Path, *, only_metadata: bool = False) -> tuple[State, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as handle:
             metadata = dict(handle.metadata() or {})
-            tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}  # noqa: SIM118
+            names = [] if only_metadata else sorted(handle.keys())
+            tensors = {name: handle.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise UserError(
             f"{path} is damaged or no safetensors file ({error}); save or copy it again"
@@ -338,16 +380,21 @@ def _read_peft_config(folder: Path) -> LoraConfig:
 
 
 def _adapter_file(
-    folder: Path, state: State, head: State, peft_config: LoraConfig | None, metadata: dict[str, Any]
+    folder: Path,
+    states: tuple[State, State],
+    peft_config: LoraConfig | None,
+    metadata: dict[str, Any],
 ) -> AdapterFile:
     return AdapterFile(
         folder=folder,
-        state=state,
-        head=head,
+        state=states[0],
+        head=states[1],
         peft_config=peft_config,
         lora_config=saved_config(metadata, str(folder)),
         base_model=str(
             metadata.get("base_model") or (peft_config and peft_config.base_model_name_or_path) or ""
         ),
         metadata=metadata,
+        class_names=names_of_classes(metadata, folder),
+        notes=check_committed(folder, FILES),
     )

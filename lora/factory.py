@@ -22,7 +22,6 @@ from lora.checkpoint import (
     FULL_FILE,
     HEAD_FILE,
     read_adapter,
-    save_full_checkpoint,
     save_lora_adapters,
 )
 from lora.clip_wrapper import CLIPLoRAWrapper
@@ -150,9 +149,8 @@ class LoRAModelManager:
     ) -> Path:
         """Write adapters and head; with `save_only_trainable: false` every weight as well."""
         folder = self.root / _checked(name)
-        save_lora_adapters(model, folder, server_round=server_round, epoch=epoch, metrics=metrics)
-        if not getattr(model, "lora_config", LoRAConfig()).save_only_trainable:
-            save_full_checkpoint(model, folder, server_round=server_round, epoch=epoch, metrics=metrics)
+        full = not getattr(model, "lora_config", LoRAConfig()).save_only_trainable
+        save_lora_adapters(model, folder, server_round=server_round, epoch=epoch, metrics=metrics, full=full)
         return folder
 
     def load_model(self, name: str, model: nn.Module) -> nn.Module:
@@ -191,7 +189,7 @@ class LoRAModelManager:
     def list_models(self) -> list[str]:
         """Names of the saved models, sorted."""
         marks = (CONFIG_FILE, HEAD_FILE)
-        return sorted({path.parent.name for mark in marks for path in self.root.glob(f"*/{mark}")})
+        return sorted({path.parent.name for mark in marks for path in self.root.glob(f"[!.]*/{mark}")})
 
     def _folder(self, name: str) -> Path:
         folder = self.root / _checked(name)

@@ -198,16 +198,16 @@ def in_class_order(model: nn.Module, found: AdapterFile) -> AdapterFile:
     Raises:
         UserError: The classes differ, or the head's adapter was trained on other prompts.
     """
-    root, theirs = unwrap(model), found.metadata.get("class_names")
+    root, theirs = unwrap(model), found.class_names
     mine = getattr(root, "class_names", None)
-    if not found.head or not mine or not isinstance(theirs, list):
+    if not found.head or not mine or theirs is None:
         return found
     templates = found.metadata.get("templates")
     if any(factor_of(name) for name in found.head) and templates not in (None, list(root.templates)):
         raise UserError(
             f"{found.folder}: its head was adapted with templates {templates}; set task.templates so"
         )
-    if list(mine) == theirs:
+    if tuple(mine) == theirs:
         return found
     if sorted(mine) != sorted(theirs) or len(set(mine)) < len(mine):
         others = sorted(set(mine) ^ set(theirs))

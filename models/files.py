@@ -1,20 +1,25 @@
 """Files written whole or not at all: a run that is killed leaves the old file, never half of the new one.
 
-Used wherever anything is written: run folders, ledgers, reports, checkpoints, what commands leave.
+Used wherever anything is written: run folders, ledgers, reports, checkpoints, what commands leave. A file is
+on the disk before it takes its name, so that a loss of power leaves no empty one either.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
 from numbers import Real
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from models.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -25,23 +30,41 @@ def written_whole(path: Path) -> Iterator[Path]:
         UserError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.part")
+    with errors_named(path):
+        try:
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def errors_named(path: Path) -> Iterator[None]:
+    """Turn the system's errors of a block that writes ``path`` into a UserError that names it."""
     try:
-        yield temporary
-        os.replace(temporary, path)
+        yield
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
+
+
+def sync(path: Path) -> None:
+    """Have the system put a file, or the names in a folder, on the disk before anything else is done."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(number)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8.
+    r"""Write a text file in UTF-8; what UTF-8 has no form for (half a surrogate pair) becomes ``\udc80``.
 
     Raises:
         UserError: the file cannot be written.
     """
     with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def json_text(value: Any, **options: Any) -> str:
@@ -70,3 +93,32 @@ def write_json(path: Path, value: Any) -> None:
         UserError: the file cannot be written.
     """
     write_text(path, json_text(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+class BestEffort:
+    """A block whose failure is told and does not end what it belongs to.
+
+    Args:
+        what: Is being written, for the message.
+        remedy: How it can be had later.
+    """
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        """Remember the words."""
+        self.what, self.remedy = what, remedy
+        self.failed = False
+
+    def __enter__(self) -> BestEffort:
+        """Begin."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """Tell of a failure and go on; an interrupt or the end of the program is none."""
+        self.failed = kind is not None and issubclass(kind, Exception)
+        if self.failed:
+            log.warning(
+                "%s failed (%s: %s)%s", self.what, getattr(kind, "__name__", kind), error, self.remedy
+            )
+        return self.failed

@@ -511,6 +511,9 @@ def test_search_opens_the_run_that_made_the_index_and_notices_when_it_changed(ru
     assert fedlora(capsys, "search", path, "red", "--model", run)[0] == 0  # the same weights elsewhere
     change_adapter(copy / "adapter")
     code, _, error = fedlora(capsys, "search", path, "red")
+    assert (code, "is damaged: adapter_model" in error) == (2, True)
+    (copy / "adapter" / "manifest.json").unlink()  # as another training would leave it: all of one piece
+    code, _, error = fedlora(capsys, "search", path, "red")
     assert code == 2
     assert "other weights" in error
 

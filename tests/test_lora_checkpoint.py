@@ -28,6 +28,7 @@ from lora.config import LoRAConfig, TowerOverride
 from lora.injection import inject_lora
 from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.clip import FederatedCLIPModel
+from models.committed_folders import MANIFEST_FILE
 from models.errors import UserError
 from models.state import save_state
 from tests.lora_models import BACKENDS, disturb, features, outputs, small_clip, small_config
@@ -175,14 +176,14 @@ def test_an_adapter_of_the_head_alone_is_saved_and_loaded(
     wrapper = CLIPLoRAWrapper(federated, config).apply_lora_to_federated_model()
     disturb(wrapper)
     save_lora_adapters(wrapper, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [HEAD_FILE]
+    assert {path.name for path in tmp_path.iterdir()} == {HEAD_FILE, MANIFEST_FILE}
     other = FederatedCLIPModel(str(small_clip_folder), 3, class_names=("cat", "dog", "red car"))
     load_lora_adapters(other, tmp_path)
     assert all(torch.equal(t, wrapper.get_state()[n]) for n, t in other.get_state().items())
 
 
 def test_nothing_is_pickled_and_nothing_left_lying_about(saved: Path) -> None:
-    assert {path.name for path in saved.iterdir()} == {CONFIG_FILE, ADAPTER_FILE}
+    assert {path.name for path in saved.iterdir()} == {CONFIG_FILE, ADAPTER_FILE, MANIFEST_FILE}
 
 
 def test_an_interrupted_save_leaves_the_old_files(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +193,7 @@ def test_an_interrupted_save_leaves_the_old_files(saved: Path, monkeypatch: pyte
         raise OSError("disk full")
 
     monkeypatch.setattr("lora.checkpoint.save_state", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         save_lora_adapters(adapted(LoRAConfig(r=5)), saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
@@ -313,6 +314,7 @@ def test_full_checkpoints_hold_every_weight(backend: str, tmp_path: Path) -> Non
 def test_a_damaged_file_beside_the_adapter_changes_nothing(saved: Path) -> None:
     wrong = {"vision_model.encoder.layers.0.self_attn.q_proj.dense": torch.ones(3, 3)}
     half = {"vision_model.encoder.layers.0.self_attn.q_proj.left": torch.ones(16, 1)}
+    (saved / MANIFEST_FILE).unlink()
     for content, message in (
         (b"no tensors", "damaged"),
         (save(wrong), "does not fit"),

@@ -98,13 +98,17 @@ def prepare(  # noqa: PLR0913 - the command's options
     """
     from federated.data.folders import prepare_folder
     from federated.reporting.console import print_table
+    from federated.run_place import check_place
     from federated.standalone.result_tables import class_table
 
+    check_place(target, "name another TARGET")
     if (classes is None) == (flat is None):
         raise UserError(
             "give either --classes A,B (empty folders to fill) or --from FLAT (a folder to split)"
         )
     names = None if classes is None else [name.strip() for name in classes.split(",")]
+    for name in names or ():
+        check_place(target / name, "give --classes other names")
     with progress_bar("images") as report:
         counts = prepare_folder(
             target,

@@ -223,7 +223,10 @@ def compare(
     """
     from federated.reporting.compare import compare_runs, terminal_tables, write_comparison
     from federated.reporting.console import print_note, print_table
+    from federated.run_place import check_place
 
+    if output is not None:
+        check_place(output, "name another folder with --output")
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; --output takes a folder")
     console, comparison = Console(), compare_runs(runs, target=target)

@@ -49,6 +49,7 @@ class FederatedData:
         picture_column: likewise rows of the same picture, one for each of its captions; a picture is in the
             gallery of retrieval once.
         num_skipped: rows left out, for a corrupt image or an empty field.
+        drawn: splits that the source does not bring, drawn from train by the seed.
     """
 
     train: Dataset
@@ -63,6 +64,7 @@ class FederatedData:
     concept_column: str | None = None
     picture_column: str | None = None
     num_skipped: int = 0
+    drawn: tuple[str, ...] = ()
 
     def split(self, name: str) -> Dataset:
         """Return the split called "train", "validation" or "test".
@@ -219,10 +221,11 @@ def completed(
         **meaning: the other fields of ``FederatedData``.
     """
     train, test = splits["train"], splits.get("test")
+    drawn = ("test",) if test is None else ()
     if test is None:
         logger.warning("no test split: %.0f %% of the training samples are set apart", 100 * test_fraction)
         groups = row_groups(train, meaning["concept_column"], meaning["picture_column"])
         train, test = split_off(
             train, test_fraction, rng, label_column=meaning["label_column"], groups=groups
         )
-    return FederatedData(train=train, validation=splits.get("validation"), test=test, **meaning)
+    return FederatedData(train=train, validation=splits.get("validation"), test=test, drawn=drawn, **meaning)

@@ -79,16 +79,18 @@ def load_data(
         if len(rows) == 0:
             key = "data.options" if path is None else f"data.path={path}"
             raise UserError(f"data source {source!r} has no {split} samples; check {key}")
-    train, validation = data.train, data.validation
+    train, validation, drawn = data.train, data.validation, data.drawn
     if validation is None and validation_fraction > 0:
         train, validation = split_off(
             train, validation_fraction, rng, label_column=data.label_column, groups=data.groups()
         )
+        drawn = (*drawn, "validation")
     data = replace(
         data,
         train=_at_most(train, max_train_samples, data.label_column, rng),
         validation=validation and _at_most(validation, max_validation_samples, data.label_column, rng),
         test=_at_most(data.test, max_test_samples, data.label_column, rng),
+        drawn=drawn,
     )
     logger.info(
         "%s: %d train, %d validation, %d test samples, %d corrupt left out",

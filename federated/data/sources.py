@@ -115,6 +115,7 @@ def digits(rng: np.random.Generator, *, test_fraction: float = 0.2) -> Federated
         caption_column=None,
         domain_column=None,
         name="digits",
+        drawn=("test",),
     )
 
 

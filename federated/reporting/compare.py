@@ -29,7 +29,7 @@ from federated.reporting.wording import (
     metric_label,
 )
 from models.errors import UserError
-from models.files import json_text, write_text
+from models.files import BestEffort, errors_named, json_text, write_text
 
 COST_COLUMNS = ("MB up", "MB down", "parameters sent", "time", "peak memory")
 """Columns of a comparison that have a table of their own in the terminal."""
@@ -121,7 +121,8 @@ def write_comparison(
     comparison = _compare(runs, target)
     rows = comparison.rows
     folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    with errors_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     curves = []
     for row, run in zip(rows, runs, strict=True):
         try:
@@ -130,8 +131,9 @@ def write_comparison(
             continue
     text = to_markdown(rows) + "".join(f"\n{_escape(note)}\n" for note in comparison.notes)
     if curves:
-        save_png(plots.metric_by_bytes_of_runs(curves, rows[0].metric), folder / "comparison.png")
-        text += "\n![metric against bytes sent](comparison.png)\n"
+        with BestEffort("drawing comparison.png"):
+            save_png(plots.metric_by_bytes_of_runs(curves, rows[0].metric), folder / "comparison.png")
+            text += "\n![metric against bytes sent](comparison.png)\n"
     write_text(folder / "comparison.json", to_json(rows))
     write_text(folder / "comparison.csv", to_csv(rows))
     path = folder / "comparison.md"

@@ -23,7 +23,7 @@ from federated.reporting.round_table import failure_table, round_table, saving_t
 from federated.reporting.run_record import RunRecord, read_run
 from federated.reporting.wording import MISSING, metric_label
 from federated.savings import FULL_MODEL
-from models.files import write_text
+from models.files import BestEffort, errors_named, write_text
 
 _IN_CARDS = ("zero_shot", "final", "best", "rounds", "seconds", "peak_memory_bytes", "parameters")
 _SHOWN_ELSEWHERE = frozenset({"headline_metric", "communication", *_IN_CARDS})
@@ -128,20 +128,24 @@ def _pictures(run: RunRecord) -> list[Picture]:
         ),
     )
     folder = run.directory / "plots"
-    folder.mkdir(exist_ok=True)
+    with errors_named(folder):
+        folder.mkdir(exist_ok=True)
     shown = makers if run.kind.has_clients else makers[:1]  # the others are of clients and what they send
     return [_picture(folder, name, title, caption, make) for name, title, caption, make in shown]
 
 
 def _picture(folder: Path, name: str, title: str, caption: str, make: Callable[[], Figure]) -> Picture:
     title = title[0].upper() + title[1:]
-    try:
-        figure = make()
-    except plots.MissingData as missing:
-        (folder / f"{name}.png").unlink(missing_ok=True)
-        return Picture(name, title, caption, None, str(missing))
-    save_png(figure, folder / f"{name}.png")
-    return Picture(name, title, caption, Markup(inline_svg(figure, name, title)))
+    with BestEffort(f"drawing {name}"):
+        try:
+            figure = make()
+        except plots.MissingData as missing:
+            (folder / f"{name}.png").unlink(missing_ok=True)
+            return Picture(name, title, caption, None, str(missing))
+        picture = Picture(name, title, caption, Markup(inline_svg(figure, name, title)))
+        save_png(figure, folder / f"{name}.png")
+        return picture
+    return Picture(name, title, caption, None, "it could not be drawn; the log says why")
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, list[str]]]:

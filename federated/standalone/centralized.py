@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from federated.checkpoint import save_checkpoint
 from federated.config import (
     AggregationSection,
     CommunicationSection,
@@ -31,7 +32,8 @@ from federated.experiment import Experiment, build_experiment
 from federated.learnable import check_can_learn
 from federated.ledger import Ledger
 from federated.round_record import best_value
-from federated.run_folder import RunFolder, check_free, peak_memory_bytes
+from federated.run_folder import RunFolder, peak_memory_bytes
+from federated.run_place import check_free, run_path
 from federated.seeding import generator, scoped_torch_rng
 from federated.simulation import limited_threads
 from federated.standalone.early_stopping import BestSoFar
@@ -125,7 +127,7 @@ def train_centrally(
             longer a number.
     """
     config = central_config(config)
-    path = Path(config.output.root) / str(config.output.name or "training")
+    path = run_path(config.output.root, "training" if config.output.name is None else config.output.name)
     check_free(path, overwrite=overwrite)
     with limited_threads(config.engine.threads):
         experiment = build_experiment(config)
@@ -252,12 +254,14 @@ def evaluate_epoch(training: Training, epoch: int) -> dict[str, float]:
     is_best = training.best.update(epoch, validation[training.best.metric])
     if is_best or not experiment.config.train.keep_best or not training.kept:
         training.kept, training.kept_epoch = experiment.model.get_state(), epoch
-        training.folder.save_checkpoint(training.kept, server_round=epoch)
+        save_checkpoint(
+            training.folder.path / "checkpoint", training.kept, server_round=epoch, notes=experiment.notes
+        )
     return {**test, **{f"validation_{key}": value for key, value in validation.items()}}
 
 
 def finish(training: Training) -> None:
-    """Put the kept weights into the model; write the adapter, ``summary.json`` and the report."""
+    """Put the kept weights into the model; write adapter, ``summary.json`` and, if possible, the report."""
     experiment, folder, metric = training.experiment, training.folder, training.experiment.headline_metric
     experiment.model.set_state(training.kept)
     by_epoch = {line["server_round"]: line for line in training.lines}
@@ -288,6 +292,4 @@ def finish(training: Training) -> None:
         }
     )
     if experiment.config.output.report:
-        from federated.reporting.report import write_report  # here: it imports the plotting library
-
-        write_report(folder.path)
+        folder.write_report()

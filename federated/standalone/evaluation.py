@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from federated.checkpoint import SERVER_FILE, load_server_checkpoint
-from federated.config import AggregationSection, load_config
+from federated.builders import load_run_data
+from federated.checkpoint import CHECKPOINT_FILES, SERVER_FILE, STATE_FILE, load_server_checkpoint
+from federated.config import AggregationSection, ExperimentConfig, load_config
 from federated.data.loading import ImageTensors, image_tensors
 from federated.experiment import Experiment, build_experiment
 from federated.global_model import load_global_state
 from federated.learnable import check_can_score
 from federated.progress import Report, quiet
 from federated.reporting.plot_style import save_png
+from federated.run_place import check_place
 from federated.simulation import limited_threads
 from federated.standalone.centralized import one_shard
 from federated.standalone.detailed_metrics import (
@@ -33,20 +36,33 @@ from federated.standalone.detailed_metrics import (
     predict_classes,
 )
 from federated.standalone.trained_models import (
+    NAME_AN_ADAPTER,
     check_global_model,
+    check_names,
     has_global_model,
     load_adapter_or_checkpoint,
+    record_of_adapter,
+    record_of_run,
 )
+from federated.trained_record import TrainedRecord, check_rows, matched_classes
 from lora.base_check import check_base_model
 from lora.checkpoint import ADAPTER_FILE, read_adapter
+from models.committed_folders import check_committed, current_folder
 from models.errors import UserError
-from models.files import write_json, write_text
+from models.files import BestEffort, errors_named, write_json, write_text
 from models.training import Batch
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("test", "validation")
 REPORT_FILE, RESULTS_FILE = "evaluation_report.txt", "evaluation_results.json"
+FREE = (
+    *("data.", "evaluation.", "cache.", "engine.", "output.", "task.templates"),
+    *("model.device", "model.dtype", "model.num_classes"),
+)
+HELD = ("data.validation_fraction",)
+"""Keys that an evaluation of a run may change, by their beginning, and exceptions."""
+
 AGREEMENT = 2e-3
 """By how much the headline metric may differ from what the run wrote down before somebody is told: other
 batch sizes and machines round differently, which moves a few images in ten thousand."""
@@ -86,6 +102,8 @@ def evaluate_source(
         raise UserError(f"there is no split {split!r}: choose one of {', '.join(SPLITS)}")
     run = run_folder(source)
     config = load_config(source if run is None else run / "config.yaml", overrides)
+    if run is not None:
+        check_held(run, config)
     default = Path(config.output.root) / f"{config.output.name}-evaluation_{split}"
     folder = output or (default if run is None else run / f"evaluation_{split}")
     if run is not None and adapter is None:
@@ -93,8 +111,13 @@ def evaluate_source(
     elif not has_global_model(config):  # it would ask for clients that evaluate, and there are none here
         config = config.model_copy(update={"aggregation": AggregationSection()})
     check_outputs(folder, overwrite=overwrite)
+    record = record_of(run, adapter)
     with limited_threads(config.engine.threads):
-        experiment = build_experiment(one_shard(config))
+        data = load_run_data(config)
+        check_rows(record, config, data, split)
+        if config.task.name == "classification" or (run is not None and config.task.name == "zero_shot"):
+            data = matched_classes(data, record, needed=config.task.name == "classification")
+        experiment = build_experiment(one_shard(config), data)
         check_can_score(experiment)
         images = split_images(experiment, split)
         trained = load_trained(experiment, run, adapter, any_base=any_base)
@@ -120,6 +143,48 @@ def run_folder(source: str | Path) -> Path | None:
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} is not a run folder (it has no config.yaml): give a run or a configuration")
     return path
+
+
+def check_held(run: Path, config: ExperimentConfig) -> None:
+    """Make sure that a configuration leaves a run as it was trained: seed, rows, model and method hold.
+
+    Raises:
+        UserError: It changes one of them.
+    """
+    before, now = (
+        dict(leaves(tree.model_dump(mode="json"))) for tree in (load_config(run / "config.yaml"), config)
+    )
+    changed = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and (key in HELD or not key.startswith(FREE))
+    ]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"{run} was trained with {key}={before.get(key)}, and is evaluated as it was trained: {key}="
+            f"{now.get(key)} would be another model or other rows, some of them trained on. Leave {key} out"
+        )
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of a tree."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def record_of(run: Path | None, adapter: Path | None) -> TrainedRecord:
+    """Return what is known of the training behind the weights that are evaluated."""
+    if adapter is not None:
+        return record_of_adapter(adapter)
+    if run is None:
+        return TrainedRecord(Path())
+    record = record_of_run(run)
+    check_names(run, load_config(run / "config.yaml"), record.class_names)
+    return record
 
 
 def split_images(experiment: Experiment, split: str) -> ImageTensors:
@@ -153,14 +218,14 @@ def load_trained(
         return str(adapter)
     if run is None:
         return "none (untrained)"
-    if (run / "adapter" / ADAPTER_FILE).is_file() and not any_base:
-        check_base_model(experiment.model, read_adapter(run / "adapter"))
+    folder, trained = current_folder(run / "checkpoint"), current_folder(run / "adapter")
+    check_committed(folder, CHECKPOINT_FILES, remedy=NAME_AN_ADAPTER)
+    if (trained / ADAPTER_FILE).is_file() and not any_base:
+        check_base_model(experiment.model, read_adapter(trained))
     try:
-        return load_checkpoint(experiment, run / "checkpoint")
+        return load_checkpoint(experiment, folder)
     except SafetensorError as error:
-        raise UserError(
-            f"{run / 'checkpoint'} is damaged ({error}): name an adapter with --adapter"
-        ) from error
+        raise UserError(f"{folder} is damaged ({error}): {NAME_AN_ADAPTER}") from error
 
 
 def load_checkpoint(experiment: Experiment, folder: Path) -> str:
@@ -172,7 +237,7 @@ def load_checkpoint(experiment: Experiment, folder: Path) -> str:
     if (folder / SERVER_FILE).is_file():
         load_global_state(experiment, load_server_checkpoint(folder).server)
         return str(folder / SERVER_FILE)
-    path = folder / "state.safetensors"
+    path = folder / STATE_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: nothing was trained yet; name an adapter with --adapter")
     experiment.model.set_state(load_file(path))
@@ -221,6 +286,7 @@ def check_outputs(folder: Path, *, overwrite: bool) -> None:
     Raises:
         UserError: One is there already, or the place is taken by a file.
     """
+    check_place(folder, "name another folder with --output")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give --output a folder")
     if not overwrite and any((folder / name).exists() for name in (REPORT_FILE, RESULTS_FILE)):
@@ -230,13 +296,15 @@ def check_outputs(folder: Path, *, overwrite: bool) -> None:
 def write_evaluation(
     folder: Path, detailed: DetailedMetrics, *, source: str, split: str, trained: str
 ) -> None:
-    """Write the report, the results and the pictures."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the results and the report, then the pictures if possible."""
+    with errors_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     head = f"{source}, split {split}\ntrained weights: {trained}\n\n"
-    for name, figure in detailed.figures.items():
-        save_png(figure, folder / f"{name}.png")
     write_json(
         folder / RESULTS_FILE,
         {"source": source, "split": split, "trained": trained, **detailed.results},
     )
     write_text(folder / REPORT_FILE, head + detailed.report)
+    for name, figure in detailed.figures.items():
+        with BestEffort(f"drawing {name}.png"):
+            save_png(figure, folder / f"{name}.png")

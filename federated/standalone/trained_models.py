@@ -7,19 +7,38 @@ model and the task, ``adapter/`` the trained part, ``partition.json`` the classe
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from federated.aggregators import aggregator_from_name
-from federated.builders import build_model, load_run_data, usable_device
+from federated.builders import build_model, usable_device
+from federated.checkpoint import CHECKPOINT_FILES
 from federated.config import ExperimentConfig, load_config
-from lora.checkpoint import CONFIG_FILE, FULL_FILE, HEAD_FILE, AdapterFile, read_adapter
+from federated.trained_record import TrainedRecord, record_from
+from lora.checkpoint import (
+    CONFIG_FILE,
+    FILES,
+    FULL_FILE,
+    HEAD_FILE,
+    AdapterFile,
+    read_adapter,
+    read_notes,
+)
 from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.clip import FederatedCLIPModel
+from models.committed_folders import check_committed, current_folder
 from models.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ADAPTER_FOLDERS = ("adapter", "adapter_best")
+"""Where a run keeps the trained part of its last and its best round."""
+
+NAME_AN_ADAPTER = "name an adapter with --adapter, or copy the whole run again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +86,16 @@ def open_model(
         UserError: it is none of them, incomplete, does not fit together, or there is no such device.
     """
     path, place = Path(source), usable_device(device, "--device cpu")
-    run = _run_of(path)
+    run = run_of(path)
     if run is not None or _is_adapter(path):
         if adapter is not None:
             raise UserError(f"{source} brings its own adapter; leave --adapter out, or give a model's name")
         if run is not None and base_model is not None:
             raise UserError(f"{source} belongs to a run, which names its base model; leave --model out")
-        if run is not None:
-            return _open_run(run, place, any_base=any_base)
-        return _open_adapter(path, base_model, place, any_base=any_base)
+        if run is None:
+            return _open_adapter(path, base_model, place, any_base=any_base)
+        folder = run / (path.name if path != run else "adapter")
+        return _open_run(run, place, folder, any_base=any_base)
     if base_model is not None:
         raise UserError(f"{source} is no run and no adapter, so --model {base_model} does not go with it")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -91,26 +111,72 @@ def open_model(
     return OpenedModel(_plain_model(name, 0, place))
 
 
-def _run_of(path: Path) -> Path | None:
-    """The run that a path stands for: itself, or the one whose ``adapter/`` it is."""
-    candidates = (path, path.parent) if path.name == "adapter" else (path,)
+def record_of_run(run: Path) -> TrainedRecord:
+    """Return what a run folder says of its training: the manifest of its weights, or its older files.
+
+    Raises:
+        UserError: ``partition.json`` or ``config.yaml`` cannot be read.
+    """
+    for name, files in (("checkpoint", CHECKPOINT_FILES), ("adapter", FILES)):
+        notes = check_committed(current_folder(run / name), files, remedy=NAME_AN_ADAPTER)
+        if notes:
+            return record_from(notes, run)
+    config = load_config(run / "config.yaml")
+    notes = {"seed": config.seed, "data": config.data.model_dump(mode="json")}
+    return record_from({**notes, "class_names": _listed_class_names(run)}, run)
+
+
+def record_of_adapter(adapter: Path) -> TrainedRecord:
+    """Return what an adapter, or a full checkpoint, says of its training: its files, or those of its run.
+
+    Raises:
+        UserError: It cannot be read, or is not as it was committed.
+    """
+    run, folder = run_of(adapter), current_folder(adapter)
+    if adapter.suffix in {".pt", ".pth"} or not folder.is_dir():
+        return TrainedRecord(adapter)
+    names, notes = read_notes(folder)
+    if not notes and run is not None:
+        record = record_of_run(run)
+        return record if names is None else replace(record, class_names=names)
+    if names is None and not notes and (folder / HEAD_FILE).is_file():
+        log.warning("%s does not name its classes: they are taken to be the data's, in their order", adapter)
+    return record_from(notes, adapter, names)
+
+
+def check_names(run: Path, config: ExperimentConfig, names: tuple[str, ...] | None) -> None:
+    """Make sure that a run says which classes its classifier knows.
+
+    Raises:
+        UserError: It does not; the data's classes may have changed since.
+    """
+    if names is None and config.task.name == "classification":
+        raise UserError(f"{run / 'partition.json'} is missing, which names the classes; copy the whole run")
+
+
+def run_of(path: Path) -> Path | None:
+    """Return the run that a path stands for: itself, or the one whose adapter, last or best, it is."""
+    candidates = (path, path.parent) if path.name in ADAPTER_FOLDERS else (path,)
     return next(
         (c for c in candidates if all((c / f).is_file() for f in ("config.yaml", "metrics.jsonl"))), None
     )
 
 
 def _is_adapter(path: Path) -> bool:
+    path = current_folder(path)
     return path.suffix in {".pt", ".pth"} or any((path / name).is_file() for name in (CONFIG_FILE, HEAD_FILE))
 
 
-def _open_run(run: Path, device: torch.device, *, any_base: bool) -> OpenedModel:
+def _open_run(run: Path, device: torch.device, folder: Path, *, any_base: bool) -> OpenedModel:
     config = load_config(run / "config.yaml")
-    folder = run / "adapter"
+    folder = current_folder(folder)
     if not folder.is_dir():
-        raise UserError(f"{run} has no adapter/: the run did not come to its end; let it finish first")
+        raise UserError(f"{run} has no {folder.name}/: the run did not come to its end; let it finish first")
     check_global_model(run, config)
     bare = config.model.model_copy(update={"type": "clip", "fine_tuning": "lora", "device": str(device)})
-    model = build_model(config.model_copy(update={"model": bare}), _class_names(run, config))
+    names = record_of_adapter(folder).class_names
+    check_names(run, config, names)
+    model = build_model(config.model_copy(update={"model": bare}), names)
     assert isinstance(model, FederatedCLIPModel)
     load_adapter_or_checkpoint(model, folder, any_base=any_base)
     return OpenedModel(
@@ -152,14 +218,14 @@ def check_global_model(run: Path, config: ExperimentConfig) -> None:
         )
 
 
-def _class_names(run: Path, config: ExperimentConfig) -> tuple[str, ...] | None:
-    """The classes that the run wrote down; from its data where it did not."""
+def _listed_class_names(run: Path) -> list[str] | None:
+    """The classes that a run wrote down beside its partition."""
     path = run / "partition.json"
     try:
-        names = json.loads(path.read_text(encoding="utf-8")).get("class_names") if path.is_file() else None
+        tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
-    return tuple(names) if names else load_run_data(config).class_names
+    return tree.get("class_names") if isinstance(tree, dict) else None
 
 
 def _open_adapter(
@@ -169,15 +235,25 @@ def _open_adapter(
     name = base_model or found.base_model
     if not name:
         raise UserError(f"{folder} does not name its base model; give it with --model")
-    model = _plain_model(name, _num_head_classes(found), device)
+    num_classes = _num_head_classes(found)
+    names = found.class_names
+    if names is not None and len(names) != num_classes:
+        raise UserError(
+            f"{folder} has a head for {num_classes} classes and names {len(names)}; copy it again"
+        )
+    model = _plain_model(name, num_classes, device, names)
     load_lora_adapters(model, folder, check_base=not any_base)
-    return OpenedModel(model.eval(), adapter=str(folder.resolve()))
+    return OpenedModel(model.eval(), adapter=str(folder.resolve()), uses_head=names is not None)
 
 
-def _plain_model(name: str, num_classes: int, device: torch.device) -> FederatedCLIPModel:
-    """A model without class names; with a head only where an adapter file brings one."""
+def _plain_model(
+    name: str, num_classes: int, device: torch.device, class_names: tuple[str, ...] | None = None
+) -> FederatedCLIPModel:
+    """A model with a head only where an adapter file brings one, and classes where that names them."""
     task = "classification" if num_classes else "zero_shot"
-    return FederatedCLIPModel(name, num_classes or 2, task=task, strategy="lora", device=device)
+    return FederatedCLIPModel(
+        name, num_classes or 2, class_names=class_names, task=task, strategy="lora", device=device
+    )
 
 
 def _num_head_classes(found: AdapterFile) -> int:
