@@ -39,6 +39,7 @@ DIVERGING = (
     "partition.local_test_fraction=0.5",
     "client.local_steps=1",
     "client.learning_rate=1e20",
+    "aggregation.max_update_ratio=1e30",
     "data.max_train_samples=40",
     "data.max_test_samples=20",
     "evaluation.clients=true",
@@ -149,7 +150,8 @@ def test_a_run_that_diverges_reports_no_accuracy_and_leaves_json(tmp_path: Path)
     lines = [strict(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["accuracy"] > 0.1
     assert (lines[1]["accuracy"], lines[1]["loss"]) == (None, None)
-    assert all(client["accuracy"] is None for client in lines[1]["clients"].values())
+    assert not any("accuracy" in client for client in lines[1]["clients"].values())
+    assert all("its eval_loss is nan" in failure["reason"] for failure in lines[1]["failed"])
     summary = strict((run / "summary.json").read_text())
     assert (summary["final"], summary["best"]) == (None, summary["zero_shot"])
     record = read_run(run)
