@@ -63,7 +63,8 @@ class BaseWeights:
             version: What the base is at afterwards.
 
         Raises:
-            UserError: This base is older than the sender believes, so the updates do not suffice.
+            UserError: This base is older than the sender believes, so the updates do not suffice; or one
+                does not fit.
         """
         if not updates or self.version >= version:
             return
@@ -74,6 +75,7 @@ class BaseWeights:
                 "aggregators that merge into the base need engine.name=inprocess, or one process a client"
             )
         for module, update in updates.items():
+            _check_shape(module, update, self._weights.get(module))
             pretrained = self._pretrained_weight(module)
             weight = self._weights[module]
             weight.copy_(fold(weight, pretrained, update, self.version))
@@ -97,3 +99,13 @@ class BaseWeights:
         if module not in self._pretrained:
             self._pretrained[module] = self._weights[module].detach().clone()
         return self._pretrained[module]
+
+
+def _check_shape(module: str, update: BaseUpdate, weight: Tensor | None) -> None:
+    """Raise UserError before an update of another shape is multiplied out, or spread over the weight."""
+    shapes = {tuple(term.shape) for _, term in update.terms}
+    if update.total is not None:
+        shapes.add(tuple(update.total.shape))
+    if weight is None or shapes != {tuple(weight.shape)}:
+        here = "no such weight" if weight is None else f"{tuple(weight.shape)}"
+        raise UserError(f"the downlink changes base weight {module} {sorted(shapes)}; this model has {here}")

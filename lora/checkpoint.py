@@ -24,13 +24,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from torch import nn
+from typing_extensions import TypedDict
 
 from lora.adapters import (
     DEFAULT_ADAPTER,
@@ -43,15 +43,65 @@ from lora.adapters import (
     unwrap,
 )
 from lora.biases import is_bias, is_temperature, trained_in_base
-from lora.config import LoRAConfig
+from lora.config import MAX_RANK, Bias, LoRAConfig
 from models.errors import UserError
 from models.state import State, save_state
+from models.untrusted import check, parse_json, parsing, read_json, read_tensors
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE, ADAPTER_FILE, HEAD_FILE = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
 FULL_FILE = "model.safetensors"
 PEFT_PREFIX = "base_model.model."
+MAX_PATTERN = 100_000
+"""Longest pattern for the names of modules; a list of every module of a CLIP has about 10,000 characters."""
+
+
+def _pattern(text: str) -> str:
+    """Return a regular expression whose matching takes no exponential time: no group of it is repeated."""
+    if len(text) > MAX_PATTERN or re.search(r"(?<!\\)\)[*+{]", text):
+        raise ValueError("a pattern that is too long, or that repeats a group")
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"no pattern for names of modules: {error}") from error
+    return text
+
+
+_Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+_Alpha = Annotated[int | float, Field(gt=0, allow_inf_nan=False)]
+_Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
+class _PeftFile(TypedDict, total=False):
+    """What is read of ``adapter_config.json``; PEFT looks at the rest."""
+
+    peft_type: Literal["LORA"]
+    base_model_name_or_path: str | None
+    r: _Rank
+    lora_alpha: _Alpha
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    bias: Bias
+    use_rslora: bool
+    target_modules: _Pattern | list[str] | None
+    exclude_modules: _Pattern | list[str] | None
+    rank_pattern: dict[_Pattern, _Rank] | None
+    alpha_pattern: dict[_Pattern, _Alpha] | None
+    layers_to_transform: list[int] | int | None
+    layers_pattern: list[_Pattern] | _Pattern | None
+
+
+class _Metadata(TypedDict, total=False):
+    """What is read of the metadata of a safetensors file."""
+
+    server_round: int
+    epoch: int
+    metrics: dict[str, Any]
+    base_sample: list[float]
+    lora_config: dict[str, Any]
+
+
+_PEFT_FILE, _METADATA = TypeAdapter(_PeftFile), TypeAdapter(_Metadata)
 
 
 @dataclass(frozen=True)
@@ -293,30 +343,23 @@ def _move_into_place(fresh: Path, folder: Path, names: Sequence[str]) -> None:
 
 
 def _read_tensors(path: Path) -> tuple[State, dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = dict(handle.metadata() or {})
-            tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(
-            f"{path} is damaged or no safetensors file ({error}); save or copy it again"
-        ) from error
-    return tensors, {key: _decoded(value) for key, value in metadata.items()}
+    tensors, metadata = read_tensors(path)
+    values = {key: _decoded(value, f"{path}, {key}") for key, value in metadata.items()}
+    check(_METADATA, values, path)
+    return tensors, values
 
 
-def _decoded(value: str) -> Any:
+def _decoded(value: str, source: str) -> Any:
+    """Return a value of the metadata: what is no JSON is a text."""
     try:
-        return json.loads(value)
-    except json.JSONDecodeError:
+        return parse_json(value.encode(), source)
+    except UserError:
         return value
 
 
 def _read_peft_config(folder: Path) -> LoraConfig:
     path = folder / CONFIG_FILE
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}); copy the folder again") from error
+    raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
         raise UserError(f"{path}: peft_type is {kind!r}; only LORA adapters can be loaded")
@@ -327,7 +370,9 @@ def _read_peft_config(folder: Path) -> LoraConfig:
     ]
     if unsupported:
         raise UserError(f"{path}: {unsupported} cannot be loaded here; merge that adapter in PEFT first")
-    config = LoraConfig.from_pretrained(str(folder))
+    check(_PEFT_FILE, raw, path)
+    with parsing(path, "is no configuration that PEFT accepts", "save the adapter again"):
+        config = LoraConfig.from_pretrained(str(folder))
     config.init_lora_weights = True
     return config
 

@@ -7,13 +7,9 @@ configuration's, so the figures agree with what the run wrote down for the same 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from federated.checkpoint import SERVER_FILE, load_server_checkpoint
 from federated.config import AggregationSection, load_config
@@ -22,6 +18,7 @@ from federated.experiment import Experiment, build_experiment
 from federated.global_model import load_global_state
 from federated.progress import Report, quiet
 from federated.reporting.plot_style import save_png
+from federated.run_files import Summary, read_run_file
 from federated.simulation import limited_threads
 from federated.standalone.centralized import one_shard
 from federated.standalone.detailed_metrics import (
@@ -37,6 +34,7 @@ from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.errors import UserError
 from models.files import write_json, write_text
 from models.training import Batch
+from models.untrusted import read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -144,12 +142,7 @@ def load_trained(experiment: Experiment, run: Path | None, adapter: Path | None)
         return str(adapter)
     if run is None:
         return "none (untrained)"
-    try:
-        return load_checkpoint(experiment, run / "checkpoint")
-    except SafetensorError as error:
-        raise UserError(
-            f"{run / 'checkpoint'} is damaged ({error}): name an adapter with --adapter"
-        ) from error
+    return load_checkpoint(experiment, run / "checkpoint")
 
 
 def load_checkpoint(experiment: Experiment, folder: Path) -> str:
@@ -164,7 +157,7 @@ def load_checkpoint(experiment: Experiment, folder: Path) -> str:
     path = folder / "state.safetensors"
     if not path.is_file():
         raise UserError(f"{path} is missing: nothing was trained yet; name an adapter with --adapter")
-    experiment.model.set_state(load_file(path))
+    experiment.model.set_state(read_tensors(path)[0])
     return str(path)
 
 
@@ -195,7 +188,7 @@ def compare_with_record(run: Path, detailed: DetailedMetrics) -> None:
     path = run / "summary.json"
     if not path.is_file():
         return
-    recorded = json.loads(path.read_text(encoding="utf-8")).get("final")
+    recorded = read_run_file(path, Summary).get("final")
     found = detailed.results[detailed.results["headline_metric"]]
     if isinstance(recorded, float) and abs(found - recorded) > AGREEMENT:
         log.warning(

@@ -6,7 +6,6 @@ model and the task, ``adapter/`` the trained part, ``partition.json`` the classe
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from federated.aggregators import aggregator_from_name
 from federated.builders import build_model, load_run_data, usable_device
 from federated.config import ExperimentConfig, load_config
+from federated.run_files import PartitionFile, read_run_file
 from lora.checkpoint import CONFIG_FILE, FULL_FILE, HEAD_FILE, AdapterFile, read_adapter
 from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.clip import FederatedCLIPModel
@@ -139,10 +139,7 @@ def check_global_model(run: Path, config: ExperimentConfig) -> None:
 def _class_names(run: Path, config: ExperimentConfig) -> tuple[str, ...] | None:
     """The classes that the run wrote down; from its data where it did not."""
     path = run / "partition.json"
-    try:
-        names = json.loads(path.read_text(encoding="utf-8")).get("class_names") if path.is_file() else None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    names = read_run_file(path, PartitionFile).get("class_names") if path.is_file() else None
     return tuple(names) if names else load_run_data(config).class_names
 
 
