@@ -122,13 +122,17 @@ class PartitionFile(_Part):
         return self
 
 
+class _WholeShard(_Shard):
+    indices: list[Count]
+
+
 class WholePartition(PartitionFile):
     """``partition.json``, as it is needed to make the same split again."""
 
     partitioner: str
     seed: int
     options: dict[str, Any] = {}
-    clients: list[_Shard]
+    clients: list[_WholeShard]
 
 
 class _Split(_Part):

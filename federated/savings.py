@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from federated.ledger import Ledger
-from federated.run_files import Summary, read_run_file
 
 BITS_PER_BYTE = 8
 BITS_PER_MEGABIT = 1_000_000
@@ -166,6 +165,8 @@ def _measured_cost(name: str, ledger: Ledger, base: int) -> _Cost:
 
 def _recorded_base_bytes(run_dir: Path) -> int:
     """Return what the run in ``run_dir`` says about its one-off base; 0 when it says nothing."""
+    from federated.run_files import Summary, read_run_file  # the command line starts without it
+
     path = run_dir / "summary.json"
     if not path.is_file():
         return 0

@@ -8,10 +8,12 @@ input becomes a ``UserError`` that names the source and, where there is one, the
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import re
 import stat
+import struct
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +39,7 @@ MOST_NAME_BYTES = 255
 
 _MOST_EXPANDED = 2 * MOST_YAML_BYTES  # characters and nodes of a YAML tree with its aliases written out
 _DEEPEST_YAML = 50
+_MOST_OPEN = 200  # brackets, those in texts and comments included
 _MOST_BITS = 64
 _NUM_FAULTS_SHOWN = 3
 
@@ -53,6 +56,7 @@ _MALFORMED: tuple[type[Exception], ...] = (
     EOFError,
     OSError,
     SyntaxError,
+    struct.error,
     tokenize.TokenError,
     yaml.YAMLError,
     SafetensorError,
@@ -206,6 +210,9 @@ def parse_yaml(text: str, source: object) -> Any:
     """
     if len(text) > MOST_YAML_BYTES:
         raise UserError(f"{source} has {len(text)} characters of YAML, at most {MOST_YAML_BYTES} are read")
+    depths = itertools.accumulate(1 if found[0] in "[{" else -1 for found in re.finditer(r"[][{}]", text))
+    if max(depths, default=0) > _MOST_OPEN:  # thousands in one line would take the parser seconds
+        raise UserError(f"{source} is not valid YAML (it is nested too deep); correct it there")
     with parsing(source, "is not valid YAML", "correct it there"):
         loader = yaml.SafeLoader(text)
         try:
@@ -214,6 +221,10 @@ def parse_yaml(text: str, source: object) -> Any:
                 return None
             _expanded_size(node, {}, _DEEPEST_YAML)
             return _plain(loader.construct_document(node))
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+            raise ValueError(f"{error.problem or error.context}{where}") from error
         finally:
             loader.dispose()
 
@@ -230,13 +241,13 @@ def _plain(value: Any, key: str = "") -> Any:
             _plain(inner, key)
     elif isinstance(value, str):
         if CONTROL.search(value):
-            raise ValueError(f"{key}: {shortened(ascii(value))} holds a character that is no text")
+            raise ValueError(f"{key or 'it'}: {shortened(ascii(value))} holds a character that is no text")
     elif isinstance(value, int) and value.bit_length() > _MOST_BITS:
-        raise ValueError(f"{key}: a number of {value.bit_length()} bits is too large")
+        raise ValueError(f"{key or 'it'}: a number of {value.bit_length()} bits is too large")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{key}: {value} is no finite number")
+        raise ValueError(f"{key or 'it'}: {value} is no finite number")
     elif value is not None and not isinstance(value, int | float):
-        raise ValueError(f"{key}: a {type(value).__name__} is not possible here; put it in quotes")
+        raise ValueError(f"{key or 'it'}: a {type(value).__name__} is not possible here; put it in quotes")
     return value
 
 

@@ -147,7 +147,7 @@ def unpack_downlink(state: Mapping[str, Tensor], meta: Mapping[str, object]) -> 
         UserError: A number of ``meta`` or a base update is none.
     """
     values, updates = split_updates(state)
-    version = _whole(meta, _VERSION, at_least=NEVER)
+    version = _whole(meta, _VERSION, at_least=0 if _SEED in meta else NEVER)
     fresh = FreshDraw(_whole(meta, _SEED, at_least=0), version) if _SEED in meta else None
     return Downlink(values, version, updates, fresh)
 
