@@ -10,6 +10,7 @@ of its clients: which version each holds and its present rank. What clients keep
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -79,7 +80,7 @@ def load_server_checkpoint(folder: Path) -> ServerCheckpoint:
         UserError: There is no such file, or it is damaged.
     """
     path = folder / SERVER_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path} is missing: the run stopped before its first round, start it again")
     tensors, metadata = read_tensors(path)
     found = {name: parse_json(text.encode(), f"{path}, {name}") for name, text in metadata.items()}

@@ -156,7 +156,7 @@ class Ledger:
         from models.untrusted import parsing, read_text  # not at the top: the command line starts without it
 
         path = Path(path)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"{path} does not exist: give the folder of a run that has started")
         lines = read_text(path).splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):

@@ -126,7 +126,7 @@ class _WholeShard(_Shard):
     indices: list[Count]
 
 
-class WholePartition(PartitionFile):
+class WholePartition(_Part):
     """``partition.json``, as it is needed to make the same split again."""
 
     partitioner: str

@@ -14,6 +14,7 @@ In plain PEFT: ``PeftModel.from_pretrained(clip, folder)``, then add each produc
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def read_base_delta(folder: str | Path, shapes: Mapping[str, torch.Size] | None 
         UserError: The file is damaged, or does not fit.
     """
     path = Path(folder) / BASE_DELTA_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
     state, _ = read_tensors(path)
     modules = sorted({name.rpartition(".")[0] for name in state})

@@ -179,15 +179,17 @@ def read_adapter(folder: str | Path) -> AdapterFile:
             uses something that is not plain LoRA.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; give the folder that holds {CONFIG_FILE}")
-    head, head_metadata = _read_tensors(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else ({}, {})
-    if not (folder / CONFIG_FILE).is_file():
+    head, head_metadata = (
+        _read_tensors(folder / HEAD_FILE) if os.path.isfile(folder / HEAD_FILE) else ({}, {})
+    )
+    if not os.path.isfile(folder / CONFIG_FILE):
         if not head:
             raise UserError(f"{folder} is no PEFT adapter: {CONFIG_FILE} is missing")
         return _adapter_file(folder, {}, head, None, head_metadata)
-    if not (folder / ADAPTER_FILE).is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
+    if not os.path.isfile(folder / ADAPTER_FILE):
+        pickled = os.path.isfile(folder / "adapter_model.bin")
         remedy = "save it again with safe_serialization=True" if pickled else "copy the whole folder"
         raise UserError(f"{folder}: {ADAPTER_FILE} is missing; {remedy}")
     peft_config = _read_peft_config(folder)
@@ -228,7 +230,7 @@ def read_full_checkpoint(folder: str | Path) -> tuple[State, dict[str, Any]]:
         UserError: the file is missing or damaged.
     """
     path = Path(folder) / FULL_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path} is missing; was the model saved with save_only_trainable: true?")
     return _read_tensors(path)
 

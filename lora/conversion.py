@@ -11,6 +11,7 @@ the three of q, k, v become one of rank 3 r, A stacked and B block-diagonal, whi
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import re
 import zipfile
@@ -73,7 +74,7 @@ def read_converted(path: Path, model: nn.Module) -> AdapterFile:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     remedy = "save tensors and plain values only, with torch.save"
     with parsing(path, "cannot be read safely", remedy, pickle.UnpicklingError, zipfile.BadZipFile):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,7 +136,7 @@ def read_index(path: str | Path) -> EmbeddingIndex:
     """
     array_path = Path(path)
     manifest = _read_manifest(_manifest_path(array_path))
-    if not array_path.is_file():
+    if not os.path.isfile(array_path):
         raise UserError(f"{array_path} is missing; write it with: fedlora encode MODEL FOLDER --output FILE")
     if content_hash(array_path) != manifest.array_sha256:
         raise UserError(f"{array_path} is not the file that its manifest describes; encode the folder again")
@@ -214,7 +215,7 @@ def _manifest_path(array_path: Path) -> Path:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(
             f"{path} is missing; an index is a file that `fedlora encode` wrote, with its manifest beside it"
         )
