@@ -210,7 +210,7 @@ def _check_layout(found: Layout, expected: Layout) -> None:
 
 def _shorten(names: list[str]) -> str:
     more = len(names) - _NUM_NAMES_SHOWN
-    return ", ".join(names[:_NUM_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(shortened, names[:_NUM_NAMES_SHOWN])) + (f" and {more} more" if more > 0 else "")
 
 
 # ---- records

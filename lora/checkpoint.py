@@ -44,7 +44,7 @@ from lora.adapters import (
 )
 from lora.biases import is_bias, is_temperature, trained_in_base
 from lora.config import MAX_RANK, Bias, LoRAConfig
-from models.errors import UserError
+from models.errors import UserError, shortened
 from models.state import State, save_state
 from models.untrusted import check, parse_json, parsing, read_json, read_tensors
 
@@ -364,7 +364,7 @@ def _read_peft_config(folder: Path) -> LoraConfig:
     raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
-        raise UserError(f"{path}: peft_type is {kind!r}; only LORA adapters can be loaded")
+        raise UserError(f"{path}: peft_type is {shortened(repr(kind))}; only LORA adapters can be loaded")
     unsupported = [
         k
         for k in ("use_dora", "modules_to_save", "target_parameters", "lora_bias", "fan_in_fan_out")

@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import re
+import reprlib
 import stat
 import struct
 import tokenize
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import yaml
 from pydantic import AfterValidator, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 from safetensors import SafetensorError, safe_open
 
 from models.errors import CONTROL, UserError, shortened
@@ -43,6 +45,8 @@ _MOST_OPEN = 200  # brackets, those in texts and comments included
 _MOST_BITS = 64
 _NUM_FAULTS_SHOWN = 3
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
 _ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
 _MALFORMED: tuple[type[Exception], ...] = (
     ValueError,  # and what is not Unicode
@@ -191,13 +195,15 @@ def check(kind: TypeAdapter[T], value: object, source: object) -> T:
 
 def _faults(error: ValidationError) -> str:
     details = error.errors(include_url=False)
-    lines = dict.fromkeys(
-        f"{shortened('.'.join(map(str, detail['loc']))) if detail['loc'] else 'the whole'}: "
-        f"{shortened(detail['msg'].removeprefix('Value error, '))} (got {shortened(repr(detail['input']))})"
-        for detail in details[:_NUM_FAULTS_SHOWN]
-    )
+    lines = dict.fromkeys(_fault(detail) for detail in details[:_NUM_FAULTS_SHOWN])
     more = len(details) - _NUM_FAULTS_SHOWN
     return "; ".join(lines) + (f"; and {more} more faults" if more > 0 else "")
+
+
+def _fault(detail: ErrorDetails) -> str:
+    field = shortened(".".join(map(str, detail["loc"]))) if detail["loc"] else "the whole"
+    wrong = shortened(detail["msg"].removeprefix("Value error, "))
+    return f"{field}: {wrong} (got {shortened(_REPR.repr(detail['input']))})"
 
 
 def parse_yaml(text: str, source: object) -> Any:
