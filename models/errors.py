@@ -14,7 +14,14 @@ where a whole round is skipped."""
 
 
 class UserError(ValueError):
-    """Bad input. The message names the file, key or client at fault and the remedy."""
+    """Bad input. The message names the file, key or client at fault and the remedy.
+
+    It may quote what others wrote: as a text it holds no control characters, wherever it is shown or sent.
+    """
+
+    def __str__(self) -> str:
+        """Return the message, printable."""
+        return printable(super().__str__())
 
 
 def install_command(extra: str) -> str:

@@ -189,6 +189,12 @@ def test_a_name_that_cannot_be_stored_or_shown_is_refused_in_words_that_can(name
     assert len(str(refused.value)) < 400
 
 
+def test_what_an_error_quotes_cannot_clear_the_screen() -> None:
+    assert str(UserError("no file a\0b\x1b[2J\udce9, line 1\nline 2")) == (
+        r"no file a\x00b\x1b[2J\udce9, line 1" + "\nline 2"
+    )
+
+
 def test_names_of_all_languages_pass() -> None:
     for name in ("T-shirt/top", "猫", "👩‍🔬", "a" * 255, "é"):
         assert checked_name(name) == name

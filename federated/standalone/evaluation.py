@@ -157,7 +157,11 @@ def load_checkpoint(experiment: Experiment, folder: Path) -> str:
     path = folder / "state.safetensors"
     if not path.is_file():
         raise UserError(f"{path} is missing: nothing was trained yet; name an adapter with --adapter")
-    experiment.model.set_state(read_tensors(path)[0])
+    try:
+        state, _ = read_tensors(path)
+    except UserError as error:
+        raise UserError(f"{folder} is damaged ({error}): name an adapter with --adapter") from error
+    experiment.model.set_state(state)
     return str(path)
 
 
