@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from federated.aggregators import NEVER, BaseDelta
+from federated.aggregators import NEVER, BaseDelta, BaseUpdate
 from lora.adapters import base_weights
 from lora.base_delta import pretrained_base_weights
 from models.errors import UserError
@@ -52,6 +52,15 @@ class BaseWeights:
         if self.version != version:
             self.hold(deltas)
             self.version, self.follow_server = version, True
+
+    def check(self, updates: Mapping[str, BaseUpdate]) -> None:
+        """Refuse updates that are no change of these weights, before they are multiplied out.
+
+        Raises:
+            UserError: There is no such weight, or it has another shape.
+        """
+        for module, update in updates.items():
+            _check_shape(module, update, self._weights.get(module))
 
     @torch.no_grad()
     def hold(self, deltas: Mapping[str, BaseDelta]) -> None:
@@ -93,3 +102,13 @@ class BaseWeights:
         if module not in self._pretrained:
             self._pretrained[module] = self._weights[module].detach().clone()
         return self._pretrained[module]
+
+
+def _check_shape(module: str, update: BaseUpdate, weight: Tensor | None) -> None:
+    """Raise UserError before an update of another shape is multiplied out, or spread over the weight."""
+    shapes = {tuple(term.shape) for _, term in update.terms}
+    if update.total is not None:
+        shapes.add(tuple(update.total.shape))
+    if weight is None or shapes != {tuple(weight.shape)}:
+        here = "no such weight" if weight is None else f"{tuple(weight.shape)}"
+        raise UserError(f"the downlink changes base weight {module} {sorted(shapes)}; this model has {here}")

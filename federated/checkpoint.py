@@ -10,20 +10,47 @@ clients keep lives in their ``Context.state``.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from safetensors import safe_open
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
-from federated.aggregators import ServerState, load_server, save_server
+from federated.aggregators import NEVER, ServerState, load_server, save_server
+from lora.config import MAX_RANK
 from models.committed_folders import check_committed, committed_folder, current_folder
 from models.errors import UserError
 from models.state import State, save_state
+from models.untrusted import check, parse_json, parsing, read_tensors
 
 SERVER_FILE, STATE_FILE = "server.safetensors", "state.safetensors"
 CHECKPOINT_FILES = (SERVER_FILE, STATE_FILE)
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Version = Annotated[int, Field(ge=NEVER, lt=2**63)]
+_ClientId = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
+
+
+class _Numbers(TypedDict):
+    """The aggregator's part of the metadata, ``save_server``'s numbers."""
+
+    server_round: _Count
+    scaling: dict[str, Annotated[float, Field(allow_inf_nan=False)]]
+    dense_versions: dict[str, _Version]
+
+
+class _Notes(TypedDict):
+    """The metadata of ``server.safetensors``."""
+
+    server: _Numbers
+    versions: dict[_ClientId, _Version]
+    ranks: dict[_ClientId, Annotated[int, Field(ge=1, le=MAX_RANK)]]
+
+
+_NOTES = TypeAdapter(_Notes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +108,15 @@ def load_server_checkpoint(folder: Path) -> ServerCheckpoint:
     folder = current_folder(folder)
     check_committed(folder, CHECKPOINT_FILES)
     path = folder / SERVER_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path} is missing: the run stopped before its first round, start it again")
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}  # noqa: SIM118
-        notes = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+    tensors, metadata = read_tensors(path)
+    found = {name: parse_json(text.encode(), f"{path}, {name}") for name, text in metadata.items()}
+    notes = check(_NOTES, found, path)
+    with parsing(path, "is no server's state", "copy the checkpoint again"):
+        server = load_server(tensors, notes["server"])
     return ServerCheckpoint(
-        server=load_server(tensors, notes["server"]),
+        server=server,
         versions={int(client_id): version for client_id, version in notes["versions"].items()},
         ranks={int(client_id): rank for client_id, rank in notes["ranks"].items()},
     )

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from federated.commands import data, inference, training
 from federated.commands.importing import modules_that_stay
-from models.errors import ROUND_FAILURE, UserError
+from models.errors import ROUND_FAILURE, UserError, printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -198,15 +198,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app(args=None if arguments is None else list(arguments))
-    except UserError as error:
-        message = Text.assemble(("error:", "bold red"), f" {error}")
+    except (UserError, OSError) as error:  # of the latter: a name that is too long, a full disk, ...
+        message = Text.assemble(("error:", "bold red"), f" {printable(str(error))}")
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except OSError as error:  # a disk that fills, a folder that goes away: nothing that a trace explains
-        where = f" ({error.filename})" if error.filename else ""
-        message = Text.assemble(("error:", "bold red"), f" {error.strerror or error}{where}")
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

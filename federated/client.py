@@ -146,6 +146,7 @@ def _merge(experiment: Experiment, context: Context, downlink: Downlink, since: 
     """
     _check_version(context, MERGED_VERSION, since)
     held_version = _version(context, MERGED_VERSION)
+    experiment.base.check(downlink.base_updates)
     merged = {module: BaseDelta(dense=total) for module, total in recall(context, MERGED).items()}
     for module, update in downlink.base_updates.items():
         merged[module] = merged.get(module, BaseDelta()).received(update, held_version)

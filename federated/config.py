@@ -8,6 +8,7 @@ configuration objects go no deeper than ``federated.builders`` and ``federated.e
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,21 +18,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from federated.config_errors import explain
 from federated.data.augment import augmentation_from
-from lora.config import LoRAConfig
-from models.errors import UserError
+from lora.config import MAX_RANK, LoRAConfig
+from models.errors import UserError, shortened
+from models.untrusted import MOST_YAML_BYTES, PathText, parse_yaml, read_text
 
 
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSection(Section):
     """Which CLIP, and what of it is fine-tuned."""
 
     type: Literal["clip", "clip_lora"] = "clip_lora"
-    model_name: str = "tiny"
+    model_name: PathText = "tiny"
     """``tiny`` (bundled), a hub name, a local folder in the hub's format, or ``open_clip:<architecture>``."""
     num_classes: int | None = Field(None, ge=2)
     """Checked against the data when given; taken from the data otherwise."""
@@ -59,7 +61,7 @@ class DataSection(Section):
 
     source: str = "fashion_mnist"
     """A registered source: fashion_mnist, emoji, digits (embedded), imagefolder, csv, hub."""
-    path: str | None = None
+    path: PathText | None = None
     """Folder, file or hub name of the sources that need one."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the source, such as ``language`` or ``skip_corrupt``."""
@@ -120,7 +122,7 @@ class ClientSection(Section):
     """SCAFFOLD: correct gradients by control variates, which double the payload both ways."""
     augmentation: dict[str, Any] = Field(default_factory=dict)
     """Options of ``federated.data.augment.Augmentation``, such as ``flip_probability``; empty: none."""
-    ranks: list[int] | None = Field(None, min_length=1)
+    ranks: list[Annotated[int, Field(le=MAX_RANK)]] | None = Field(None, min_length=1)
     """Adapter rank of each client, for aggregators that mix ranks; a shorter list is repeated (groups). The
     largest is ``lora.r``."""
 
@@ -216,7 +218,7 @@ class CacheSection(Section):
     """Tokens up to the longest text of a batch; false: the tower's whole context."""
     max_bytes: int = Field(1_000_000_000, ge=0)
     """Most memory for features and activations; rows beyond it are computed when they are asked for."""
-    folder: str | None = None
+    folder: PathText | None = None
     """Folder of memory-mapped temporary files that take the place of memory: for features and activations,
     and for the text tower where the run does not read it."""
 
@@ -243,8 +245,8 @@ class EngineSection(Section):
 class OutputSection(Section):
     """Where the run folder goes."""
 
-    root: str = "runs"
-    name: str | None = None
+    root: PathText = "runs"
+    name: PathText | None = None
     """Folder name under ``root``; the configuration's own name when not given."""
     report: bool = True
     """Draw ``report.html`` and ``plots/`` at the end, in some seconds; ``fedlora report`` does it later."""
@@ -331,13 +333,13 @@ def find_config(name_or_path: str | Path) -> Path:
         UserError: There is neither such a file nor such a name.
     """
     path = Path(name_or_path)
-    if path.is_file():
+    if os.path.isfile(path):  # False, too, for what cannot be a path
         return path
     shipped = config_folder() / f"{Path(name_or_path).name.removesuffix('.yaml')}.yaml"
-    if len(path.parts) == 1 and shipped.is_file():
+    if len(path.parts) == 1 and os.path.isfile(shipped):
         return shipped
     raise UserError(
-        f"no configuration {name_or_path}: give a YAML file or one of the shipped names "
+        f"no configuration {shortened(name_or_path)}: give a YAML file or one of the shipped names "
         f"{', '.join(shipped_names())}"
     )
 
@@ -356,10 +358,7 @@ def load_config(
         UserError: A missing file, YAML that does not parse, an unknown key or a value that does not fit.
     """
     path = find_config(name_or_path)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+    tree = parse_yaml(read_text(path, MOST_YAML_BYTES), path) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
     overridden = [_apply_override(tree, override) for override in overrides]
@@ -397,10 +396,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override {override!r} is not of the form key=value, such as federation.rounds=3")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"the value of {override!r} is not valid YAML: {error}") from error
+    value = parse_yaml(text, f"the value of {override!r}")
     key = key.strip()
     *parents, leaf = key.split(".")
     node = tree

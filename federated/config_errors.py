@@ -12,6 +12,8 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from models.errors import shortened
+
 COMMAND_LINE = "on the command line"
 """Where overrides are written."""
 
@@ -53,7 +55,7 @@ def _faults(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[str
         if detail["type"] == "extra_forbidden":
             yield dotted, f"unknown key {dotted}{_nearest([str(part) for part in location], root)}"
         elif dotted:
-            yield dotted, f"{dotted}: {words} (got {detail['input']!r})"
+            yield dotted, f"{dotted}: {words} (got {shortened(repr(detail['input']))})"
         else:
             yield dotted, words
 

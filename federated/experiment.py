@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from federated.aggregators import Aggregator, ServerState, cut_to_rank
@@ -40,6 +39,7 @@ from models.clip import FederatedCLIPModel
 from models.metrics import CONCEPT, PICTURE, TEXT
 from models.state import Layout, State, layout_of, num_values
 from models.training import Batch, TrainingSettings
+from models.untrusted import parse_yaml
 
 CONFIG_KEY, OVERRIDES_KEY = "config", "overrides"
 """Keys of Flower's run config: a configuration (name, path or YAML text) and ``key=value`` overrides."""
@@ -278,7 +278,7 @@ def experiment_of(run_config: Mapping[str, Any]) -> Experiment:
 @functools.lru_cache(maxsize=1)
 def _cached_experiment(config: str, overrides: str) -> Experiment:
     if "\n" in config:
-        parsed = parse_config(yaml.safe_load(config), source="the run config")
+        parsed = parse_config(parse_yaml(config, "the run config") or {}, source="the run config")
     else:
         parsed = load_config(config, overrides.split())
     return build_experiment(parsed)

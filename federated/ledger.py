@@ -19,7 +19,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from models.errors import UserError
+from models.errors import UserError, shortened
 from models.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ class Transfer:
 
 COLUMNS = tuple(field.name for field in fields(Transfer))
 _TEXT_COLUMNS = frozenset({"direction", "phase", "status"})
+MAX_ROUND = 1_000_000
+_MOST_DIGITS = 15  # a petabyte
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,18 +156,22 @@ class Ledger:
         Raises:
             UserError: the file is missing, has other columns, or a line that is no transfer.
         """
+        from models.untrusted import parsing, read_text  # not at the top: the command line starts without it
+
         path = Path(path)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"{path} does not exist: give the folder of a run that has started")
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = read_text(path).splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
             logger.warning("%s ends in the middle of a line; that line is left out", path)
             lines.pop()
         reader = csv.reader(lines)
-        header = tuple(next(reader, ()))
-        if header != COLUMNS:
-            raise UserError(f"{path}: the columns are {','.join(header)!r}, not {','.join(COLUMNS)!r}")
-        return cls(_parse(path, reader))
+        with parsing(path, "is no ledger", "give the file that a run wrote", csv.Error):
+            header = tuple(next(reader, ()))
+            if header != COLUMNS:
+                found = shortened(",".join(header))
+                raise UserError(f"{path}: the columns are {found!r}, not {','.join(COLUMNS)!r}")
+            return cls(_parse(path, reader))
 
 
 def _check_columns(columns: Iterable[str]) -> None:
@@ -212,6 +218,8 @@ def _parse(path: Path, reader: Iterable[list[str]]) -> Iterator[Transfer]:
         try:
             named = dict(zip(COLUMNS, cells, strict=True))
             values: dict[str, Any] = {k: v if k in _TEXT_COLUMNS else int(v) for k, v in named.items()}
+            if int(named["server_round"]) > MAX_ROUND or len(max(cells, key=len)) > _MOST_DIGITS:
+                raise ValueError("a number is too large")
             yield Transfer(**values)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: not a transfer ({error})") from error
+            raise UserError(f"{path}, line {number}: not a transfer ({shortened(error)})") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from datasets import Dataset
 from federated.data.partitioners import DOMAIN, LABEL, PARTITIONERS, ROW
 from federated.data.splits import IntArray, column_values, hold_out
 from federated.registry import Choice, build
+from federated.run_files import WholePartition, read_run_file
 from federated.seeding import generator
 from models.errors import UserError
 from models.files import write_text
@@ -177,15 +179,15 @@ def load_partition(path: Path | str) -> Partition:
     Raises:
         UserError: the file is missing, is no JSON, or lacks a key.
     """
+    if not os.path.isfile(path):
+        raise UserError(f"{path} does not exist; give the partition.json of a run folder")
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-        clients = sorted(document["clients"], key=lambda client: client["client_id"])
-        indices = tuple(np.asarray(client["indices"], dtype=np.int64) for client in clients)
-        return Partition(indices, document["partitioner"], document["seed"], document.get("options", {}))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; give the partition.json of a run folder") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no partition file ({error!r}); write it again with the run") from error
+        document = read_run_file(Path(path), WholePartition)
+    except UserError as error:
+        raise UserError(f"{path} is no partition file ({error}); write it again with the run") from error
+    clients = sorted(document["clients"], key=lambda client: client["client_id"])
+    indices = tuple(np.asarray(client["indices"], dtype=np.int64) for client in clients)
+    return Partition(indices, document["partitioner"], document["seed"], document.get("options", {}))
 
 
 def _light_dataset(

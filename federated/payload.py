@@ -21,15 +21,17 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.constant import SType
+from pydantic import FailFast, Field, TypeAdapter
 
-from models.errors import UserError
+from models.errors import UserError, shortened
 from models.state import FlatState, Layout, State, num_values, vector_of
+from models.untrusted import parse_json, parsing
 
 MetaValue = int | float | str | bytes | bool
 """What may stand in the config record beside the manifest."""
@@ -46,7 +48,21 @@ LARGEST_FP32 = float(np.finfo(np.float32).max)
 
 _CODEC, _DIGEST, _LENGTH, LAYOUT = "payload-codec", "payload-digest", "payload-bytes", "payload-layout"
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
-_MAX_LAYOUT_BYTES = 16_000_000  # of JSON; a full CLIP has about 30 kB
+_MAX_LAYOUT_BYTES = 8_000_000  # of JSON; a full CLIP has about 30 kB
+MOST_VALUES = 2**33
+"""Most values of a state; the largest CLIP has 5e9."""
+_LAYOUT = TypeAdapter(
+    Annotated[
+        tuple[
+            tuple[
+                Annotated[str, Field(max_length=1000)],
+                Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(max_length=8)],
+            ],
+            ...,
+        ],
+        FailFast(),
+    ]
+)
 _NUM_NAMES_SHOWN = 3
 
 
@@ -142,19 +158,22 @@ def layout_from_bytes(data: bytes) -> Layout:
     Raises:
         PayloadError: The bytes are no layout. They come from another machine, so nothing is assumed.
     """
+    source = "the payload's layout"
     try:
-        unzip = zlib.decompressobj()
-        rows = json.loads(unzip.decompress(data, _MAX_LAYOUT_BYTES))
-        layout = tuple((name, tuple(shape)) for name, shape in rows)
-    except (zlib.error, ValueError, TypeError) as error:
-        raise PayloadError(f"the payload's layout cannot be read: {error}") from error
-    valid = all(
-        isinstance(name, str) and all(type(size) is int and size >= 0 for size in shape)
-        for name, shape in layout
-    )
-    names = [name for name, _ in layout] if valid else []
-    if not valid or names != sorted(set(names)):
-        raise PayloadError("the payload's layout is not a sorted list of names and shapes")
+        with parsing(source, "cannot be read", "pack() makes it", zlib.error):
+            unzip = zlib.decompressobj()
+            text = unzip.decompress(data, _MAX_LAYOUT_BYTES)
+            if not unzip.eof or unzip.unused_data:
+                raise ValueError(f"it is cut off, or has more than {_MAX_LAYOUT_BYTES} bytes")
+        layout: Layout = parse_json(text, source, _LAYOUT)
+    except UserError as error:
+        raise PayloadError(str(error)) from error
+    names = [name for name, _ in layout]
+    if names != sorted(set(names)):
+        raise PayloadError(f"{source} is not a sorted list of names and shapes")
+    num = sum(math.prod(max(size, 1) for size in shape) for _, shape in layout)
+    if num > MOST_VALUES:
+        raise PayloadError(f"{source} claims {num} values, and at most {MOST_VALUES} are possible")
     return layout
 
 
@@ -191,7 +210,7 @@ def _check_layout(found: Layout, expected: Layout) -> None:
 
 def _shorten(names: list[str]) -> str:
     more = len(names) - _NUM_NAMES_SHOWN
-    return ", ".join(names[:_NUM_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(shortened, names[:_NUM_NAMES_SHOWN])) + (f" and {more} more" if more > 0 else "")
 
 
 # ---- records
@@ -256,9 +275,11 @@ def unpack(content: RecordDict, layout: Layout | None = None) -> Payload:
     try:
         buffer = _flat_values(arrays[FLAT])
     except (ValueError, TypeError, EOFError) as error:
-        raise PayloadError(f"the payload's array cannot be read: {error}") from error
+        raise PayloadError(f"the payload's array cannot be read: {shortened(error)}") from error
     if (length := config.pop(_LENGTH)) != buffer.nbytes:
-        raise PayloadError(f"the payload has {buffer.nbytes} bytes, its manifest says {length!r}")
+        raise PayloadError(
+            f"the payload has {buffer.nbytes} bytes, its manifest says {shortened(repr(length))}"
+        )
     return Payload(buffer=buffer, layout=known, codec=str(config.pop(_CODEC)), meta=config)
 
 
@@ -302,5 +323,7 @@ def _agreed_layout(travelled: object, digest: str, expected: Layout | None) -> L
     if known is None:
         raise PayloadError("the payload carries no layout: pass the layout of the state to unpack()")
     if digest != layout_digest(known):
-        raise PayloadError(f"the payload's layout has digest {digest}, expected {layout_digest(known)}")
+        raise PayloadError(
+            f"the payload's layout has digest {shortened(digest)}, expected {layout_digest(known)}"
+        )
     return known

@@ -8,7 +8,6 @@ clients must hold before they can start. kB and MB are powers of ten.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -166,11 +165,12 @@ def _measured_cost(name: str, ledger: Ledger, base: int) -> _Cost:
 
 def _recorded_base_bytes(run_dir: Path) -> int:
     """Return what the run in ``run_dir`` says about its one-off base; 0 when it says nothing."""
+    from federated.run_files import Summary, read_run_file  # the command line starts without it
+
     path = run_dir / "summary.json"
     if not path.is_file():
         return 0
-    communication = json.loads(path.read_text(encoding="utf-8")).get("communication", {})
-    return int(communication.get("one_off_base_bytes") or 0)
+    return read_run_file(path, Summary).get("communication", {}).get("one_off_base_bytes") or 0
 
 
 def _with_savings(cost: _Cost, reference: _Cost) -> ComparisonRow:

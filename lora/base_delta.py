@@ -13,19 +13,23 @@ In plain PEFT: ``PeftModel.from_pretrained(clip, folder)``, then add each produc
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora.adapters import base_weights, clip_of, unwrap
 from models.errors import UserError
 from models.state import save_state
+from models.untrusted import read_tensors
 
 BASE_DELTA_FILE = "base_delta.safetensors"
+MOST_VALUES = 2**28
+"""Most values of one base weight: CLIP's widest layers have about 2**26."""
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _PRETRAINED = "pretrained_base_weights"
 
 
@@ -59,31 +63,48 @@ def save_base_delta(
     return path
 
 
-def read_base_delta(folder: str | Path) -> dict[str, Tensor]:
+def read_base_delta(folder: str | Path, shapes: Mapping[str, torch.Size] | None = None) -> dict[str, Tensor]:
     """Return what is added to each base weight, (d_out, d_in), by module name inside the CLIP; empty if none.
 
+    Args:
+        folder: The adapter's folder.
+        shapes: Of the base weights by the same names; what does not fit them is refused, not multiplied out.
+
     Raises:
-        UserError: The file is damaged.
+        UserError: The file is damaged, or does not fit.
     """
     path = Path(folder) / BASE_DELTA_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
+    state, _ = read_tensors(path)
+    modules = sorted({name.rpartition(".")[0] for name in state})
+    return {module: _product(state, module, path, shapes) for module in modules}
+
+
+def _product(
+    state: Mapping[str, Tensor], module: str, path: Path, shapes: Mapping[str, torch.Size] | None
+) -> Tensor:
+    """Return what is added to one base weight; its shape is checked before it is multiplied out."""
+    dense, left, right = (state.get(f"{module}.{part}") for part in ("dense", "left", "right"))
+    factors = [part for part in (left, right) if part is not None] if dense is None else [dense]
+    if dense is None and (left is None or right is None):
+        raise UserError(f"{path}: {module} lacks 'dense', or 'left' and 'right'; copy it again")
+    kinds = {part.dtype for part in factors}
+    if any(part.ndim != 2 for part in factors) or len(kinds) > 1 or not kinds <= _DTYPES:
+        found = ", ".join(f"{part.dtype} {tuple(part.shape)}" for part in factors)
+        raise UserError(f"{path}: {module} is {found}, not a matrix of floats; copy it again")
+    shape = (factors[0].shape[0], factors[-1].shape[1])
+    if len(factors) == 2 and factors[0].shape[1] != factors[1].shape[0]:
         raise UserError(
-            f"{path} is damaged or no safetensors file ({error}); save or copy it again"
-        ) from error
-    deltas: dict[str, Tensor] = {}
-    for module in sorted({name.rpartition(".")[0] for name in state}):
-        dense, left, right = (state.get(f"{module}.{part}") for part in ("dense", "left", "right"))
-        if left is not None and right is not None:
-            deltas[module] = left @ right
-        elif dense is not None:
-            deltas[module] = dense
-        else:
-            raise UserError(f"{path}: {module} lacks 'dense', or 'left' and 'right'; copy it again")
-    return deltas
+            f"{path}: the factors of {module} are {tuple(factors[0].shape)} and {tuple(factors[1].shape)}, "
+            "which is no product; copy it again"
+        )
+    if (shapes is not None and shapes.get(module) != shape) or math.prod(shape) > MOST_VALUES:
+        raise UserError(
+            f"{path} has {module} {shape}, which does not fit this model's adapted layers; load it with the "
+            "adapter it was saved with"
+        )
+    return factors[0] if len(factors) == 1 else factors[0] @ factors[1]
 
 
 def fitting_base_delta(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
@@ -95,14 +116,10 @@ def fitting_base_delta(model: nn.Module, folder: str | Path) -> dict[str, Tensor
     root = unwrap(model)
     _, prefix = clip_of(root)
     weights = base_weights(root)
-    deltas = {_full_name(module, prefix, weights): delta for module, delta in read_base_delta(folder).items()}
-    for module, delta in deltas.items():
-        if module not in weights or weights[module].shape != delta.shape:
-            raise UserError(
-                f"{Path(folder) / BASE_DELTA_FILE} has {module} {tuple(delta.shape)}, which does not fit "
-                "this model's adapted layers; load it with the adapter it was saved with"
-            )
-    return deltas
+    inside = {module.removeprefix(prefix): weight.shape for module, weight in weights.items()}
+    shapes = inside | {module: weight.shape for module, weight in weights.items()}
+    deltas = read_base_delta(folder, shapes)
+    return {_full_name(module, prefix, weights): delta for module, delta in deltas.items()}
 
 
 @torch.no_grad()

@@ -21,17 +21,18 @@ import copy
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from lora.adapters import (
     DEFAULT_ADAPTER,
@@ -46,14 +47,15 @@ from lora.adapters import (
 from lora.base_delta import BASE_DELTA_FILE, save_base_delta
 from lora.base_identity import base_digests
 from lora.biases import is_bias, trained_in_base
-from lora.config import LoRAConfig
+from lora.config import MAX_RANK, Bias, LoRAConfig
 from lora.input_identity import input_settings
 from lora.peft_settings import check_peft_settings
 from models.committed_folders import check_committed, committed_folder, current_folder
-from models.errors import UserError
+from models.errors import UserError, shortened
 from models.files import json_text
 from models.state import State, save_state
 from models.temperature import is_temperature
+from models.untrusted import check, parse_json, parsing, read_json, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,55 @@ FULL_FILE = "model.safetensors"
 FILES = (CONFIG_FILE, ADAPTER_FILE, HEAD_FILE, BASE_DELTA_FILE, FULL_FILE)
 CLASS_NAMES = "class_names"
 PEFT_PREFIX = "base_model.model."
+MAX_PATTERN = 100_000
+"""Longest pattern for the names of modules; a list of every module of a CLIP has about 10,000 characters."""
+
+
+def _pattern(text: str) -> str:
+    """Return a regular expression whose matching takes no exponential time: no group of it is repeated."""
+    if len(text) > MAX_PATTERN or re.search(r"(?<!\\)\)[*+{]", text):
+        raise ValueError("a pattern that is too long, or that repeats a group")
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"no pattern for names of modules: {error}") from error
+    return text
+
+
+_Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+_Alpha = Annotated[int | float, Field(gt=0, allow_inf_nan=False)]
+_Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
+class _PeftFile(TypedDict, total=False):
+    """What is read of ``adapter_config.json``; PEFT looks at the rest."""
+
+    peft_type: Literal["LORA"]
+    base_model_name_or_path: str | None
+    r: _Rank
+    lora_alpha: _Alpha
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    bias: Bias
+    use_rslora: bool
+    target_modules: _Pattern | list[str] | None
+    exclude_modules: _Pattern | list[str] | None
+    rank_pattern: dict[_Pattern, _Rank] | None
+    alpha_pattern: dict[_Pattern, _Alpha] | None
+    layers_to_transform: list[int] | int | None
+    layers_pattern: list[_Pattern] | _Pattern | None
+
+
+class _Metadata(TypedDict, total=False):
+    """What is read of the metadata of a safetensors file."""
+
+    server_round: int
+    epoch: int
+    metrics: dict[str, Any]
+    base_sample: list[float]
+    lora_config: dict[str, Any]
+
+
+_PEFT_FILE, _METADATA = TypeAdapter(_PeftFile), TypeAdapter(_Metadata)
 
 
 @dataclass(frozen=True)
@@ -154,15 +205,17 @@ def read_adapter(folder: str | Path) -> AdapterFile:
             uses something that is not plain LoRA.
     """
     folder = current_folder(Path(folder))
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; give the folder that holds {CONFIG_FILE}")
-    head, head_metadata = _read_tensors(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else ({}, {})
-    if not (folder / CONFIG_FILE).is_file():
+    head, head_metadata = (
+        _read_tensors(folder / HEAD_FILE) if os.path.isfile(folder / HEAD_FILE) else ({}, {})
+    )
+    if not os.path.isfile(folder / CONFIG_FILE):
         if not head:
             raise UserError(f"{folder} is no PEFT adapter: {CONFIG_FILE} is missing")
         return _adapter_file(folder, ({}, head), None, head_metadata)
-    if not (folder / ADAPTER_FILE).is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
+    if not os.path.isfile(folder / ADAPTER_FILE):
+        pickled = os.path.isfile(folder / "adapter_model.bin")
         remedy = "save it again with safe_serialization=True" if pickled else "copy the whole folder"
         raise UserError(f"{folder}: {ADAPTER_FILE} is missing; {remedy}")
     peft_config = _read_peft_config(folder)
@@ -201,7 +254,7 @@ def read_full_checkpoint(folder: str | Path) -> tuple[State, dict[str, Any]]:
     """
     folder = current_folder(Path(folder))
     path = folder / FULL_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path} is missing; was the model saved with save_only_trainable: true?")
     check_committed(folder, FILES)
     return _read_tensors(path)
@@ -345,36 +398,30 @@ def expected_scaling(config: LoraConfig, module: str, rank: int) -> float:
 
 
 def _read_tensors(path: Path, *, only_metadata: bool = False) -> tuple[State, dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = dict(handle.metadata() or {})
-            names = [] if only_metadata else sorted(handle.keys())
-            tensors = {name: handle.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise UserError(
-            f"{path} is damaged or no safetensors file ({error}); save or copy it again"
-        ) from error
-    return tensors, {key: _decoded(value) for key, value in metadata.items()}
+    tensors, metadata = read_tensors(path, only_metadata=only_metadata)
+    values = {key: _decoded(value, f"{path}, {key}") for key, value in metadata.items()}
+    check(_METADATA, values, path)
+    return tensors, values
 
 
-def _decoded(value: str) -> Any:
+def _decoded(value: str, source: str) -> Any:
+    """Return a value of the metadata: what is no JSON is a text."""
     try:
-        return json.loads(value)
-    except json.JSONDecodeError:
+        return parse_json(value.encode(), source)
+    except UserError:
         return value
 
 
 def _read_peft_config(folder: Path) -> LoraConfig:
     path = folder / CONFIG_FILE
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}); copy the folder again") from error
+    raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
-        raise UserError(f"{path}: peft_type is {kind!r}; only LORA adapters can be loaded")
+        raise UserError(f"{path}: peft_type is {shortened(repr(kind))}; only LORA adapters can be loaded")
     check_peft_settings(str(path), raw)
-    config = LoraConfig.from_pretrained(str(folder))
+    check(_PEFT_FILE, raw, path)
+    with parsing(path, "is no configuration that PEFT accepts", "save the adapter again"):
+        config = LoraConfig.from_pretrained(str(folder))
     config.init_lora_weights = True
     return config
 

@@ -17,14 +17,16 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Component = Literal["encoder", "vision", "text", "classifier"]
 Bias = Literal["none", "all", "lora_only"]
 TOWERS = ("vision", "text")
+MAX_RANK = 8192
+"""Largest rank: the width of the widest layer of any CLIP, beyond which factors gain nothing."""
 
 
 class TowerOverride(BaseModel):
     """What one tower does differently; a field left out keeps the value of the LoRAConfig around it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    r: int | None = Field(default=None, ge=1)
+    r: int | None = Field(default=None, ge=1, le=MAX_RANK)
     lora_alpha: int | float | None = Field(default=None, gt=0)
     lora_dropout: float | None = Field(default=None, ge=0, lt=1)
     layers: list[int] | None = None
@@ -51,9 +53,9 @@ class LoRAConfig(BaseModel):
         text: What the text tower does differently.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    r: int = Field(default=16, ge=1)
+    r: int = Field(default=16, ge=1, le=MAX_RANK)
     lora_alpha: int | float = Field(default=32, gt=0)
     lora_dropout: float = Field(default=0.1, ge=0, lt=1)
     target_modules: list[str] | None = None

@@ -10,13 +10,16 @@ the three of q, k, v become one of rank 3 r, A stacked and B block-diagonal, whi
 
 from __future__ import annotations
 
+import math
+import os
 import pickle
 import re
+import zipfile
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig
@@ -24,13 +27,18 @@ from torch import nn
 
 from lora.adapters import find_towers
 from lora.checkpoint import AdapterFile
+from lora.config import MAX_RANK
 from lora.peft_settings import check_peft_settings
-from models.errors import UserError
+from models.errors import UserError, shortened
 from models.state import State
+from models.untrusted import parsing
 
 _KEY = re.compile(
-    r"(?P<visual>visual\.)?transformer\.resblocks\.(?P<block>\d+)\.attn\.lora_(?P<part>q|k|v|out)(_proj)?\.lora_(?P<factor>[AB])(\.weight)?"
+    r"(?P<visual>visual\.)?transformer\.resblocks\.(?P<block>[0-9]{1,4})\.attn\.lora_(?P<part>q|k|v|out)(_proj)?\.lora_(?P<factor>[AB])(\.weight)?"
 )
+_LARGEST = 1e9  # of a rank, an alpha or a dropout
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+N = TypeVar("N", int, float)
 Blocks = dict[
     tuple[str, int], dict[str, dict[str, torch.Tensor]]
 ]  # (tower, block) -> part -> "A"/"B" -> factor
@@ -45,8 +53,14 @@ def read_converted(path: Path, model: nn.Module) -> AdapterFile:
     content = _read(path)
     config = content["lora_config"]
     _check_settings(path, config)
-    rank = int(_setting(path, config, "r", "rank"))
-    alpha = float(_setting(path, config, "lora_alpha", "alpha"))
+    rank = _setting(path, config, int, "r", "rank")
+    alpha = _setting(path, config, float, "lora_alpha", "alpha")
+    dropout = _setting(path, config, float, "lora_dropout", "dropout", default=0.0)
+    if not (1 <= rank <= MAX_RANK and 0 < alpha < math.inf and 0 <= dropout < 1):
+        raise UserError(
+            f"{path}: lora_config says r={rank}, lora_alpha={alpha}, lora_dropout={dropout}; a rank of 1 to "
+            f"{MAX_RANK}, a positive alpha and a dropout below 1 are possible"
+        )
     blocks = _grouped(path, content["lora_state_dict"], rank)
     fused = find_towers(model).backend == "open_clip"
     state, modules = _fused(blocks, rank) if fused else _separate(blocks)
@@ -55,7 +69,7 @@ def read_converted(path: Path, model: nn.Module) -> AdapterFile:
         r=width * rank,
         lora_alpha=(width**0.5 if rank_stabilised else width) * alpha,  # type: ignore[arg-type]
         use_rslora=rank_stabilised,
-        lora_dropout=float(config.get("lora_dropout", config.get("dropout", 0.0))),
+        lora_dropout=dropout,
         target_modules="|".join(re.escape(name) for name in modules),
     )
     metadata: dict[str, Any] = {key: content[key] for key in ("epoch", "metrics") if key in content}
@@ -64,14 +78,12 @@ def read_converted(path: Path, model: nn.Module) -> AdapterFile:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"{path} cannot be read safely: {str(error).splitlines()[0]}; save tensors and plain values only"
-        ) from error
+    remedy = "save tensors and plain values only, with torch.save"
+    with parsing(path, "cannot be read safely", remedy, pickle.UnpicklingError, zipfile.BadZipFile):
+        _check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     for key in ("lora_state_dict", "lora_config"):
         if not isinstance(content, dict) or not isinstance(content.get(key), Mapping):
             raise UserError(
@@ -80,11 +92,26 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _setting(path: Path, config: Mapping[str, Any], *names: str) -> Any:
-    for name in names:
-        if name in config:
-            return config[name]
-    raise UserError(f"{path}: lora_config has no {names[0]!r}")
+def _check_archive(path: Path) -> None:
+    """Refuse an archive whose parts are together larger than it is: what torch unpacks is in memory then."""
+    with zipfile.ZipFile(path) as archive:
+        claimed = sum(part.file_size for part in archive.infolist())
+    if claimed > path.stat().st_size:
+        raise UserError(f"{path} claims to hold {claimed} bytes, more than it has; save it with torch.save")
+
+
+def _setting(
+    path: Path, config: Mapping[str, Any], kind: type[N], *names: str, default: N | None = None
+) -> N:
+    """Return a number of ``lora_config`` by the first of its names that is there."""
+    value = next((config[name] for name in names if name in config), default)
+    if value is None:
+        raise UserError(f"{path}: lora_config has no {names[0]!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _LARGEST:
+        raise UserError(f"{path}: lora_config has {names[0]}={shortened(repr(value))}, which is no number")
+    if kind(value) != value:
+        raise UserError(f"{path}: lora_config has {names[0]}={value}, which is no whole number")
+    return kind(value)
 
 
 def _check_settings(path: Path, config: Mapping[str, Any]) -> None:
@@ -98,13 +125,14 @@ def _check_settings(path: Path, config: Mapping[str, Any]) -> None:
 def _grouped(path: Path, factors: Mapping[str, torch.Tensor], rank: int) -> Blocks:
     blocks: Blocks = defaultdict(lambda: defaultdict(dict))
     for key, tensor in factors.items():
-        match = _KEY.fullmatch(key)
+        match = _KEY.fullmatch(str(key))
         if match is None:
             raise UserError(
-                f"{path}: unknown key {key!r}; expected names like transformer.resblocks.0.attn.lora_q.lora_A"
+                f"{path}: unknown key {shortened(repr(key))}; expected names like "
+                "transformer.resblocks.0.attn.lora_q.lora_A"
             )
         axis = 0 if match["factor"] == "A" else 1  # A is (r, d_in), B is (d_out, r)
-        value = tensor.detach().float()
+        value = _values(path, key, tensor)
         if value.ndim == 2 and value.shape[axis] != rank and value.shape[1 - axis] == rank:
             value = value.T
         if value.ndim != 2 or value.shape[axis] != rank:
@@ -118,6 +146,27 @@ def _grouped(path: Path, factors: Mapping[str, torch.Tensor], rank: int) -> Bloc
     if not blocks:
         raise UserError(f"{path}: lora_state_dict is empty")
     return blocks
+
+
+def _values(path: Path, key: str, tensor: Any) -> torch.Tensor:
+    """Return a factor in float32 and memory of its own: the file's is only mapped."""
+    plain = (
+        isinstance(tensor, torch.Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.dtype in _DTYPES
+    )
+    if not plain:
+        kind = (
+            f"{tensor.dtype} on {tensor.device}"
+            if isinstance(tensor, torch.Tensor)
+            else type(tensor).__name__
+        )
+        raise UserError(f"{path}: {key} is no array of floats ({kind}); save plain tensors")
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise UserError(f"{path}: {key} claims shape {tuple(tensor.shape)}, which the file does not hold")
+    with parsing(f"{path}: {key}", "cannot be read", "save plain tensors"):
+        return tensor.detach().to(torch.float32, copy=True)
 
 
 def _separate(blocks: Blocks) -> tuple[State, list[str]]:

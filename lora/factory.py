@@ -30,6 +30,7 @@ from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
 from models.files import write_text
+from models.untrusted import MOST_YAML_BYTES, parse_yaml, read_text
 
 MODEL_TYPES = ("clip", "clip_lora")
 LATER_MODEL_TYPES = ("vqa", "vqa_lora")
@@ -205,12 +206,7 @@ def _checked(name: str) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+    tree = parse_yaml(read_text(path, MOST_YAML_BYTES), path)
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping, not {type(tree).__name__}")
     return tree

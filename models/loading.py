@@ -14,7 +14,6 @@ OpenAI's CLIP are tabulated below, so that this needs no network.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -38,6 +37,7 @@ from models.image_settings import read_image_settings
 from models.images import ImageProcessor
 from models.open_clip_backend import OPEN_CLIP_PREFIX, load_open_clip
 from models.towers import LoadedCLIP, Tokens, Towers
+from models.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -176,16 +176,13 @@ def _check_is_clip(folder: Path) -> None:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UserError(f"{folder} has no config.json: it is no model folder in the hub's format")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        model_type = config.get("model_type")
-    except ValueError as error:
-        raise UserError(f"{config_file} is not valid JSON ({error}): write the folder again") from error
+    found = read_json(config_file)
+    model_type = found.get("model_type") if isinstance(found, dict) else None
     if model_type != "clip":
         raise UserError(
             f"{config_file} says model_type={model_type!r}: a CLIP model (model_type 'clip') is needed"
         )
-    if config.get("quantization_config"):
+    if found.get("quantization_config"):
         raise UserError(f"{config_file}: the weights are quantised; take the model they were made from")
     if (folder / "adapter_config.json").is_file():  # transformers would load the base that this file names
         raise UserError(

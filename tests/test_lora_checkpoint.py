@@ -263,7 +263,7 @@ def test_folders_that_are_no_adapters_are_refused_with_the_reason(saved: Path, t
         load_lora_adapters(model, saved)
     config = (saved / CONFIG_FILE).read_text()
     (saved / CONFIG_FILE).write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         load_lora_adapters(model, saved)
     (saved / CONFIG_FILE).write_text(config)
     (saved / ADAPTER_FILE).unlink()

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from federated.lowrank import LowRank
+from models.errors import UserError
 from models.state import FlatState, State
 
 Term = tuple[int, LowRank]
@@ -134,21 +135,37 @@ def updates_to_state(updates: Mapping[str, BaseUpdate]) -> State:
 
 
 def split_updates(state: Mapping[str, Tensor]) -> tuple[State, dict[str, BaseUpdate]]:
-    """Undo ``updates_to_state``: return the other tensors of a state, and the base updates among it."""
+    """Undo ``updates_to_state``: return the other tensors of a state, and the base updates among it.
+
+    Raises:
+        UserError: A base update is incomplete, or its factors have no product.
+    """
     if isinstance(state, FlatState) and not any(name.startswith(f"{_PREFIX}/") for name in state.names):
         return state, {}
     others: dict[str, Tensor] = {}
     terms: dict[str, dict[int, dict[str, Tensor]]] = {}
     updates: dict[str, BaseUpdate] = {}
     for name, tensor in state.items():
-        prefix, *path = name.split("/")
-        if prefix != _PREFIX:
-            others[name] = tensor
-        elif path[-1] == _TOTAL:
-            updates[path[0]] = BaseUpdate(total=tensor)
-        else:
-            terms.setdefault(path[0], {}).setdefault(int(path[1]), {})[path[2]] = tensor
+        match name.split("/"):
+            case [prefix, *_] if prefix != _PREFIX:
+                others[name] = tensor
+            case [_, module, side] if side == _TOTAL and tensor.ndim == 2:
+                updates[module] = BaseUpdate(total=tensor)
+            case [_, module, at, side] if at.isdecimal() and side in (_LEFT, _RIGHT) and tensor.ndim == 2:
+                terms.setdefault(module, {}).setdefault(int(at), {})[side] = tensor
+            case _:
+                raise UserError(f"{name} {tuple(tensor.shape)} is no update of a base weight")
     for module, by_round in terms.items():
-        kept = [(at, LowRank(sides[_LEFT], sides[_RIGHT])) for at, sides in sorted(by_round.items())]
-        updates[module] = BaseUpdate(terms=tuple(kept))
+        updates[module] = BaseUpdate(terms=_checked_terms(module, by_round))
     return others, updates
+
+
+def _checked_terms(module: str, by_round: Mapping[int, Mapping[str, Tensor]]) -> tuple[Term, ...]:
+    """Return the terms of one base weight, oldest first, if all are products of its shape."""
+    if any(sides.keys() != {_LEFT, _RIGHT} for sides in by_round.values()):
+        raise UserError(f"an update of the base weight {module} has one factor only")
+    terms = tuple((at, LowRank(sides[_LEFT], sides[_RIGHT])) for at, sides in sorted(by_round.items()))
+    same = len({term.shape for _, term in terms}) == 1
+    if not same or any(term.left.shape[1] != term.right.shape[0] for _, term in terms):
+        raise UserError(f"the updates of the base weight {module} do not have one shape")
+    return terms

@@ -13,6 +13,7 @@ from torch import Tensor
 from federated.aggregators.base_delta import BaseUpdate, split_updates, updates_to_state
 from federated.aggregators.fresh import fresh_factors
 from federated.aggregators.protocol import (
+    NEVER,
     ClientProfile,
     Downlink,
     FreshDraw,
@@ -24,7 +25,7 @@ from federated.aggregators.protocol import (
     sorted_state,
 )
 from lora.adapters import FactorPair, factor_pairs
-from models.errors import UserError
+from models.errors import UserError, shortened
 from models.state import FlatState, State
 
 
@@ -139,12 +140,25 @@ def pack_downlink(downlink: Downlink) -> tuple[State, dict[str, int]]:
     return state, meta
 
 
-def unpack_downlink(state: Mapping[str, Tensor], meta: Mapping[str, int]) -> Downlink:
-    """Undo ``pack_downlink``; further entries of ``meta`` are ignored."""
+def unpack_downlink(state: Mapping[str, Tensor], meta: Mapping[str, object]) -> Downlink:
+    """Undo ``pack_downlink``; further entries of ``meta`` are ignored.
+
+    Raises:
+        UserError: A number of ``meta`` or a base update is none.
+    """
     values, updates = split_updates(state)
-    version = int(meta[_VERSION])
-    fresh = FreshDraw(int(meta[_SEED]), version) if _SEED in meta else None
+    version = _whole(meta, _VERSION, at_least=0 if _SEED in meta else NEVER)
+    fresh = FreshDraw(_whole(meta, _SEED, at_least=0), version) if _SEED in meta else None
     return Downlink(values, version, updates, fresh)
+
+
+def _whole(meta: Mapping[str, object], key: str, *, at_least: int) -> int:
+    value = meta.get(key)
+    if type(value) is not int or not at_least <= value < 2**63:
+        raise UserError(
+            f"the downlink's {key} is {shortened(repr(value))}, not a whole number of {at_least} or more"
+        )
+    return value
 
 
 def receive(downlink: Downlink, held: Mapping[str, Tensor]) -> State:

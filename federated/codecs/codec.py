@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,7 +41,7 @@ from federated.payload import (
     unflatten,
 )
 from lora.adapters import factor_of, is_adapter_part
-from models.errors import UserError
+from models.errors import UserError, shortened
 from models.state import Layout, State, layout_of, num_values
 
 
@@ -74,6 +74,9 @@ class Codec:
 
 # ---- by name
 
+LEAST_DENSITY = 1e-6
+"""Smallest density of a sparse codec: it bounds how much larger than its payload a state can be."""
+
 
 def valid_codec_names() -> str:
     """Return the sentence that lists every codec, for error messages and the documentation."""
@@ -102,13 +105,18 @@ def codec_from_name(text: str) -> Codec:
 def _sparse_from_name(text: str, selection: str, stored_as: str) -> Codec:
     kind, _, number = selection.partition(":")
     if kind not in SELECTIONS or stored_as not in CODINGS:
-        raise UserError(f"unknown codec '{text}': there are {valid_codec_names()}")
+        raise UserError(f"unknown codec {shortened(repr(text))}: there are {valid_codec_names()}")
     try:
         density = float(number)
     except ValueError:
         density = math.nan
     if not 0 < density <= 1:
-        raise UserError(f"codec '{text}': '{number}' is no density above 0 and at most 1, as in {kind}:0.1")
+        raise UserError(
+            f"codec {shortened(repr(text))}: {shortened(repr(number))} is no density above 0 and at most 1, "
+            f"as in {kind}:0.1"
+        )
+    if density < LEAST_DENSITY:
+        raise UserError(f"codec {shortened(repr(text))}: a density below {LEAST_DENSITY} is not possible")
     return _sparse(kind, density, stored_as)
 
 
@@ -134,12 +142,12 @@ def _dense(name: str, coding: Coding) -> Codec:
         return coding.encode(order.flatten(state, coding.largest), order.group_sizes, rng)
 
     def decode(buffer: np.ndarray, layout: Layout) -> State:
+        data = _checked_bytes(buffer, num_bytes(layout))  # first: what follows is as large as the layout says
         order = _wire_order(layout, by_rank=coding.grouped)
-        return order.unflatten(coding.decode(_checked_bytes(buffer, num_bytes(layout)), order.group_sizes))
+        return order.unflatten(coding.decode(data, order.group_sizes))
 
     def num_bytes(layout: Layout) -> int:
-        groups = _wire_order(layout, by_rank=coding.grouped).group_sizes
-        return coding.num_bytes(num_values(layout), groups.size)
+        return coding.num_bytes(num_values(layout), _num_groups(layout) if coding.grouped else 0)
 
     return Codec(name, encode, decode, num_bytes, draws=coding.draws, lossless=name == "fp32")
 
@@ -199,10 +207,10 @@ def _sparse_kind(kind: str, density: float, stored_as: str) -> Codec:
         return np.concatenate([kept.view(np.uint8), encode_positions(mask)])
 
     def decode(buffer: np.ndarray, layout: Layout) -> State:
+        data = _checked_bytes(buffer, num_bytes(layout))
         order = _wire_order(layout, by_rank=coding.grouped)
         n = num_values(layout)
         k = num_kept(n, density)
-        data = _checked_bytes(buffer, num_bytes(layout))
         values_end = coding.num_bytes(k, order.group_sizes.size)
         mask = decode_positions(data[values_end:], n, k)
         values = np.zeros(n, dtype=np.float32)
@@ -210,9 +218,9 @@ def _sparse_kind(kind: str, density: float, stored_as: str) -> Codec:
         return order.unflatten(values)
 
     def num_bytes(layout: Layout) -> int:
-        n, groups = num_values(layout), _wire_order(layout, by_rank=coding.grouped).group_sizes
+        n, num_groups = num_values(layout), _num_groups(layout) if coding.grouped else 0
         k = num_kept(n, density)
-        return coding.num_bytes(k, groups.size) + positions_num_bytes(n, k)
+        return coding.num_bytes(k, num_groups) + positions_num_bytes(n, k)
 
     def num_sent(layout: Layout) -> int:
         return num_kept(num_values(layout), density)
@@ -275,12 +283,26 @@ class _WireOrder:
 def _wire_order(layout: Layout, *, by_rank: bool) -> _WireOrder:
     if not by_rank:
         return _WireOrder(frozenset(), layout, np.zeros(0, dtype=np.int64))
-    columns = frozenset(name for name, shape in layout if factor_of(name) == "lora_B" and len(shape) == 2)
+    columns = frozenset(name for name, shape in layout if _by_column(name, shape))
     turned = tuple((name, shape[::-1] if name in columns else shape) for name, shape in layout)
     sizes: list[int] = []
-    for _, shape in turned:
-        num_groups = shape[0] if len(shape) > 1 else 1
-        count = math.prod(shape)
-        if count:
-            sizes += [count // num_groups] * num_groups
+    for (_, shape), num_groups in zip(turned, _groups(layout), strict=True):
+        sizes += [math.prod(shape) // max(num_groups, 1)] * num_groups
     return _WireOrder(columns, turned, np.array(sizes, dtype=np.int64))
+
+
+def _by_column(name: str, shape: tuple[int, ...]) -> bool:
+    return factor_of(name) == "lora_B" and len(shape) == 2
+
+
+def _groups(layout: Layout) -> Iterator[int]:
+    """Yield how many groups each tensor has; an empty one has none."""
+    for name, shape in layout:
+        rows = 1 if len(shape) < 2 else shape[1] if _by_column(name, shape) else shape[0]
+        yield rows if math.prod(shape) else 0
+
+
+@functools.lru_cache(maxsize=128)
+def _num_groups(layout: Layout) -> int:
+    """Return how many groups a state has, without memory for them: the layout may only claim them."""
+    return sum(_groups(layout))

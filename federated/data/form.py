@@ -18,7 +18,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from federated.data.folder_scan import image_error
 from federated.data.splits import column_values, split_rows
-from models.errors import UserError
+from models.errors import CONTROL, UserError, printable
+from models.untrusted import checked_name
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +109,18 @@ def image_dataset(
         labels: class numbers, (N,), or None.
         class_names: names of the classes; given with ``labels``.
         **texts: further columns of strings, each (N,).
+
+    Raises:
+        UserError: the name of a file or a class cannot be stored or shown.
     """
-    columns: dict[str, Sequence[object]] = {"image": [{"path": str(path), "bytes": None} for path in paths]}
+    names = [str(path) for path in paths]
+    if unnameable := next((name for name in names if CONTROL.search(name)), None):
+        raise UserError(
+            f"{printable(unnameable)}: its name is not UTF-8, or holds a control character; rename it"
+        )
+    for class_name in class_names or ():
+        checked_name(class_name, "the class")
+    columns: dict[str, Sequence[object]] = {"image": [{"path": name, "bytes": None} for name in names]}
     features = {"image": Image()}
     if labels is not None:
         columns["label"] = list(labels)

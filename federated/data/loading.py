@@ -21,6 +21,7 @@ from federated.data.tensors import DEFAULT_CACHE_BYTES, ImageTensors, Preprocess
 from federated.registry import Choice, build
 from federated.seeding import generator
 from models.errors import UserError
+from models.untrusted import checked_name
 
 __all__ = [
     "SOURCES",
@@ -75,6 +76,8 @@ def load_data(
         options["path"] = path
     rng = generator(seed, "test split")
     data = build(SOURCES, SOURCE, source, options, rng)
+    for name in data.class_names or ():
+        checked_name(str(name), f"data source {source!r}: the class")
     for split, rows in (("train", data.train), ("test", data.test)):
         if len(rows) == 0:
             key = "data.options" if path is None else f"data.path={path}"

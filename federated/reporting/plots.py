@@ -158,7 +158,7 @@ def bytes_by_round(ledger: Ledger) -> Figure:
         raise MissingData("no transfers were recorded")
     per_part = ledger.totals_by("server_round", "phase", "direction")
     numbers = [row.server_round for row in ledger.rows]
-    rounds = np.arange(min(1, *numbers, 1), max(numbers) + 1)
+    rounds = np.array(sorted({1, *numbers}))
     figure, (axis,) = style.new_figure()
     below, dense = np.zeros(len(rounds)), len(rounds) > MAX_BARS
     for label, color, hatch, phase, direction in _STACK:

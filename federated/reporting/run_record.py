@@ -6,19 +6,27 @@ and is read as far as it went.
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from federated.ledger import Ledger
 from federated.reporting.run_kind import RunKind, kind_of
 from federated.round_record import curve_lines
+from federated.run_files import (
+    ConfigFile,
+    PartitionFile,
+    Summary,
+    check_series,
+    checked,
+    checked_line,
+    read_run_file,
+)
 from models.errors import UserError
+from models.untrusted import MOST_YAML_BYTES, parse_yaml, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +63,11 @@ class RunRecord:
         """The configuration as a tree.
 
         Raises:
-            UserError: ``config.yaml`` is not YAML.
+            UserError: ``config.yaml`` is not YAML, or a section of it is none.
         """
-        try:
-            tree = yaml.safe_load(self.config_text)
-        except yaml.YAMLError as error:
-            raise UserError(f"{self.directory / 'config.yaml'} is not valid YAML: {error}") from error
-        return tree if isinstance(tree, dict) else {}
+        source = self.directory / "config.yaml"
+        tree = parse_yaml(self.config_text, source)
+        return checked(tree, source, ConfigFile) if isinstance(tree, dict) else {}
 
     @property
     def finished(self) -> bool:
@@ -104,49 +110,39 @@ def read_run(run_dir: str | Path) -> RunRecord:
     """
     directory = Path(run_dir)
     metrics_path = directory / "metrics.jsonl"
-    if not metrics_path.is_file():
+    if not os.path.isfile(metrics_path):
         raise UserError(
             f"{directory} is not a run folder (it has no metrics.jsonl): give the folder that a run wrote"
         )
     ledger_path, config_path = directory / "communication.csv", directory / "config.yaml"
+    metrics, summary = _read_lines(metrics_path), _read_json(directory / "summary.json", Summary)
+    check_series(metrics, str(summary.get("headline_metric", "accuracy")), metrics_path)
     return RunRecord(
         directory=directory,
-        metrics=_read_lines(metrics_path),
+        metrics=metrics,
         ledger=Ledger.read_csv(ledger_path) if ledger_path.is_file() else Ledger(),
-        partition=_read_json(directory / "partition.json"),
-        summary=_read_json(directory / "summary.json"),
+        partition=_read_json(directory / "partition.json", PartitionFile),
+        summary=summary,
         environment=_read_json(directory / "environment.json"),
-        config_text=config_path.read_text(encoding="utf-8") if config_path.is_file() else "",
+        config_text=read_text(config_path, MOST_YAML_BYTES) if config_path.is_file() else "",
     )
-
-
-def _null(constant: str) -> None:
-    """NaN and infinity in files of older versions: not a number."""
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """Read one mapping a line, sorted by round; of two lines of one round, the later."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = read_text(path).splitlines(keepends=True)
     by_round: dict[int, dict[str, Any]] = {}
     for number, text in enumerate(lines, start=1):
         try:
-            line = json.loads(text, parse_constant=_null)
-            by_round[int(line["server_round"])] = line
-        except (ValueError, KeyError, TypeError) as error:
+            line = checked_line(text, f"{path}, line {number}")
+            by_round[line["server_round"]] = line
+        except UserError as error:
             if number == len(lines) and not text.endswith("\n"):
                 logger.warning("%s ends in the middle of a line; that line is left out", path)
                 break
-            raise UserError(f"{path}, line {number}: not a round's metrics ({error})") from error
+            raise UserError(f"{error}; it is not a round's metrics") from error
     return [by_round[server_round] for server_round in sorted(by_round)]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_null)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
+def _read_json(path: Path, kind: type[Summary | PartitionFile] | None = None) -> dict[str, Any]:
+    return read_run_file(path, kind) if path.is_file() else {}

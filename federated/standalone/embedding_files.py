@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from pydantic import Field, TypeAdapter
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,6 +36,7 @@ from federated.standalone.trained_models import OpenedModel
 from lora.adapters import scalings
 from models.errors import UserError
 from models.files import json_text, write_text, written_whole
+from models.untrusted import parsing, read_json, read_tensors
 
 ARRAY_SUFFIXES = (".safetensors", ".npy")
 ARRAY_NAME = "embeddings"
@@ -60,18 +62,21 @@ class Manifest:
         corrupt: Images left out because they cannot be decoded, relative to ``folder``.
     """
 
-    kind: str
+    kind: Literal["image", "text"]
     rows: tuple[str, ...]
     folder: str
     model: str
     adapter: str | None
     run: str | None
     weights_sha256: str
-    dimension: int
+    dimension: Annotated[int, Field(ge=1, lt=2**31)]
     normalised: bool
     dtype: str
     array_sha256: str
     corrupt: tuple[str, ...] = ()
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +136,7 @@ def read_index(path: str | Path) -> EmbeddingIndex:
     """
     array_path = Path(path)
     manifest = _read_manifest(_manifest_path(array_path))
-    if not array_path.is_file():
+    if not os.path.isfile(array_path):
         raise UserError(f"{array_path} is missing; write it with: fedlora encode MODEL FOLDER --output FILE")
     if content_hash(array_path) != manifest.array_sha256:
         raise UserError(f"{array_path} is not the file that its manifest describes; encode the folder again")
@@ -210,25 +215,27 @@ def _manifest_path(array_path: Path) -> Path:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(
             f"{path} is missing; an index is a file that `fedlora encode` wrote, with its manifest beside it"
         )
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        lists = {key: tuple(tree[key]) for key in ("rows", "corrupt")}
-        return Manifest(**{field.name: tree[field.name] for field in fields(Manifest)} | lists)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no manifest of embeddings ({error}); encode the folder again") from error
+        return read_json(path, _MANIFEST)
+    except UserError as error:
+        raise UserError(f"{error}; it is no manifest of embeddings, encode the folder again") from error
 
 
 def _read_array(path: Path) -> Tensor:
-    try:
-        if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False))
-        return load_file(path)[ARRAY_NAME]
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{path} holds no array of embeddings ({error}); encode the folder again") from error
+    with parsing(path, "holds no array of embeddings", "encode the folder again"):
+        if path.suffix != ".npy":
+            array = read_tensors(path)[0][ARRAY_NAME]
+        else:  # mapped first: a shape that the file does not hold is refused before there is memory for it
+            array = torch.from_numpy(np.array(np.load(path, mmap_mode="r", allow_pickle=False)))
+    if array.dtype != torch.float32 or not array.isfinite().all():
+        raise UserError(
+            f"{path} holds {array.dtype} or what is not finite, not embeddings; encode the folder again"
+        )
+    return array
 
 
 def _relative(paths: Sequence[Path], root: Path) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from federated.data.folder_scan import DECODE_ERRORS, IMAGE_SUFFIXES, image_error
 from federated.progress import Report, quiet
 from models.clip import FederatedCLIPModel
-from models.errors import UserError
+from models.errors import CONTROL, UserError, printable
 from models.finite import check_finite
 from models.image_modes import load_image
 from models.prompts import warn_of_cut
@@ -62,7 +62,7 @@ def find_images(path: Path | str) -> list[Path]:
     """Return the image itself, or all images below a folder, sorted; hidden files and folders are left out.
 
     Raises:
-        UserError: there is no such file or folder, or no image in it.
+        UserError: there is no such file or folder, no image in it, or one whose name cannot be written down.
     """
     root = Path(path)
     if root.is_file():
@@ -74,6 +74,10 @@ def find_images(path: Path | str) -> list[Path]:
         for file in root.rglob("*")
         if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file() and not _is_hidden(file.relative_to(root))
     ]
+    if unnameable := [file for file in found if CONTROL.search(str(file.relative_to(root)))]:
+        raise UserError(
+            f"{printable(str(unnameable[0]))}: its name is not UTF-8, or holds a control character; rename it"
+        )
     if not found:
         raise UserError(f"{root} holds no images; they are known by suffixes such as .png, .jpg or .webp")
     return sorted(found)

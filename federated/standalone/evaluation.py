@@ -7,14 +7,10 @@ configuration's, so the figures agree with what the run wrote down for the same 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from federated.builders import load_run_data
 from federated.checkpoint import CHECKPOINT_FILES, SERVER_FILE, STATE_FILE, load_server_checkpoint
@@ -25,6 +21,7 @@ from federated.global_model import load_global_state
 from federated.learnable import check_can_score
 from federated.progress import Report, quiet
 from federated.reporting.plot_style import save_png
+from federated.run_files import Summary, read_run_file
 from federated.run_place import check_place
 from federated.simulation import limited_threads
 from federated.standalone.centralized import one_shard
@@ -51,6 +48,7 @@ from models.committed_folders import check_committed, current_folder
 from models.errors import UserError
 from models.files import BestEffort, errors_named, write_json, write_text
 from models.training import Batch
+from models.untrusted import read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -222,10 +220,7 @@ def load_trained(
     check_committed(folder, CHECKPOINT_FILES, remedy=NAME_AN_ADAPTER)
     if (trained / ADAPTER_FILE).is_file() and not any_base:
         check_base_model(experiment.model, read_adapter(trained))
-    try:
-        return load_checkpoint(experiment, folder)
-    except SafetensorError as error:
-        raise UserError(f"{folder} is damaged ({error}): {NAME_AN_ADAPTER}") from error
+    return load_checkpoint(experiment, folder)
 
 
 def load_checkpoint(experiment: Experiment, folder: Path) -> str:
@@ -240,7 +235,11 @@ def load_checkpoint(experiment: Experiment, folder: Path) -> str:
     path = folder / STATE_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: nothing was trained yet; name an adapter with --adapter")
-    experiment.model.set_state(load_file(path))
+    try:
+        state, _ = read_tensors(path)
+    except UserError as error:
+        raise UserError(f"{folder} is damaged ({error}): {NAME_AN_ADAPTER}") from error
+    experiment.model.set_state(state)
     return str(path)
 
 
@@ -271,7 +270,7 @@ def compare_with_record(run: Path, detailed: DetailedMetrics) -> None:
     path = run / "summary.json"
     if not path.is_file():
         return
-    recorded = json.loads(path.read_text(encoding="utf-8")).get("final")
+    recorded = read_run_file(path, Summary).get("final")
     found = detailed.results[detailed.results["headline_metric"]]
     if isinstance(recorded, float) and abs(found - recorded) > AGREEMENT:
         log.warning(

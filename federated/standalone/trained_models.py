@@ -6,7 +6,6 @@ model and the task, ``adapter/`` the trained part, ``partition.json`` the classe
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from federated.aggregators import aggregator_from_name
 from federated.builders import build_model, usable_device
 from federated.checkpoint import CHECKPOINT_FILES
 from federated.config import ExperimentConfig, load_config
+from federated.run_files import PartitionFile, read_run_file
 from federated.trained_record import TrainedRecord, record_from
 from lora.checkpoint import (
     CONFIG_FILE,
@@ -221,11 +221,7 @@ def check_global_model(run: Path, config: ExperimentConfig) -> None:
 def _listed_class_names(run: Path) -> list[str] | None:
     """The classes that a run wrote down beside its partition."""
     path = run / "partition.json"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    return tree.get("class_names") if isinstance(tree, dict) else None
+    return read_run_file(path, PartitionFile).get("class_names") if path.is_file() else None
 
 
 def _open_adapter(
