@@ -34,12 +34,12 @@ from transformers import CLIPModel
 
 from benchmarks.machine import Row, write_results
 from benchmarks.silent import SilentDisplay
-from federated.config import ExperimentConfig, dump_config, load_config
+from federated.config.schema import ExperimentConfig, dump_config, load_config
+from federated.config.seeding import generator, scoped_torch_rng
 from federated.data.batch_order import local_index_batches
-from federated.experiment import CONFIG_KEY, Experiment, experiment_of
-from federated.seeding import generator, scoped_torch_rng
-from federated.simulation import run_experiment
-from models.loading import TINY_FOLDER
+from federated.engines.simulation import run_experiment
+from federated.rounds.run import CONFIG_KEY, Experiment, experiment_of
+from models.clip_loading import TINY_FOLDER
 
 State = dict[str, Tensor]
 

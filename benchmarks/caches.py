@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
-import federated.client
+import federated.rounds.client
 from benchmarks.limit import CACHES_OFF, EXPERIMENTS, Engine, Workload
 from benchmarks.machine import Row, write_results
-from federated.experiment import CONFIG_KEY
-from models.loading import TINY_FOLDER
+from federated.rounds.run import CONFIG_KEY
+from models.clip_loading import TINY_FOLDER
 from models.state import State, subtract_
 
 SGD = ("client.optimizer=sgd", "client.learning_rate=0.01", "federation.rounds=50")
@@ -143,7 +143,7 @@ def distance(first: State, second: State) -> float:
 def main(cases: Sequence[Case] = CASES) -> None:
     """Measure every case and write the table."""
     torch.set_num_threads(1)
-    federated.client.experiment_of = lambda run_config: EXPERIMENTS[str(run_config[CONFIG_KEY])]
+    federated.rounds.client.experiment_of = lambda run_config: EXPERIMENTS[str(run_config[CONFIG_KEY])]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         save_random_clip(Path(folder))

@@ -34,7 +34,7 @@ from benchmarks.study import (
     table,
     values_of,
 )
-from federated.codecs import codec_from_name
+from federated.communication.codec import codec_from_name
 from models.state import State, layout_of
 
 SEEDS, MORE_SEEDS = (0, 1, 2), (3, 4, 5, 6)

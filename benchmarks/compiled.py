@@ -18,8 +18,8 @@ from torch import Tensor
 
 from benchmarks.limit import FAST
 from benchmarks.machine import Row, write_results
-from federated.config import load_config
-from federated.experiment import build_experiment
+from federated.config.schema import load_config
+from federated.rounds.run import build_experiment
 from lora.adapters import unwrap
 from models.training import Batch
 

@@ -24,15 +24,15 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from peft.tuners.lora.layer import Linear as PeftLinear
 
-import federated.client
+import federated.rounds.client
 from benchmarks.machine import Row, with_earlier, write_results
-from federated.client import app
-from federated.config import dump_config, load_config
+from federated.communication.ledger import Ledger
+from federated.communication.metered_grid import MeteredGrid
+from federated.config.schema import dump_config, load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
-from federated.engines.metered import MeteredGrid
-from federated.experiment import CONFIG_KEY, Experiment, build_experiment
-from federated.ledger import Ledger
-from federated.server import build_strategy
+from federated.rounds.client import app
+from federated.rounds.run import CONFIG_KEY, Experiment, build_experiment
+from federated.rounds.server import build_strategy
 from lora.linear import LinearLoRA
 from models.training import Batch
 
@@ -279,7 +279,7 @@ def main() -> None:
     torch.set_num_threads(1)
     gc.freeze()  # as every command does with what it imported (federated.commands.importing)
     # The ClientApp remembers one experiment a process; here several take turns.
-    federated.client.experiment_of = lambda run_config: EXPERIMENTS[str(run_config[CONFIG_KEY])]
+    federated.rounds.client.experiment_of = lambda run_config: EXPERIMENTS[str(run_config[CONFIG_KEY])]
     rows: list[Row] = []
     for key in chosen:
         rows += measure(WORKLOADS[key])

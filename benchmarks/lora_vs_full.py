@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import write_results
-from lora.checkpoint import save_full_checkpoint, save_lora_adapters
+from lora.adapter_files import save_full_checkpoint, save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
 from lora.verify import count_parameters
@@ -89,8 +89,8 @@ def measure_cost(variant: str) -> dict[str, Any]:
 
 def measure_accuracy(variant: str) -> dict[str, Any]:
     """Train the bundled CLIP for one pass over the training images; test accuracy in per cent."""
-    from federated.data.loading import image_tensors, load_data
-    from federated.seeding import generator
+    from federated.config.seeding import generator
+    from federated.data.dataset import image_tensors, load_data
 
     data = load_data("fashion_mnist")
     model = build(variant, "tiny", list(data.class_names or ()), pretrained=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from federated.run_folder import cpu_name
+from federated.results.run_folder import cpu_name
 from models.files import write_json, write_text
 
 Row = Mapping[str, str]

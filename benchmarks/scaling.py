@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-import federated.client
+import federated.rounds.client
 from benchmarks.limit import EXPERIMENTS, FAST, ONE_STEP, Engine, Workload
 from benchmarks.machine import Row, write_results
-from federated.byte_counts import payload_bytes, wire_bytes
-from federated.codecs import codec_from_name
-from federated.config import load_config
-from federated.experiment import CONFIG_KEY, build_experiment
-from federated.messages import SERVER_ROUND, write_state
+from federated.communication.byte_counts import payload_bytes, wire_bytes
+from federated.communication.codec import codec_from_name
+from federated.communication.messages import SERVER_ROUND, write_state
+from federated.config.schema import load_config
+from federated.rounds.run import CONFIG_KEY, build_experiment
 
 COHORTS = (2, 8, 32, 128, 256)
 CLIENTS = (4, 100, 1_000, 10_000)
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    federated.client.experiment_of = lambda run_config: EXPERIMENTS[str(run_config[CONFIG_KEY])]
+    federated.rounds.client.experiment_of = lambda run_config: EXPERIMENTS[str(run_config[CONFIG_KEY])]
     if arguments.clients:
         print(json.dumps(start_with(arguments.clients, arguments.folder)))
         return

@@ -21,15 +21,15 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 
 from benchmarks.machine import RESULTS, describe_machine
-from federated.client import app as client_app
-from federated.config import dump_config, load_config
+from federated.communication.ledger import Ledger
+from federated.communication.metered_grid import MeteredGrid
+from federated.config.schema import dump_config, load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
-from federated.engines.metered import MeteredGrid
-from federated.experiment import CONFIG_KEY, Experiment, experiment_of
-from federated.global_model import clients_mean, load_global_state
-from federated.ledger import Ledger
-from federated.server import build_strategy
-from federated.strategy import LoRAStrategy
+from federated.rounds.client import app as client_app
+from federated.rounds.global_model import clients_mean, load_global_state
+from federated.rounds.run import CONFIG_KEY, Experiment, experiment_of
+from federated.rounds.server import build_strategy
+from federated.rounds.strategy import LoRAStrategy
 
 log = logging.getLogger(__name__)
 

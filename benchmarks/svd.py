@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from federated.lowrank import LowRank, svd, truncate
+from federated.methods.lowrank import LowRank, svd, truncate
 
 SIZES = ((768, 768, 10, 8), (768, 768, 10, 16), (768, 768, 32, 16), (3072, 768, 10, 16))
 """(d_out, d_in, clients, rank)"""

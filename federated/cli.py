@@ -59,7 +59,7 @@ def options(
     """Federated fine-tuning of CLIP-class models in which only LoRA adapters travel."""
 
 
-_TELL_OF_FAILURES = ("federated.aggregators.checks", "federated.engines.inprocess", "federated.strategy")
+_TELL_OF_FAILURES = ("federated.methods.checks", "federated.engines.inprocess", "federated.rounds.strategy")
 """Loggers that warn of clients whose answers cannot be used; those records have ``ROUND_FAILURE``."""
 
 
@@ -77,10 +77,10 @@ def run(
     Example: fedlora run quickstart federation.rounds=3 output.name=short
     """
     with modules_that_stay():
-        from federated.config import load_config
-        from federated.reporting.console import RunDisplay, print_results, print_where
-        from federated.reporting.run_record import read_run
-        from federated.simulation import run_experiment
+        from federated.config.schema import load_config
+        from federated.engines.simulation import run_experiment
+        from federated.results.console import RunDisplay, print_results, print_where
+        from federated.results.records import read_run
 
     loaded = load_config(config, overrides or [])
     console = Console()
@@ -104,9 +104,9 @@ def show_config(
 
     Example: fedlora show-config quickstart lora.r=4
     """
-    from federated.config import dump_config, load_config, shipped_descriptions
-    from federated.reporting.console import print_table
-    from federated.reporting.round_table import TextTable
+    from federated.config.schema import dump_config, load_config, shipped_descriptions
+    from federated.results.console import print_table
+    from federated.results.tables import TextTable
 
     if config is None:
         rows = tuple(shipped_descriptions().items())
@@ -123,9 +123,9 @@ def info(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     Example: fedlora info clip_lora model.pretrained=false
     """
     with modules_that_stay():
-        from federated.config import load_config
-        from federated.inspection import describe_run, description_tables
-        from federated.reporting.console import print_table
+        from federated.config.schema import load_config
+        from federated.results.console import print_table
+        from federated.tools.inspection import describe_run, description_tables
 
     console = Console()
     for title, table in description_tables(describe_run(load_config(config, overrides or []))):
@@ -138,7 +138,7 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The f
 
     Example: fedlora report runs/quickstart
     """
-    from federated.reporting.report import write_report
+    from federated.results.report import write_report
 
     typer.echo(write_report(run_folder))
 

@@ -1,10 +1,10 @@
 """LoRA adapters for federated models: inject, switch, merge, count, save, load."""
 
+from lora.adapter_files import save_full_checkpoint, save_lora_adapters
 from lora.adapters import (
     get_lora_state_dict,
     set_lora_state_dict,
 )
-from lora.checkpoint import save_full_checkpoint, save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
 from lora.factory import create_model, quick_clip_lora

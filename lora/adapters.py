@@ -23,8 +23,8 @@ from torch import nn
 
 from lora.biases import trained_in_base
 from lora.config import LoRAConfig
+from models.clip_loading import HUGGINGFACE_TOWERS
 from models.errors import UserError
-from models.loading import HUGGINGFACE_TOWERS
 from models.state import State
 from models.towers import Towers
 

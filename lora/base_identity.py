@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapters import FACTORS, base_weights, clip_of, unwrap
-from lora.base_delta import pretrained_base_weights
+from lora.base_delta_file import pretrained_base_weights
 from lora.biases import base_values
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,6 +1,6 @@
 """The adapters of several clients in one forward pass: grouped matrix products beside one frozen base.
 
-Used in a round by ``federated.speed.batched_training``: the rows of a batch are K equal blocks, block k
+Used in a round by ``federated.engines.batched_training``: the rows of a batch are K equal blocks, block k
 belongs to client k, and every adapted layer adds to block k the product of client k's own factors. Rows of
 different clients never meet (LayerNorm and attention act within a sample), so each slice of a stack's
 gradient is what that client would have computed alone.

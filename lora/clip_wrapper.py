@@ -1,6 +1,7 @@
 """CLIPLoRAWrapper: a FederatedCLIPModel with adapters in the towers of your choice.
 
-Built once, before round 1. It chooses the towers and the head; everything else is delegation (`lora.base`).
+Built once, before round 1. It chooses the towers and the head; everything else is delegation
+(`lora.wrapper`).
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lora.base import LoRAWrapper
 from lora.config import LoRAConfig
+from lora.wrapper import LoRAWrapper
 from models.errors import UserError
 
 

@@ -25,8 +25,8 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from lora.adapter_files import AdapterFile
 from lora.adapters import find_towers
-from lora.checkpoint import AdapterFile
 from lora.config import MAX_RANK
 from lora.peft_settings import check_peft_settings
 from models.errors import UserError, shortened

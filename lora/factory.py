@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
-from lora.checkpoint import (
+from lora.adapter_files import (
     CONFIG_FILE,
     FULL_FILE,
     HEAD_FILE,
@@ -133,7 +133,7 @@ class LoRAConfigManager:
 
 
 class LoRAModelManager:
-    """Saved models by name, one folder each, in the formats of `lora.checkpoint`."""
+    """Saved models by name, one folder each, in the formats of `lora.adapter_files`."""
 
     def __init__(self, root: str | Path = "./lora_models") -> None:
         """Keep the models in `root`, which is made when something is saved."""

@@ -1,6 +1,6 @@
 """Put saved adapters and checkpoints into a model, after checking that they belong there.
 
-Before round 1 (start from an adapter), or for inference. `lora.checkpoint` reads and writes the files.
+Before round 1 (start from an adapter), or for inference. `lora.adapter_files` reads and writes the files.
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora.adapter_files import (
+    AdapterFile,
+    expected_scaling,
+    read_adapter,
+    read_full_checkpoint,
+    saved_config,
+)
 from lora.adapters import (
     DEFAULT_ADAPTER,
     adapter_layers,
@@ -27,16 +34,9 @@ from lora.adapters import (
     unwrap,
 )
 from lora.base_check import check_base_model
-from lora.base_delta import fitting_base_delta, set_base_delta
+from lora.base_delta_file import fitting_base_delta, set_base_delta
 from lora.base_identity import forget_base_digests
 from lora.biases import trained_in_base
-from lora.checkpoint import (
-    AdapterFile,
-    expected_scaling,
-    read_adapter,
-    read_full_checkpoint,
-    saved_config,
-)
 from lora.conversion import read_converted
 from lora.injection import BeforeLoRA, inject_from_peft, inject_lora
 from lora.switching import (

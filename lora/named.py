@@ -22,7 +22,7 @@ from lora.adapters import (
     unwrap,
 )
 from lora.base_check import check_base_model
-from lora.base_delta import BASE_DELTA_FILE
+from lora.base_delta_file import BASE_DELTA_FILE
 from lora.injection import inject_peft
 from lora.loading import read_any
 from lora.switching import (

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lora.adapters import FACTORS, adapter_layers, clip_of, exchanged_names, unwrap
-from lora.base_delta import pretrained_base_weights
+from lora.base_delta_file import pretrained_base_weights
 from lora.base_identity import forget_base_digests, hold_base_digests
 from lora.biases import forget_base_values, use_base_values, use_trained_values
 from models.errors import UserError

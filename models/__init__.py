@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from models.clip import STRATEGIES, FederatedCLIPModel
+    from models.clip_loading import load_clip
     from models.errors import UserError
     from models.images import ImageProcessor
-    from models.loading import load_clip
     from models.state import State
     from models.tasks import TASKS, Task
     from models.towers import LoadedCLIP, Towers

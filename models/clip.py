@@ -1,9 +1,9 @@
 """FederatedCLIPModel: a CLIP, a head, and the four verbs of a federated model.
 
-Where it stands in a round: the server and every simulated client hold the same object. A client
-calls `set_parameters` with what the downlink carried, `train_step` for its local steps, and
-`get_parameters` for the uplink; the server calls `set_parameters` and `evaluate`. What travels is
-named once (`set_exchanged`): by the fine-tuning strategy at construction, or by LoRA injection.
+The server and every simulated client hold the same object. A client calls `set_parameters` with what the
+downlink carried, `train_step` for its local steps, and `get_parameters` for the uplink; the server calls
+`set_parameters` and `evaluate`. What travels is named once (`set_exchanged`): by the fine-tuning strategy at
+construction, or by LoRA injection.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.clip_loading import Tokens, load_clip
 from models.errors import UserError
 from models.exchange import Exchanged, find_parameters
 from models.features import check_given, image_features, text_features
@@ -27,7 +28,6 @@ from models.frozen import dropout_modules, moving_parts
 from models.head import class_head
 from models.hub_tokenizer import TokenizerMissingError
 from models.lean_blocks import lean, lean_modules
-from models.loading import Tokens, load_clip
 from models.partial_towers import count_blocks
 from models.prompts import (
     average_templates,
@@ -85,7 +85,7 @@ class FederatedCLIPModel(nn.Module):
         """Load the CLIP, start the head from the class names, and freeze what does not train.
 
         Args:
-            model_name: See `models.loading.load_clip`.
+            model_name: See `models.clip_loading.load_clip`.
             num_classes: C; must equal len(class_names) where both are given.
             class_names: Needed for zero-shot use; without them the head starts random.
             templates: Prompts with one {} each, averaged per class.

@@ -1,7 +1,4 @@
-"""Random weights that depend on a seed alone: heads, and models that are not pre-trained.
-
-Stands before the first round: every device and every process constructs the same ones.
-"""
+"""Random weights that depend on a seed alone: heads, and models that are not pre-trained."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """From a batch to projected features: what the batch already carries is not computed again.
 
-Where it stands in a round: inside each local step and each evaluation, below the task's loss. A batch may
-carry pixels and tokens, or what a cache (`federated.speed.feature_cache`) kept of frozen work: features of a
-whole tower, or the activations that enter its first block that changes.
+A batch may carry pixels and tokens, or what a cache (`federated.data.feature_cache`) kept of frozen work:
+features of a whole tower, or the activations that enter its first block that changes.
 """
 
 from __future__ import annotations

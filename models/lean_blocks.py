@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import QuickGELUActivation
 
-from models.loading import Towers
+from models.clip_loading import Towers
 from models.partial_towers import tower_module
 
 _PARTS = ("layer_norm1", "layer_norm2", "mlp", "self_attn")

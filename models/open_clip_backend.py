@@ -1,9 +1,8 @@
 """open_clip models behind the same door as Hugging Face ones (optional extra).
 
-Where it stands in a round: before the first one; `models.loading.load_clip` hands names of the
-form "open_clip:<architecture>" or "open_clip:<architecture>?pretrained=<tag or file>" to
-`load_open_clip`. After that nothing knows the backend: the functions that encode are on the
-`LoadedCLIP`.
+Before the first one; `models.clip_loading.load_clip` hands names of the form "open_clip:<architecture>" or
+"open_clip:<architecture>?pretrained=<tag or file>" to `load_open_clip`. After that nothing knows the backend:
+the functions that encode are on the `LoadedCLIP`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _DEFAULT_TARGETS = ("attn",)
 def load_open_clip(
     model_name: str, *, pretrained: bool, device: str | torch.device, dtype: torch.dtype, seed: int
 ) -> LoadedCLIP:
-    """Load or construct an open_clip model; see `models.loading.load_clip` for the arguments.
+    """Load or construct an open_clip model; see `models.clip_loading.load_clip` for the arguments.
 
     Raises:
         UserError: open_clip is not installed, the architecture or tag is unknown, the weights

@@ -1,10 +1,10 @@
 """Towers in two halves: the frozen blocks before the first adapted one, and the rest.
 
-Where it stands in a round: with LoRA in blocks l and up, what enters block l never changes. The cache of
-activations (`federated.speed.feature_cache`) computes it once with `run_until`; local steps and evaluation go
-on from there with `run_from`, which leaves the frozen blocks out of the forward and the backward pass. The
-model's own forward is used in both cases, so the results are those of the whole tower, bit by bit at equal
-batch shapes. For Hugging Face towers, whose blocks are in `encoder.layers`.
+With LoRA in blocks l and up, what enters block l never changes. The cache of activations
+(`federated.data.feature_cache`) computes it once with `run_until`; local steps and evaluation go on from
+there with `run_from`, which leaves the frozen blocks out of the forward and the backward pass. The model's
+own forward is used in both cases, so the results are those of the whole tower, bit by bit at equal batch
+shapes. For Hugging Face towers, whose blocks are in `encoder.layers`.
 """
 
 from __future__ import annotations

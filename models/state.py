@@ -1,9 +1,8 @@
 """State: the named arrays that travel between server and clients, and the files that hold them.
 
-Stands at both ends of every transfer of a round. What a client trained and what was decoded is a
-``FlatState``: its tensors lie end to end in one vector, on which a check, a difference or an average is one
-operation instead of one for each of an adapter's many small factors. Every function takes ordinary states,
-too, and gives the same bits.
+What a client trained and what was decoded is a ``FlatState``: its tensors lie end to end in one vector, on
+which a check, a difference or an average is one operation instead of one for each of an adapter's many small
+factors. Every function takes ordinary states, too, and gives the same bits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tasks: what a client minimises and what an evaluation reports.
 
-Where it stands in a round: `loss` is called by every local step, `evaluate` by the server (and by
-clients in rounds with client evaluation). Three tasks:
+`loss` is called by every local step, `evaluate` by the server (and by clients in rounds with client
+evaluation). Three tasks:
 
 - classification: cross-entropy of a linear head on the image features;
 - zero_shot: cross-entropy against the embeddings of the class prompts (Radford et al. 2021, 3.1);

@@ -1,7 +1,7 @@
 """What every backend gives: a CLIP of two towers, with all that is needed to feed it.
 
-Before the first round `models.loading` and `models.open_clip_backend` make one; from then on nothing asks
-which of the two it was.
+Before the first round `models.clip_loading` and `models.open_clip_backend` make one; from then on nothing
+asks which of the two it was.
 """
 
 from __future__ import annotations

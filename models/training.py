@@ -1,9 +1,9 @@
 """Local training: settings, learning-rate schedule, and one optimizer reused by every client.
 
-Where it stands in a round: between decoding the downlink and encoding the uplink, each client of
-the cohort runs `LocalTrainer.step` for its local steps. Clients are stateless (McMahan et al.
-2017, FedAvg): moments and schedule start afresh for each of them, which `LocalTrainer.reset` does
-in place, so hundreds of simulated clients share one optimizer object and its memory.
+Between decoding the downlink and encoding the uplink, each client of the cohort runs `LocalTrainer.step` for
+its local steps. Clients are stateless (McMahan et al. 2017, FedAvg): moments and schedule start afresh for
+each of them, which `LocalTrainer.reset` does in place, so hundreds of simulated clients share one optimizer
+object and its memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Build `federated/embedded_data`, the data that ships with the package, from its public sources.
+"""Build `federated/data/embedded_data`, the data that ships with the package, from its public sources.
 
 Runs before any round, once, by whoever maintains the data; users never need it. The output is
 deterministic: the same source versions give the same files. `scripts/README.md` lists the sources and
@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 logger = logging.getLogger("build_data")
 
-OUTPUT = Path(__file__).resolve().parents[1] / "federated" / "embedded_data"
+OUTPUT = Path(__file__).resolve().parents[1] / "federated" / "data" / "embedded_data"
 LANGUAGES = ("en", "vi", "zh")
 TILE_PIXELS = 32
 SHEET_COLUMNS = 40

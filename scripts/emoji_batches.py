@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from federated.data import embedded
+from federated.data.sources import embedded
 
 TRAIN_VENDORS = ("noto", "twemoji", "fluent")
 """OpenMoji stays out: it is the vendor the model has never seen (and its licence is share-alike)."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from emoji_batches import ClassLevel, class_levels, normalise
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from federated.data import embedded
+from federated.data.sources import embedded
 
 logger = logging.getLogger("pretrain_tiny_clip")
 

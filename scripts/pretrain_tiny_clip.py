@@ -46,7 +46,7 @@ from transformers import (  # noqa: E402
     get_cosine_schedule_with_warmup,
 )
 
-from federated.data import embedded  # noqa: E402
+from federated.data.sources import embedded  # noqa: E402
 
 logger = logging.getLogger("pretrain_tiny_clip")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from federated.aggregators import (
+from federated.methods import (
     NEVER,
     Aggregator,
     BaseDelta,

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from federated.ledger import Ledger, Transfer
-from federated.round_record import CLIENTS, SCORED_BY
-from federated.savings import Bandwidth, ModelSizes, communication_summary
+from federated.communication.ledger import Ledger, Transfer
+from federated.communication.savings import Bandwidth, ModelSizes, communication_summary
+from federated.results.round_record import CLIENTS, SCORED_BY
 
 FASHION = (
     "T-shirt/top",

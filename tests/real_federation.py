@@ -14,19 +14,19 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 
-import federated.client
-import federated.strategy
-from federated.aggregators import NEVER, BaseDelta, Downlink
-from federated.builders import training_settings
-from federated.client import HELD, app, recall
-from federated.compatibility import build_aggregator
-from federated.config import ExperimentConfig, load_config
+import federated.rounds.client
+import federated.rounds.strategy
+from federated.communication.ledger import Ledger
+from federated.communication.metered_grid import MeteredGrid
+from federated.config.schema import ExperimentConfig, load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
-from federated.engines.metered import MeteredGrid
-from federated.experiment import Experiment, build_experiment
-from federated.global_model import load_global_state
-from federated.ledger import Ledger
-from federated.server import build_strategy
+from federated.methods import NEVER, BaseDelta, Downlink
+from federated.rounds.build import training_settings
+from federated.rounds.client import HELD, app, recall
+from federated.rounds.compatibility import build_aggregator
+from federated.rounds.global_model import load_global_state
+from federated.rounds.run import Experiment, build_experiment
+from federated.rounds.server import build_strategy
 from lora.adapters import factor_pairs
 from models.state import State
 
@@ -127,15 +127,18 @@ class RealFederation:
         self.strategy = build_strategy(experiment, clients)
         self.cohort: list[int] = []
         self.broadcasts: list[tuple[State, State]] = []
-        monkeypatch.setattr(federated.client, "experiment_of", lambda run_config: experiment)
-        monkeypatch.setattr(federated.strategy, "sample_cohort", lambda *arguments: list(self.cohort))
+        monkeypatch.setattr(federated.rounds.client, "experiment_of", lambda run_config: experiment)
+        monkeypatch.setattr(federated.rounds.strategy, "sample_cohort", lambda *arguments: list(self.cohort))
         self._watch(monkeypatch)
 
     def _watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         original_train, original_take, original_encode = (
-            getattr(federated.client, name) for name in ("train_locally", "take_in", "encode")
+            getattr(federated.rounds.client, name) for name in ("train_locally", "take_in", "encode")
         )
-        original_unpack, original_read = federated.client.unpack_downlink, federated.client.read_broadcast
+        original_unpack, original_read = (
+            federated.rounds.client.unpack_downlink,
+            federated.rounds.client.read_broadcast,
+        )
         current = [0]
 
         def read_broadcast(*arguments: Any) -> State:
@@ -174,9 +177,9 @@ class RealFederation:
             return original_encode(experiment, delta, context, assignment)
 
         for name, function in (("train_locally", train_locally), ("take_in", take_in), ("encode", encode)):
-            monkeypatch.setattr(federated.client, name, function)
-        monkeypatch.setattr(federated.client, "read_broadcast", read_broadcast)
-        monkeypatch.setattr(federated.client, "unpack_downlink", unpack_downlink)
+            monkeypatch.setattr(federated.rounds.client, name, function)
+        monkeypatch.setattr(federated.rounds.client, "read_broadcast", read_broadcast)
+        monkeypatch.setattr(federated.rounds.client, "unpack_downlink", unpack_downlink)
 
     def play(self, server_round: int, cohort: Iterable[int]) -> None:
         """One round of training with these clients."""

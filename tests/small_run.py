@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from federated.config import ExperimentConfig, load_config
+from federated.config.schema import ExperimentConfig, load_config
 
 SMALL = (
     "federation.rounds=2",

@@ -11,8 +11,8 @@ import pytest
 import torch
 from real_federation import RealFederation, small_config, with_method
 
-from federated.compatibility import build_aggregator
-from federated.experiment import Experiment, build_experiment
+from federated.rounds.compatibility import build_aggregator
+from federated.rounds.run import Experiment, build_experiment
 from lora.adapters import factor_pairs
 from models.state import State
 

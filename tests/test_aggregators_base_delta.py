@@ -6,11 +6,11 @@ import pytest
 import torch
 from aggregator_simulation import normal
 
-import federated.base_weights
-from federated.aggregators import NEVER
-from federated.aggregators.base_delta import BaseDelta, split_updates, updates_to_state
-from federated.base_weights import BaseWeights
-from federated.lowrank import LowRank
+import federated.rounds.base_weights
+from federated.methods import NEVER
+from federated.methods.base_delta import BaseDelta, split_updates, updates_to_state
+from federated.methods.lowrank import LowRank
+from federated.rounds.base_weights import BaseWeights
 from models.errors import UserError
 
 D_OUT, D_IN = 9, 14
@@ -101,7 +101,9 @@ def test_twenty_small_merges_are_not_lost_in_float32():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_base_is_refused(dtype, monkeypatch):
-    monkeypatch.setattr(federated.base_weights, "base_weights", lambda model: {"m": PRETRAINED.to(dtype)})
+    monkeypatch.setattr(
+        federated.rounds.base_weights, "base_weights", lambda model: {"m": PRETRAINED.to(dtype)}
+    )
     base = BaseWeights(torch.nn.Module())
     with pytest.raises(UserError, match="float32"):
         base.hold({"m": after(1)})

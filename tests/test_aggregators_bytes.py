@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from aggregator_simulation import MIXED_RANKS, NUM_EXAMPLES, RANK, SHAPES, federation, send, train
 
-from federated.aggregators import NEVER, ClientProfile, aggregator_from_name, pack_downlink
+from federated.methods import NEVER, ClientProfile, aggregator_from_name, pack_downlink
 
 HEAD = 3
 P_A = sum(RANK * d_in for _, d_in in SHAPES.values())

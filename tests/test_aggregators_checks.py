@@ -9,7 +9,7 @@ import pytest
 import torch
 from aggregator_simulation import MIXED_RANKS, Federation, a_name, b_name, federation, send, train
 
-from federated.aggregators import (
+from federated.methods import (
     Limits,
     Update,
     check_ranks,

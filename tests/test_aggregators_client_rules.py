@@ -9,7 +9,8 @@ from aggregator_simulation import SHAPES, a_name, adapter, b_name, federation, n
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
-from federated.aggregators import (
+from federated.communication.codec import codec_from_name
+from federated.methods import (
     Downlink,
     FreshDraw,
     InBasis,
@@ -21,9 +22,8 @@ from federated.aggregators import (
     receive,
     spectral_start,
 )
-from federated.aggregators.fed_sb import core_name
-from federated.aggregators.hetlora import tail_penalty
-from federated.codecs import codec_from_name
+from federated.methods.fed_sb import core_name
+from federated.methods.hetlora import tail_penalty
 from lora.adapters import factor_pairs
 from models.errors import UserError
 from models.state import layout_of

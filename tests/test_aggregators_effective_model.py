@@ -26,7 +26,7 @@ from aggregator_simulation import (
 )
 from torch import Tensor
 
-from federated.aggregators import AGGREGATORS, Update
+from federated.methods import AGGREGATORS, Update
 from models.state import State
 
 COHORTS = ((0, 1, 3), (1, 3), (0, 2, 4), (3,), (0, 1, 2, 3, 4))

@@ -25,7 +25,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
-from federated.aggregators import (
+from federated.methods import (
     Update,
     averaging,
     dual,
@@ -41,9 +41,9 @@ from federated.aggregators import (
     lora_fair,
     rolora,
 )
-from federated.aggregators.residual import averaging_residual
-from federated.aggregators.stacking import stacked
-from federated.lowrank import truncate
+from federated.methods.lowrank import truncate
+from federated.methods.residual import averaging_residual
+from federated.methods.stacking import stacked
 from lora.adapters import FactorPair
 
 COHORT = [0, 1, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -24,14 +25,13 @@ from aggregator_simulation import (
     weights,
 )
 
-from federated.aggregators import (
+from federated.methods import (
     AGGREGATORS,
     Aggregator,
     ClientProfile,
     Update,
     aggregation_error,
     aggregator_from_name,
-    error,
     load_server,
     save_server,
 )
@@ -151,7 +151,7 @@ def test_rules_that_are_not_exact_do_err_on_heterogeneous_clients(name):
 @pytest.mark.parametrize("most", [1, 4_000_000])  # values of all clients that are copied side by side
 @ranked(GLOBAL)
 def test_the_reported_aggregation_error_is_the_dense_one(name, ranks, most, monkeypatch):
-    monkeypatch.setattr(error, "_MAX_STACKED_VALUES", most)
+    monkeypatch.setattr(sys.modules[aggregation_error.__module__], "_MAX_STACKED_VALUES", most)
     fed = start(name, ranks=ranks)
     if name == "dual":  # the private part is no part of the global model
         for client in fed.clients:

@@ -26,22 +26,22 @@ from real_federation import (
     with_method,
 )
 
-import federated.client
-import federated.reporting.report
-from federated.aggregators import ClientRules
-from federated.checkpoint import ServerCheckpoint, load_server_checkpoint, save_server_checkpoint
+import federated.results.report
+import federated.rounds.client
 from federated.cli import main
-from federated.client import CODEC_MEMORY, recall
-from federated.codecs import codec_from_name
-from federated.compatibility import build_aggregator
-from federated.config import dump_config
-from federated.experiment import Experiment, build_experiment, experiment_of
-from federated.global_model import load_global_state
-from federated.local_training import Assignment, train_locally
-from federated.messages import read_state
-from federated.simulation import run_experiment
+from federated.communication.codec import codec_from_name
+from federated.communication.messages import read_state
+from federated.config.schema import dump_config
+from federated.engines.simulation import run_experiment
+from federated.methods import ClientRules
+from federated.rounds.checkpoint import ServerCheckpoint, load_server_checkpoint, save_server_checkpoint
+from federated.rounds.client import CODEC_MEMORY, recall
+from federated.rounds.compatibility import build_aggregator
+from federated.rounds.global_model import load_global_state
+from federated.rounds.local_training import Assignment, train_locally
+from federated.rounds.run import Experiment, build_experiment, experiment_of
 from lora.adapters import factor_pairs
-from lora.base_delta import BASE_DELTA_FILE
+from lora.base_delta_file import BASE_DELTA_FILE
 from lora.loading import load_lora_adapters
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
@@ -398,7 +398,7 @@ def test_error_feedback_telescopes_over_rounds(codec: str, base: Experiment) -> 
     experiment = replace(base, config=base.config.model_copy(update={"communication": communication}))
     with federation(experiment) as fed:
         sent: dict[int, State] = {}
-        original = federated.client.encode
+        original = federated.rounds.client.encode
 
         def encode(run: Experiment, delta: State, context: Any, assignment: Any) -> Any:
             content = original(run, delta, context, assignment)
@@ -408,7 +408,7 @@ def test_error_feedback_telescopes_over_rounds(codec: str, base: Experiment) -> 
             return content
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(federated.client, "encode", encode)
+            patch.setattr(federated.rounds.client, "encode", encode)
             for server_round, cohort in enumerate(ROUNDS, start=1):
                 fed.play(server_round, cohort)
         for client_id in (0, 1):
@@ -521,7 +521,7 @@ def test_a_refused_run_exits_with_code_2_and_leaves_no_folder(
 def test_adapter_and_base_delta_together_are_the_trained_model(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(federated.reporting.report, "write_report", lambda folder: None)  # plots take seconds
+    monkeypatch.setattr(federated.results.report, "write_report", lambda folder: None)  # plots take seconds
     config = small_config(
         f"aggregation.name={method}",
         f"output.root={tmp_path}",

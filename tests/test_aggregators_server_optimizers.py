@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 from flwr.supercore.task_identity import TaskIdentity
 
-from federated.aggregators import (
+from federated.methods import (
     AGGREGATORS,
     Update,
     aggregator_from_name,
@@ -19,7 +19,7 @@ from federated.aggregators import (
     rolora,
     save_server,
 )
-from federated.server_optimizers import (
+from federated.methods.server_optimizers import (
     SERVER_OPTIMIZERS,
     fedadagrad,
     fedadam,

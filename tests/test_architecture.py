@@ -153,5 +153,5 @@ def test_the_wheel_holds_exactly_the_three_packages_and_their_data(tmp_path: Pat
     assert top_level == set(LAYERS)
     for needed in ("federated/configs/quickstart.yaml", "models/tiny_clip/model.safetensors"):
         assert needed in names
-    for folder in ("federated/embedded_data/", "federated/templates/"):
+    for folder in ("federated/data/embedded_data/", "federated/results/templates/"):
         assert any(name.startswith(folder) for name in names)

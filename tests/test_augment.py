@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from federated.data.augment import (
+from federated.data.augmentation import (
     Augmentation,
     augment_captions,
     augment_images,

@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-import federated.reporting.report
-import federated.standalone.centralized
-from federated.config import dump_config, load_config
-from federated.data.augment import CLIP_DEVIATION, CLIP_MEAN
+import federated.results.report
+import federated.tools.central
+from federated.config.schema import dump_config, load_config
+from federated.config.seeding import generator
+from federated.data.augmentation import CLIP_DEVIATION, CLIP_MEAN
 from federated.data.augmented_batches import augment_batch, colour_range, training_augmentation
-from federated.experiment import Experiment, build_experiment, experiment_of
-from federated.local_training import Assignment, train_locally
-from federated.seeding import generator
-from federated.standalone.centralized import train_centrally
+from federated.rounds.local_training import Assignment, train_locally
+from federated.rounds.run import Experiment, build_experiment, experiment_of
+from federated.tools.central import train_centrally
 from lora.adapters import unwrap
 from models.errors import UserError
 from models.images import ImageProcessor
@@ -215,11 +215,11 @@ def train_a_client(watch: Watch, overrides: list[str], folder: Path, patch: pyte
 
 def train_in_one_place(watch: Watch, overrides: list[str], folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        federated.standalone.centralized,
+        federated.tools.central,
         "build_experiment",
         lambda config: watch.look_at(build_experiment(config)),
     )
-    patch.setattr(federated.reporting.report, "write_report", lambda path: path)
+    patch.setattr(federated.results.report, "write_report", lambda path: path)
     overrides = [*SMALL, f"train.steps={NUM_STEPS}", f"output.root={folder}", *overrides]
     train_centrally(load_config("quickstart", overrides))
 

@@ -14,10 +14,16 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import CLIPModel
 
+from lora.adapter_files import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    read_adapter,
+    save_full_checkpoint,
+    save_lora_adapters,
+)
 from lora.adapters import adapter_layers
-from lora.base_delta import save_base_delta
+from lora.base_delta_file import save_base_delta
 from lora.base_identity import base_digests
-from lora.checkpoint import ADAPTER_FILE, CONFIG_FILE, read_adapter, save_full_checkpoint, save_lora_adapters
 from lora.config import LoRAConfig
 from lora.injection import inject_lora
 from lora.loading import load_full_checkpoint, load_lora_adapters

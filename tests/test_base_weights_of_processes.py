@@ -11,11 +11,11 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord
 from real_federation import NUM_CLIENTS, RealFederation, same, small_config, with_method
 
-import federated.client
-from federated.base_weights import BaseWeights
-from federated.client import MERGED, MERGED_VERSION
-from federated.experiment import Experiment, build_experiment
-from federated.local_training import Assignment, LocalResult, train_locally
+import federated.rounds.client
+from federated.rounds.base_weights import BaseWeights
+from federated.rounds.client import MERGED, MERGED_VERSION
+from federated.rounds.local_training import Assignment, LocalResult, train_locally
+from federated.rounds.run import Experiment, build_experiment
 from models.state import State
 
 COHORTS = ((0, 1), (1, 2), (0, 1), (0, 2, 3))
@@ -57,7 +57,7 @@ def note(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
         seen.clients.append((*key, weights, {name: tensor.clone() for name, tensor in held.items()}))
         return train_locally(experiment, assignment, held)
 
-    monkeypatch.setattr(federated.client, "train_locally", watched)
+    monkeypatch.setattr(federated.rounds.client, "train_locally", watched)
 
 
 def play(fed: RealFederation, seen: Seen) -> None:
@@ -112,7 +112,7 @@ def test_merging_methods_give_the_bits_of_the_inprocess_engine_whatever_process_
             running[number] = another_process(pristine)
         return running[number]
 
-    monkeypatch.setattr(federated.client, "experiment_of", experiment_of)
+    monkeypatch.setattr(federated.rounds.client, "experiment_of", experiment_of)
     note(seen, monkeypatch)
     play(fed, seen)
     wanted = in_process(method)
@@ -132,7 +132,7 @@ def test_a_client_whose_kept_sum_is_lost_says_so_and_then_receives_everything(
     experiment = with_method(on_server, "flora")
     elsewhere = another_process(experiment)
     fed, seen = RealFederation(experiment, monkeypatch), Seen()
-    monkeypatch.setattr(federated.client, "experiment_of", lambda run_config: elsewhere)
+    monkeypatch.setattr(federated.rounds.client, "experiment_of", lambda run_config: elsewhere)
     note(seen, monkeypatch)
     for server_round in (1, 2, 3):
         fed.play(server_round, (0, 1))
@@ -159,6 +159,6 @@ def test_a_worker_that_was_forked_before_a_round_without_a_merge_goes_on(
         experiment.base.version = 0
         return experiment
 
-    monkeypatch.setattr(federated.client, "experiment_of", in_worker)
+    monkeypatch.setattr(federated.rounds.client, "experiment_of", in_worker)
     fed.play(2, (0, 1))
     assert not fed.strategy.record.failed

@@ -13,18 +13,18 @@ import torch
 from conftest import CLASS_NAMES, IMAGE_SIZE
 from torch import nn
 
-import federated.reporting.report
-from federated.config import dump_config, load_config
-from federated.experiment import CONFIG_KEY, Experiment, build_experiment, experiment_of
-from federated.simulation import limited_threads, run_experiment
-from federated.speed.batched_clients import (
+import federated.results.report
+from federated.config.schema import dump_config, load_config
+from federated.engines.batched_clients import (
     batched_clients,
     measured_group_size,
     one_by_one_because,
     split_evenly,
 )
-from federated.speed.batched_losses import gather
-from federated.speed.batched_training import JointTrainer
+from federated.engines.batched_losses import gather
+from federated.engines.batched_training import JointTrainer
+from federated.engines.simulation import limited_threads, run_experiment
+from federated.rounds.run import CONFIG_KEY, Experiment, build_experiment, experiment_of
 from lora.batched import StackedAdapter, StackedHead, clip_gradients, gradient_norms, obstacle
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
@@ -306,7 +306,7 @@ def small_run_config(folder: Path, clip: Path, batched: int | str, *overrides: s
 
 @pytest.fixture
 def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(federated.reporting.report, "write_report", lambda path: None)
+    monkeypatch.setattr(federated.results.report, "write_report", lambda path: None)
 
 
 def run_lines(config: Any) -> list[dict[str, Any]]:

@@ -14,14 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from federated.cli import main
-from federated.config import ExperimentConfig, load_config
-from federated.experiment import Experiment, build_experiment
-from federated.local_training import Assignment, train_locally
-from federated.reporting.compare import compare_runs
-from federated.run_folder import RunFolder
-from federated.simulation import limited_threads, run_experiment
-from federated.standalone.centralized import central_config, train_centrally
-from federated.standalone.early_stopping import BestSoFar
+from federated.config.schema import ExperimentConfig, load_config
+from federated.engines.simulation import limited_threads, run_experiment
+from federated.results.compare import compare_runs
+from federated.results.run_folder import RunFolder
+from federated.rounds.local_training import Assignment, train_locally
+from federated.rounds.run import Experiment, build_experiment
+from federated.tools.central import central_config, train_centrally
+from federated.tools.early_stopping import BestSoFar
 from models.errors import UserError
 
 SMALL = (
@@ -48,7 +48,7 @@ def summary_of(run: Path) -> dict[str, Any]:
 @pytest.fixture
 def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the pictures, which take longer than these trainings."""
-    monkeypatch.setattr("federated.reporting.report.write_report", lambda path: path)
+    monkeypatch.setattr("federated.results.report.write_report", lambda path: path)
 
 
 @pytest.fixture(scope="module")
@@ -232,9 +232,7 @@ def test_an_existing_folder_is_refused_before_anything_is_loaded_and_replaced_on
     config = small_config(tmp_path, "train.steps=1", "data.max_train_samples=32")
     RunFolder(tmp_path / "quickstart", config).close()
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "federated.standalone.centralized.build_experiment", lambda config: pytest.fail("was loaded")
-        )
+        patch.setattr("federated.tools.central.build_experiment", lambda config: pytest.fail("was loaded"))
         with pytest.raises(UserError, match="--overwrite"):
             train_centrally(config)
     assert (train_centrally(config, overwrite=True) / "summary.json").is_file()

@@ -16,20 +16,20 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch.nn import functional
 
-import federated.standalone.image_search
-from federated.builders import load_run_data
+import federated.tools.search
 from federated.cli import main
-from federated.config import dump_config, load_config
-from federated.simulation import run_experiment
-from federated.standalone.embedding_files import weights_sha256
-from federated.standalone.image_search import nearest_rows
-from federated.standalone.trained_models import open_model
+from federated.config.schema import dump_config, load_config
+from federated.engines.simulation import run_experiment
+from federated.rounds.build import load_run_data
+from federated.tools.embedding_files import weights_sha256
+from federated.tools.search import nearest_rows
+from federated.tools.trained_models import open_model
 from lora import LoRAConfig
+from lora.adapter_files import save_full_checkpoint, save_lora_adapters
 from lora.adapters import adapter_parameters, factor_of, scalings, set_scaling
-from lora.checkpoint import save_full_checkpoint, save_lora_adapters
 from lora.injection import inject_lora
 from models.clip import FederatedCLIPModel
-from models.loading import load_clip
+from models.clip_loading import load_clip
 from tests.command import fedlora
 
 SMALL = (
@@ -498,7 +498,7 @@ def test_faiss_and_torch_find_the_same_rows_also_among_equal_ones():
 
 def test_search_prints_the_same_without_faiss(index, capsys, monkeypatch):
     before = fedlora(capsys, "search", index, "a blue square", "--format", "csv")
-    monkeypatch.setattr(federated.standalone.image_search, "default_engine", lambda: "torch")
+    monkeypatch.setattr(federated.tools.search, "default_engine", lambda: "torch")
     assert fedlora(capsys, "search", index, "a blue square", "--format", "csv") == before
 
 

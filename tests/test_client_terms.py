@@ -11,8 +11,7 @@ import torch
 from real_federation import RealFederation, distance, same, small_config, with_method
 from torch import nn
 
-from federated.client import VARIATE, recall
-from federated.client_terms import (
+from federated.methods.client_terms import (
     ControlVariates,
     DriftCorrection,
     control_names,
@@ -21,8 +20,9 @@ from federated.client_terms import (
     split_control,
     sum_of_terms,
 )
-from federated.experiment import Experiment, build_experiment
-from federated.local_training import Assignment, train_locally
+from federated.rounds.client import VARIATE, recall
+from federated.rounds.local_training import Assignment, train_locally
+from federated.rounds.run import Experiment, build_experiment
 from models.state import State
 
 

@@ -10,26 +10,26 @@ import pytest
 import torch
 from flwr.app import RecordDict
 
-from federated.byte_counts import payload_bytes
-from federated.client import CODEC_MEMORY, encode, recall
-from federated.codecs import Codec, codec_from_name, valid_codec_names, with_error_feedback
-from federated.codecs.codings import CODINGS
-from federated.codecs.selection import (
-    decode_positions,
-    encode_positions,
-    num_kept,
-    positions_num_bytes,
-    top_k,
-)
-from federated.local_training import Assignment
-from federated.messages import read_state
-from federated.payload import (
+from federated.communication.byte_counts import payload_bytes
+from federated.communication.codec import Codec, codec_from_name, valid_codec_names, with_error_feedback
+from federated.communication.codings import CODINGS
+from federated.communication.messages import read_state
+from federated.communication.payload import (
     Layout,
     PayloadError,
     flatten,
     pack,
     unpack,
 )
+from federated.communication.sparsifiers import (
+    decode_positions,
+    encode_positions,
+    num_kept,
+    positions_num_bytes,
+    top_k,
+)
+from federated.rounds.client import CODEC_MEMORY, encode, recall
+from federated.rounds.local_training import Assignment
 from models.errors import UserError
 from models.state import State, layout_of
 

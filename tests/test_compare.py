@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from federated.reporting.compare import (
+from federated.results.compare import (
     compare_runs,
     comparison_table,
     to_csv,
@@ -17,7 +17,7 @@ from federated.reporting.compare import (
     to_markdown,
     write_comparison,
 )
-from federated.reporting.wording import format_megabytes
+from federated.results.wording import format_megabytes
 from models.errors import UserError
 from tests.fake_run import ACCURACIES, EXCHANGED, OVERHEAD_BYTES, FakeRun
 

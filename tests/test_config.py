@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from federated.builders import training_settings
-from federated.config import (
+from federated.config.schema import (
     config_folder,
     dump_config,
     load_config,
@@ -16,6 +15,7 @@ from federated.config import (
     shipped_descriptions,
     shipped_names,
 )
+from federated.rounds.build import training_settings
 from models.errors import UserError
 
 

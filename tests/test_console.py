@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from federated.reporting.console import MAX_FAILURES_SHOWN, RunDisplay, print_results, print_table
-from federated.reporting.round_table import TextTable, failure_table, round_table, saving_table
-from federated.reporting.wording import (
+from federated.results.console import MAX_FAILURES_SHOWN, RunDisplay, print_results, print_table
+from federated.results.tables import TextTable, failure_table, round_table, saving_table
+from federated.results.wording import (
     format_bytes,
     format_megabytes,
     format_metric,

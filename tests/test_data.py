@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from federated.data.form import split_off
-from federated.data.loading import SOURCES, load_data
+from federated.data.dataset import SOURCES, load_data
+from federated.data.sources.form import split_off
 from federated.data.splits import column_values
 from models.errors import UserError
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from federated.data.dataset import load_data
 from federated.data.folders import check_folder, prepare_folder
-from federated.data.loading import load_data
 from models.errors import UserError
 
 CLASSES = ("cat", "dog", "owl")

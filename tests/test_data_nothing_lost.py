@@ -11,10 +11,10 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PilImage
 
-from federated.data.folder_scan import scan_folder
+from federated.data.dataset import load_data
 from federated.data.folders import prepare_folder
-from federated.data.form import row_groups
-from federated.data.loading import load_data
+from federated.data.sources.folder_scan import scan_folder
+from federated.data.sources.form import row_groups
 from models.errors import UserError
 from tests.command import fedlora
 from tests.test_data_tables import pictures, write_csv, write_hub_folder, write_images
@@ -400,7 +400,7 @@ LONG = "a picture taken on a plain table in a bright room on an early morning of
 
 
 def test_captions_that_are_cut_are_counted_and_named(caplog):
-    from models.loading import load_clip
+    from models.clip_loading import load_clip
     from models.prompts import warn_of_cut
 
     tokenize = load_clip("tiny").tokenize

@@ -7,7 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PilImage
 
-from federated.data.loading import load_data
+from federated.data.dataset import load_data
 from federated.data.splits import column_values
 from models.errors import UserError
 

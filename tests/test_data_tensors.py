@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PilImage
 
 from federated.data.batch_order import index_batches, local_index_batches, steps_per_epoch
-from federated.data.loading import FederatedData, ImageTensors, image_tensors
+from federated.data.dataset import FederatedData, ImageTensors, image_tensors
 from models.errors import UserError
 
 SIZE = 8

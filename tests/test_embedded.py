@@ -11,7 +11,7 @@ import pytest
 from datasets import DatasetDict
 from PIL import Image
 
-from federated.data import embedded
+from federated.data.sources import embedded
 from models.errors import UserError
 
 

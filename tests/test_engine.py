@@ -15,11 +15,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
+from federated.communication.ledger import Ledger
+from federated.communication.messages import NUM_VALUES, SERVER_ROUND
+from federated.communication.metered_grid import MeteredGrid
+from federated.communication.payload import ARRAYS, CONFIG
 from federated.engines.inprocess import TESTED_FLOWER, InProcessGrid, node_id_of
-from federated.engines.metered import MeteredGrid
-from federated.ledger import Ledger
-from federated.messages import NUM_VALUES, SERVER_ROUND
-from federated.payload import ARRAYS, CONFIG
 
 
 def broadcast(grid: InProcessGrid, values: np.ndarray, client_ids: list[int]) -> list[Message]:

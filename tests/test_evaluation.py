@@ -15,19 +15,19 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from federated.cli import main
-from federated.config import load_config
-from federated.reporting.plot_style import save_png
-from federated.simulation import run_experiment
-from federated.standalone.centralized import train_centrally
-from federated.standalone.detailed_metrics import (
+from federated.config.schema import load_config
+from federated.engines.simulation import run_experiment
+from federated.results.plot_style import save_png
+from federated.tools.central import train_centrally
+from federated.tools.detailed_metrics import (
     Predictions,
     chance_recall,
     describe_classes,
     describe_retrieval,
     embed_pairs,
 )
-from federated.standalone.evaluation import evaluate_source
-from federated.standalone.evaluation_plots import MAX_BARS, ClassFigures, class_performance, confusion_matrix
+from federated.tools.evaluation import evaluate_source
+from federated.tools.evaluation_plots import MAX_BARS, ClassFigures, class_performance, confusion_matrix
 from models.errors import UserError
 from models.metrics import retrieval_set
 

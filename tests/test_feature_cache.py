@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import federated.experiment
-from federated.builders import load_run_data
-from federated.config import ExperimentConfig, load_config
+import federated.rounds.run
+from federated.config.schema import ExperimentConfig, load_config
 from federated.data.captions import Captions
-from federated.data.loading import FederatedData
+from federated.data.dataset import FederatedData
 from federated.data.row_cache import RowCache
-from federated.experiment import Experiment, build_experiment
-from models.loading import load_clip
+from federated.rounds.build import load_run_data
+from federated.rounds.run import Experiment, build_experiment
+from models.clip_loading import load_clip
 
 ALL_OFF = tuple(
     f"cache.{name}=false"
@@ -60,7 +60,7 @@ def _data_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         only_data = ExperimentConfig(data=config.data, seed=config.seed)
         return data_of(only_data.model_dump_json())
 
-    monkeypatch.setattr(federated.experiment, "load_run_data", load)
+    monkeypatch.setattr(federated.rounds.run, "load_run_data", load)
 
 
 def build(name: str, overrides: Sequence[str] = ()) -> Experiment:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from federated.config import ExperimentConfig
-from federated.reporting.run_record import RunRecord, read_run
-from federated.simulation import run_experiment
+from federated.config.schema import ExperimentConfig
+from federated.engines.simulation import run_experiment
+from federated.results.records import RunRecord, read_run
 from tests.small_run import small_config
 
 OVERRIDES = {

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from federated.foreign_text import MAX_CHARACTERS, shown
-from federated.ledger import Ledger
-from federated.reporting.console import RunDisplay
-from federated.round_record import Failure, RoundRecord
-from federated.server import round_line
+from federated.communication.foreign_text import MAX_CHARACTERS, shown
+from federated.communication.ledger import Ledger
+from federated.results.console import RunDisplay
+from federated.results.round_record import Failure, RoundRecord
+from federated.rounds.server import round_line
 
 ATTACKS = {
     "clear screen": "\x1b[2J\x1b[H",

@@ -24,28 +24,32 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from federated.aggregators import receive, unpack_downlink
-from federated.aggregators.base_delta import BaseUpdate, updates_to_state
-from federated.aggregators.protocol import ServerState
-from federated.base_weights import BaseWeights
-from federated.checkpoint import SERVER_FILE, ServerCheckpoint, load_server_checkpoint, save_server_checkpoint
-from federated.codecs import codec_from_name
-from federated.config import config_folder, load_config
-from federated.data.csv_source import csv
-from federated.data.folder_scan import content_hash
-from federated.ledger import Ledger
-from federated.lowrank import LowRank
-from federated.messages import read_broadcast, read_state, write_state
-from federated.partition import load_partition
-from federated.payload import _npy_header, layout_digest, layout_from_bytes, layout_to_bytes
-from federated.reporting.compare import compare_runs, comparison_table
-from federated.reporting.report import write_report
-from federated.reporting.report_cards import base_note, cards, notices, subtitle
-from federated.reporting.round_table import failure_table, round_table, saving_table
-from federated.reporting.run_record import read_run
-from federated.standalone.embedding_files import read_index
-from lora.base_delta import BASE_DELTA_FILE, fitting_base_delta
-from lora.checkpoint import (
+from federated.communication.codec import codec_from_name
+from federated.communication.ledger import Ledger
+from federated.communication.messages import read_broadcast, read_state, write_state
+from federated.communication.payload import _npy_header, layout_digest, layout_from_bytes, layout_to_bytes
+from federated.config.schema import config_folder, load_config
+from federated.data.partition import load_partition
+from federated.data.sources.csv_source import csv
+from federated.data.sources.folder_scan import content_hash
+from federated.methods import receive, unpack_downlink
+from federated.methods.base_delta import BaseUpdate, updates_to_state
+from federated.methods.lowrank import LowRank
+from federated.methods.protocol import ServerState
+from federated.results.compare import compare_runs, comparison_table
+from federated.results.records import read_run
+from federated.results.report import write_report
+from federated.results.report_cards import base_note, cards, notices, subtitle
+from federated.results.tables import failure_table, round_table, saving_table
+from federated.rounds.base_weights import BaseWeights
+from federated.rounds.checkpoint import (
+    SERVER_FILE,
+    ServerCheckpoint,
+    load_server_checkpoint,
+    save_server_checkpoint,
+)
+from federated.tools.embedding_files import read_index
+from lora.adapter_files import (
     ADAPTER_FILE,
     CONFIG_FILE,
     FULL_FILE,
@@ -55,6 +59,7 @@ from lora.checkpoint import (
     save_full_checkpoint,
     save_lora_adapters,
 )
+from lora.base_delta_file import BASE_DELTA_FILE, fitting_base_delta
 from lora.config import LoRAConfig
 from lora.conversion import read_converted
 from lora.injection import inject_lora

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from federated.aggregators import unpack_downlink
-from federated.codecs import codec_from_name
-from federated.config import load_config
-from federated.messages import read_broadcast, read_state
-from federated.standalone.embedding_files import read_index
-from lora.checkpoint import read_adapter, save_lora_adapters
+from federated.communication.codec import codec_from_name
+from federated.communication.messages import read_broadcast, read_state
+from federated.config.schema import load_config
+from federated.methods import unpack_downlink
+from federated.tools.embedding_files import read_index
+from lora.adapter_files import read_adapter, save_lora_adapters
 from lora.config import LoRAConfig
 from lora.conversion import read_converted
 from lora.injection import inject_lora

@@ -12,12 +12,12 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from federated.config import load_config
+from federated.config.schema import load_config
+from federated.data.dataset import load_data
 from federated.data.folders import check_folder
-from federated.data.loading import load_data
-from federated.data.tensors import ImageTensors
-from federated.experiment import build_experiment
-from federated.standalone.embeddings import InputOptions, image_batches
+from federated.data.image_tensors import ImageTensors
+from federated.rounds.run import build_experiment
+from federated.tools.embeddings import InputOptions, image_batches
 from models.errors import UserError
 from models.image_modes import load_image, rgb_image
 from models.images import ImageProcessor

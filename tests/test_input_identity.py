@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from lora.checkpoint import save_lora_adapters
+from lora.adapter_files import save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
 from lora.input_identity import PROBE, differing_settings, input_settings
 from lora.loading import load_lora_adapters
 from models.clip import FederatedCLIPModel
+from models.clip_loading import TINY_FOLDER
 from models.errors import UserError
-from models.loading import TINY_FOLDER
 from tests.lora_models import disturb, small_clip
 
 CLASSES = ("cat", "dog", "frog")

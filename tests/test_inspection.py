@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from federated.config import load_config
-from federated.inspection import describe_run
+from federated.config.schema import load_config
+from federated.tools.inspection import describe_run
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BEYOND_AVERAGING = re.findall(

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from federated.simulation import run_experiment
-from federated.standalone.evaluation import evaluate_source
-from federated.standalone.trained_models import open_model
+from federated.engines.simulation import run_experiment
+from federated.tools.evaluation import evaluate_source
+from federated.tools.trained_models import open_model
 from models import committed_folders
 from models.errors import UserError
 from tests.small_run import small_config

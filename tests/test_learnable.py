@@ -10,9 +10,9 @@ import pytest
 from command import fedlora
 from PIL import Image
 
-from federated.config import load_config, shipped_names
-from federated.experiment import Experiment, build_experiment
-from federated.learnable import check_can_learn
+from federated.config.schema import load_config, shipped_names
+from federated.rounds.learnable import check_can_learn
+from federated.rounds.run import Experiment, build_experiment
 from models.errors import UserError
 from models.prompts import names_that_read_alike
 
@@ -176,7 +176,7 @@ def test_names_read_alike_when_the_tokens_of_all_their_prompts_are_equal() -> No
 @pytest.mark.parametrize("name", [name for name in shipped_names() if name != "clip_lora"])
 def test_shipped_configurations_can_learn(name: str, caplog: pytest.LogCaptureFixture) -> None:
     check_can_learn(built(name))
-    assert not [r for r in caplog.records if r.name == "federated.learnable"]
+    assert not [r for r in caplog.records if r.name == "federated.rounds.learnable"]
 
 
 @pytest.mark.parametrize(

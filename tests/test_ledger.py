@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from federated.ledger import COLUMNS, Ledger, Totals, Transfer
-from federated.savings import (
+from federated.communication.ledger import COLUMNS, Ledger, Totals, Transfer
+from federated.communication.savings import (
     FULL_MODEL,
     THIS_RUN,
     Bandwidth,

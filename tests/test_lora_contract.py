@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from lora.adapter_files import save_lora_adapters
 from lora.adapters import (
     get_lora_state_dict,
     is_adapter_parameter,
     set_lora_state_dict,
 )
 from lora.biases import is_bias
-from lora.checkpoint import save_lora_adapters
 from lora.config import LoRAConfig
 from lora.injection import inject_lora
 from lora.loading import load_lora_adapters

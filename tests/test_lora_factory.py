@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from lora.checkpoint import FULL_FILE
+from lora.adapter_files import FULL_FILE
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
 from lora.factory import LoRAConfigManager, LoRAModelManager, create_model, quick_clip_lora

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from lora.adapter_files import save_lora_adapters
 from lora.adapters import (
     adapter_parameters,
     get_lora_state_dict,
 )
-from lora.checkpoint import save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
 from lora.injection import inject_lora

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from lora.adapter_files import save_lora_adapters
 from lora.adapters import (
     adapter_parameters,
     factor_pairs,
     scalings,
 )
-from lora.checkpoint import save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
 from lora.loading import load_lora_adapters

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from federated import lowrank
-from federated.lowrank import (
+from federated.methods import lowrank
+from federated.methods.lowrank import (
     LowRank,
     difference,
     distance_and_size,

@@ -10,8 +10,8 @@ import pytest
 
 PROGRAM = """
 import resource, sys
-from federated.config import load_config
-from federated.simulation import run_experiment
+from federated.config.schema import load_config
+from federated.engines.simulation import run_experiment
 run_experiment(load_config("quickstart", sys.argv[1:]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPProcessor
 
+from models.clip_loading import TINY_FOLDER, load_clip
 from models.errors import UserError
-from models.loading import TINY_FOLDER, load_clip
 
 Change = Callable[[Path], None]
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from models import exchange
 from models.clip import STRATEGIES, FederatedCLIPModel
+from models.clip_loading import load_clip
 from models.errors import UserError
 from models.hub_tokenizer import TokenizerMissingError
-from models.loading import load_clip
 from models.state import flat
 from models.tasks import TASKS
 from models.training import TrainingSettings

@@ -1,4 +1,4 @@
-"""models.loading and models.images: what each kind of model name gives, and what goes wrong how."""
+"""models.clip_loading and models.images: what each kind of model name gives, and what goes wrong how."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel
 
+from models.clip_loading import HUGGINGFACE_TOWERS, TINY_FOLDER, load_clip
 from models.errors import UserError
 from models.hub_tokenizer import TokenizerMissingError
 from models.images import ImageProcessor
-from models.loading import HUGGINGFACE_TOWERS, TINY_FOLDER, load_clip
 
 VIT_B32 = "openai/clip-vit-base-patch32"
 has_tiny = pytest.mark.skipif(
@@ -118,7 +118,7 @@ def test_dtype_is_that_of_the_weights(small_clip_folder: Path) -> None:
 
 
 def test_an_unreachable_hub_name_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.loading._local_only", lambda source: True)
+    monkeypatch.setattr("models.clip_loading._local_only", lambda source: True)
     with pytest.raises(UserError) as caught:
         load_clip("nobody/no-such-clip")
     for part in (
@@ -135,7 +135,7 @@ def test_the_hub_is_not_asked_for_a_local_folder(
     small_clip_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = []
-    monkeypatch.setattr("models.loading.HfApi.model_info", lambda *args, **kwargs: requests.append(args))
+    monkeypatch.setattr("models.clip_loading.HfApi.model_info", lambda *args, **kwargs: requests.append(args))
     loaded = load_clip(str(small_clip_folder))
     loaded.tokenize(["a cat"])
     assert not requests
@@ -144,13 +144,13 @@ def test_the_hub_is_not_asked_for_a_local_folder(
 def test_an_unknown_architecture_without_weights_lists_the_known_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("models.loading._local_only", lambda source: True)
+    monkeypatch.setattr("models.clip_loading._local_only", lambda source: True)
     with pytest.raises(UserError, match=VIT_B32):
         load_clip("nobody/no-such-clip", pretrained=False)
 
 
 def test_a_missing_tokenizer_is_an_error_of_tokenize_not_of_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.loading._local_only", lambda source: True)
+    monkeypatch.setattr("models.clip_loading._local_only", lambda source: True)
     monkeypatch.setattr("models.hub_tokenizer.AutoTokenizer.from_pretrained", _raise_os_error)
     loaded = load_clip(VIT_B32, pretrained=False, device="meta")
     with pytest.raises(TokenizerMissingError, match=r"tokenizer\.json"):

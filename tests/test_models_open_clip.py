@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from models.clip import FederatedCLIPModel
+from models.clip_loading import load_clip
 from models.errors import UserError
-from models.loading import load_clip
 
 ARCHITECTURE = "fedlora-test"
 WIDTH, LAYERS, EMBED_DIM, IMAGE_SIZE, PATCH_SIZE = 64, 2, 24, 32, 16

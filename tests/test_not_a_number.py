@@ -13,18 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from federated.config import load_config
-from federated.reporting.compare import compare_runs
-from federated.reporting.report import write_report
-from federated.reporting.run_record import read_run
-from federated.round_record import best_value
-from federated.simulation import run_experiment
-from federated.standalone.detailed_metrics import embed_pairs, predict_classes
-from federated.standalone.embeddings import embed_texts
-from federated.standalone.image_search import nearest_rows
-from federated.standalone.inference import make_classifier
-from federated.standalone.trained_models import OpenedModel
-from lora.checkpoint import read_adapter, save_lora_adapters
+from federated.config.schema import load_config
+from federated.engines.simulation import run_experiment
+from federated.results.compare import compare_runs
+from federated.results.records import read_run
+from federated.results.report import write_report
+from federated.results.round_record import best_value
+from federated.tools.detailed_metrics import embed_pairs, predict_classes
+from federated.tools.embeddings import embed_texts
+from federated.tools.prediction import make_classifier
+from federated.tools.search import nearest_rows
+from federated.tools.trained_models import OpenedModel
+from lora.adapter_files import read_adapter, save_lora_adapters
 from lora.config import LoRAConfig
 from lora.injection import inject_lora
 from models.clip import FederatedCLIPModel

@@ -12,9 +12,7 @@ import torch
 from datasets import Dataset
 from flwr_datasets.partitioner import IidPartitioner
 
-from federated.data.partitioners import ROW, iid
-from federated.data.splits import split_rows, stratified_choice
-from federated.partition import (
+from federated.data.partition import (
     PARTITIONERS,
     class_counts,
     hold_out,
@@ -22,6 +20,8 @@ from federated.partition import (
     partition,
     save_partition,
 )
+from federated.data.partitioners import ROW, iid
+from federated.data.splits import split_rows, stratified_choice
 from models.errors import UserError
 
 NUM_ROWS = 1000

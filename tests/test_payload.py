@@ -12,10 +12,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from flwr.supercore.task_identity import TaskIdentity
 
-from federated.byte_counts import payload_bytes, wire_bytes
-from federated.codecs import codec_from_name
-from federated.messages import SERVER_ROUND, read_broadcast, read_state, write_state
-from federated.payload import (
+from federated.communication.byte_counts import payload_bytes, wire_bytes
+from federated.communication.codec import codec_from_name
+from federated.communication.messages import SERVER_ROUND, read_broadcast, read_state, write_state
+from federated.communication.payload import (
     ARRAYS,
     CONFIG,
     FLAT,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from lora.adapter_files import CONFIG_FILE, save_lora_adapters
 from lora.adapters import is_adapter_parameter
-from lora.checkpoint import CONFIG_FILE, save_lora_adapters
 from lora.config import LoRAConfig
 from lora.injection import inject_lora
 from lora.loading import load_lora_adapters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from federated.registry import Choice, build
+from federated.config.choices import Choice, build
 from models.errors import UserError
 
 CHOICE = Choice("drink", "menu.name", "menu.options", {"glass": "table.glass"})

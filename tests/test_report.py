@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from federated.reporting import plots
-from federated.reporting.plot_style import inline_svg
-from federated.reporting.report import write_report
-from federated.reporting.round_table import round_table
-from federated.reporting.run_record import read_run
-from federated.reporting.wording import format_bytes, format_megabytes, format_percent, format_saving
-from federated.savings import Bandwidth, ModelSizes, communication_summary
+from federated.communication.savings import Bandwidth, ModelSizes, communication_summary
+from federated.results import plots
+from federated.results.plot_style import inline_svg
+from federated.results.records import read_run
+from federated.results.report import write_report
+from federated.results.tables import round_table
+from federated.results.wording import format_bytes, format_megabytes, format_percent, format_saving
 from models.errors import UserError
 from tests.fake_run import ACCURACIES, EXCHANGED, TOTAL, FakeRun
 
@@ -57,8 +57,8 @@ def page(folder: Path) -> ET.Element:
 @pytest.fixture
 def words_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw, but do not render: for what is about the page's words."""
-    monkeypatch.setattr("federated.reporting.report.save_png", lambda figure, path: None)
-    monkeypatch.setattr("federated.reporting.report.inline_svg", lambda figure, name, title: "<svg/>")
+    monkeypatch.setattr("federated.results.report.save_png", lambda figure, path: None)
+    monkeypatch.setattr("federated.results.report.inline_svg", lambda figure, name, title: "<svg/>")
 
 
 def parse(folder: Path) -> ET.Element:

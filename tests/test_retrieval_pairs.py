@@ -13,11 +13,11 @@ from sklearn.metrics import top_k_accuracy_score
 from torch import Tensor
 from torch.nn import functional as F
 
-from federated.config import load_config
-from federated.experiment import build_experiment
-from federated.simulation import run_experiment
-from federated.speed.batched_losses import gather, group_losses
-from federated.standalone.detailed_metrics import chance_recall, describe_retrieval
+from federated.config.schema import load_config
+from federated.engines.batched_losses import gather, group_losses
+from federated.engines.simulation import run_experiment
+from federated.rounds.run import build_experiment
+from federated.tools.detailed_metrics import chance_recall, describe_retrieval
 from models.clip import FederatedCLIPModel
 from models.metrics import retrieval_set
 from models.tasks import TASKS, positives

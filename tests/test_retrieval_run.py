@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from federated.config import ExperimentConfig, load_config
-from federated.data import embedded
-from federated.experiment import build_experiment
-from federated.simulation import run_experiment
-from federated.standalone.evaluation import evaluate_source
+from federated.config.schema import ExperimentConfig, load_config
+from federated.data.sources import embedded
+from federated.engines.simulation import run_experiment
+from federated.rounds.run import build_experiment
+from federated.tools.evaluation import evaluate_source
 from lora.adapters import factor_pairs
 
 SMALL = (

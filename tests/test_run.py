@@ -15,14 +15,14 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
-import federated.simulation
-from federated.config import load_config
+import federated.engines.simulation
+from federated.communication.ledger import Ledger
+from federated.config.schema import load_config
 from federated.engines.inprocess import InProcessGrid
-from federated.experiment import experiment_of
-from federated.ledger import Ledger
-from federated.run_folder import peak_memory_bytes
-from federated.simulation import run_experiment
-from models.loading import TINY_FOLDER
+from federated.engines.simulation import run_experiment
+from federated.results.run_folder import peak_memory_bytes
+from federated.rounds.run import experiment_of
+from models.clip_loading import TINY_FOLDER
 from tests.small_run import lines_without_times, small_config
 
 
@@ -47,7 +47,7 @@ def test_the_saved_configuration_reproduces_the_run_bit_by_bit_in_any_client_ord
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options, execution_order=lambda messages: list(reversed(messages)))
 
-    monkeypatch.setattr(federated.simulation, "InProcessGrid", Backwards)
+    monkeypatch.setattr(federated.engines.simulation, "InProcessGrid", Backwards)
     again = run_experiment(load_config(quick_run / "config.yaml", [f"output.root={tmp_path}"]))
     assert lines_without_times(again) == lines_without_times(quick_run)
     for name in ("adapter/adapter_model.safetensors", "adapter/head.safetensors", "communication.csv"):
@@ -136,14 +136,14 @@ def test_rounds_that_clients_scored_say_so_and_the_best_is_one_of_them(tmp_path:
 def test_a_failing_client_is_named_and_the_round_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = federated.client.train_locally
+    original = federated.rounds.client.train_locally
 
     def breaks_for_client_1(experiment: Any, assignment: Any, held: Any) -> Any:
         if assignment.client_id == 1:
             raise MemoryError("no memory left on this client")
         return original(experiment, assignment, held)
 
-    monkeypatch.setattr(federated.client, "train_locally", breaks_for_client_1)
+    monkeypatch.setattr(federated.rounds.client, "train_locally", breaks_for_client_1)
     run = run_experiment(small_config(tmp_path))
     first_round = lines_without_times(run)[1]
     assert [failure["client_id"] for failure in first_round["failed"]] == [1]
@@ -161,7 +161,7 @@ def test_a_round_in_which_all_clients_fail_is_skipped(
     def breaks(*arguments: Any) -> Any:
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(federated.client, "train_locally", breaks)
+    monkeypatch.setattr(federated.rounds.client, "train_locally", breaks)
     lines = lines_without_times(run_experiment(small_config(tmp_path)))
     assert lines[1]["skipped"] is True
     assert lines[1]["accuracy"] == lines[0]["accuracy"]

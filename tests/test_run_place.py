@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from federated.cli import main
-from federated.run_folder import RunFolder
-from federated.run_place import LOCK_FILE, check_replaceable, claim
-from federated.simulation import run_experiment
-from federated.standalone.centralized import train_centrally
-from federated.standalone.evaluation import evaluate_source
+from federated.engines.simulation import run_experiment
+from federated.results.run_folder import RunFolder
+from federated.results.run_place import LOCK_FILE, check_replaceable, claim
+from federated.tools.central import train_centrally
+from federated.tools.evaluation import evaluate_source
 from models.errors import UserError
 from tests.command import fedlora
 from tests.fake_run import FakeRun
@@ -94,7 +94,7 @@ def test_a_full_disk_is_noticed_at_the_door(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("federated.run_place.sync", full)
+    monkeypatch.setattr("federated.results.run_place.sync", full)
     with pytest.raises(UserError, match="No space left"):
         run_experiment(small_config(tmp_path / "runs"))
     assert os.listdir(tmp_path) == []
@@ -185,9 +185,9 @@ def test_results_come_first_and_pictures_are_best_effort(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no fonts here")
 
-    monkeypatch.setattr("federated.reporting.report.write_report", broken)
-    monkeypatch.setattr("federated.run_folder.SummaryWriter", broken)
-    monkeypatch.setattr("federated.standalone.evaluation.save_png", broken)
+    monkeypatch.setattr("federated.results.report.write_report", broken)
+    monkeypatch.setattr("federated.results.run_folder.SummaryWriter", broken)
+    monkeypatch.setattr("federated.tools.evaluation.save_png", broken)
     config = small_config(tmp_path, overrides=["federation.rounds=1"])
     run = run_experiment(config)
     assert "TensorBoard" in caplog.text

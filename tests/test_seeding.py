@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from federated.seeding import STREAMS, entropy, generator
+from federated.config.seeding import STREAMS, entropy, generator
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 2**32 - 1)

@@ -11,16 +11,16 @@ from flwr.app import Context, RecordDict
 from flwr.common import Message
 from flwr.common.constant import SUPERLINK_NODE_ID
 
-from federated.aggregators import Limits
-from federated.answers import UnreadableReplyError
-from federated.client import app as client_app
-from federated.config import dump_config
+from federated.communication.ledger import Ledger
+from federated.config.schema import dump_config
 from federated.engines.inprocess import InProcessGrid
-from federated.experiment import build_experiment
-from federated.ledger import Ledger
-from federated.server import app as server_app
-from federated.server import build_strategy
-from federated.simulation import run_experiment
+from federated.engines.simulation import run_experiment
+from federated.methods import Limits
+from federated.rounds.client import app as client_app
+from federated.rounds.replies import UnreadableReplyError
+from federated.rounds.run import build_experiment
+from federated.rounds.server import app as server_app
+from federated.rounds.server import build_strategy
 from tests.small_run import lines_without_times, small_config
 
 DIRECTIONS = ("uplink", "downlink")

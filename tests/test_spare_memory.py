@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from federated.config import load_config
-from federated.experiment import Experiment, build_experiment
-from federated.speed.spare_memory import return_freed_memory
+from federated.config.schema import load_config
+from federated.rounds.run import Experiment, build_experiment
 from models.errors import UserError
+from models.spare_memory import return_freed_memory
 
 SMALL = (
     "partition.num_clients=2",

@@ -18,11 +18,8 @@ from flwr.app import (
     RecordDict,
 )
 
-from federated.aggregators import aggregator_from_name
-from federated.answers import ShardSizes
-from federated.codecs import codec_from_name
-from federated.engines.inprocess import InProcessGrid, node_id_of
-from federated.messages import (
+from federated.communication.codec import codec_from_name
+from federated.communication.messages import (
     CLIENT_ID,
     NUM_EXAMPLES,
     NUM_VALUES,
@@ -31,8 +28,11 @@ from federated.messages import (
     TRAIN_LOSS,
     write_state,
 )
-from federated.payload import ARRAYS, CONFIG, FLAT, METRICS
-from federated.strategy import LoRAStrategy, Ranks, sample_cohort
+from federated.communication.payload import ARRAYS, CONFIG, FLAT, METRICS
+from federated.engines.inprocess import InProcessGrid, node_id_of
+from federated.methods import aggregator_from_name
+from federated.rounds.replies import ShardSizes
+from federated.rounds.strategy import LoRAStrategy, Ranks, sample_cohort
 from models.state import State, num_values
 
 NUM_CLIENTS = 4

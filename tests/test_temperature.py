@@ -15,16 +15,16 @@ from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from federated.aggregators import AGGREGATORS, Update, fedavg
-from federated.config import load_config
-from federated.experiment import Experiment, build_experiment
-from federated.inspection import describe_run
-from federated.reporting.run_record import read_run
-from federated.server_optimizers import SERVER_OPTIMIZERS, with_server_optimizer
-from federated.simulation import run_experiment
-from federated.standalone.trained_models import open_model
+from federated.config.schema import load_config
+from federated.engines.simulation import run_experiment
+from federated.methods import AGGREGATORS, Update, fedavg
+from federated.methods.server_optimizers import SERVER_OPTIMIZERS, with_server_optimizer
+from federated.results.records import read_run
+from federated.rounds.run import Experiment, build_experiment
+from federated.tools.inspection import describe_run
+from federated.tools.trained_models import open_model
+from lora.adapter_files import ADAPTER_FILE, save_full_checkpoint, save_lora_adapters
 from lora.adapters import adapter_layers
-from lora.checkpoint import ADAPTER_FILE, save_full_checkpoint, save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
 from lora.injection import inject_lora

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
 
 import models
-from federated.data import embedded
+from federated.data.sources import embedded
 
 FOLDER = Path(models.__file__).resolve().parent / "tiny_clip"
 # Zero-shot accuracy on the Fashion-MNIST test subset (1,000 images) with the plain official class names, from

@@ -12,13 +12,13 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from federated.config import load_config
-from federated.data.loading import FederatedData
-from federated.simulation import run_experiment
-from federated.standalone.evaluation import evaluate_source
-from federated.standalone.inference import make_classifier, predict
-from federated.standalone.trained_models import open_model
-from federated.trained_record import TrainedRecord, matched_classes
+from federated.config.schema import load_config
+from federated.data.dataset import FederatedData
+from federated.engines.simulation import run_experiment
+from federated.results.trained_record import TrainedRecord, matched_classes
+from federated.tools.evaluation import evaluate_source
+from federated.tools.prediction import make_classifier, predict
+from federated.tools.trained_models import open_model
 from models.errors import UserError
 
 COLOURS = {"cat": (220, 30, 30), "dog": (30, 30, 220), "frog": (30, 200, 30)}

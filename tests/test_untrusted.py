@@ -17,18 +17,18 @@ from PIL import Image
 from pydantic import TypeAdapter
 from safetensors.torch import save
 
-from federated.aggregators import unpack_downlink
-from federated.aggregators.base_delta import BaseUpdate
-from federated.base_weights import BaseWeights
-from federated.codecs import codec_from_name
-from federated.config import load_config
-from federated.data.loading import load_data
-from federated.lowrank import LowRank
-from federated.payload import PayloadError, layout_from_bytes, layout_to_bytes
-from federated.reporting.run_record import read_run
-from federated.standalone.embeddings import find_images
-from lora.base_delta import BASE_DELTA_FILE, fitting_base_delta
-from lora.checkpoint import CONFIG_FILE, read_adapter, save_lora_adapters
+from federated.communication.codec import codec_from_name
+from federated.communication.payload import PayloadError, layout_from_bytes, layout_to_bytes
+from federated.config.schema import load_config
+from federated.data.dataset import load_data
+from federated.methods import unpack_downlink
+from federated.methods.base_delta import BaseUpdate
+from federated.methods.lowrank import LowRank
+from federated.results.records import read_run
+from federated.rounds.base_weights import BaseWeights
+from federated.tools.embeddings import find_images
+from lora.adapter_files import CONFIG_FILE, read_adapter, save_lora_adapters
+from lora.base_delta_file import BASE_DELTA_FILE, fitting_base_delta
 from lora.config import LoRAConfig
 from lora.conversion import read_converted
 from lora.injection import inject_lora

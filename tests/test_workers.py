@@ -14,13 +14,13 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from federated.client import app as client_app
-from federated.config import dump_config, load_config
+from federated.communication.payload import ARRAYS, CONFIG
+from federated.config.schema import dump_config, load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.engines.workers import check_workers
-from federated.experiment import CONFIG_KEY, experiment_of
-from federated.payload import ARRAYS, CONFIG
-from federated.server import build_strategy
+from federated.rounds.client import app as client_app
+from federated.rounds.run import CONFIG_KEY, experiment_of
+from federated.rounds.server import build_strategy
 from models.errors import UserError
 
 SMALL = (

@@ -12,8 +12,8 @@ from typing import Any
 from benchmarks.peers.prepared import CONFIG
 from benchmarks.peers.timing import Timings
 from benchmarks.silent import SilentDisplay
-from federated.config import parse_config
-from federated.simulation import run_experiment
+from federated.config.schema import parse_config
+from federated.engines.simulation import run_experiment
 
 
 class Watch(SilentDisplay):

@@ -58,12 +58,12 @@ def prepare(name: str, overrides: Sequence[str], folder: Path) -> None:
         overrides: Its changes; all clients must get equally many rows.
         folder: Where to.
     """
-    from federated.cohort import sample_cohort
-    from federated.config import load_config
+    from federated.config.schema import load_config
+    from federated.config.seeding import generator, scoped_torch_rng
     from federated.data.batch_order import local_index_batches
-    from federated.experiment import build_experiment
-    from federated.seeding import generator, scoped_torch_rng
-    from models.loading import load_clip
+    from federated.rounds.cohort import sample_cohort
+    from federated.rounds.run import build_experiment
+    from models.clip_loading import load_clip
 
     config = load_config(name, list(overrides))
     experiment = build_experiment(config)

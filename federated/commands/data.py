@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 
 from federated.data.names import MAX_NAMED, listed
-from federated.progress import progress_bar
 from models.errors import UserError
+from models.progress import progress_bar
 
 app = typer.Typer(
     help="Check and prepare folders of images, train/ val/ test/<class>/*.",
@@ -51,8 +51,8 @@ def check(
         _check_table(folder, model, allow_outside=allow_outside)
         return
     from federated.data.folders import check_folder
-    from federated.reporting.console import print_table
-    from federated.standalone.result_tables import class_table, double_table
+    from federated.results.console import print_table
+    from federated.tools.result_tables import class_table, double_table
 
     with progress_bar("images") as report_progress:
         report = check_folder(folder, allow_outside=allow_outside, report=report_progress)
@@ -97,9 +97,9 @@ def prepare(  # noqa: PLR0913 - the command's options
     Example: fedlora data prepare my_images --from downloads --train 0.7 --val 0.1 --test 0.2
     """
     from federated.data.folders import prepare_folder
-    from federated.reporting.console import print_table
-    from federated.run_place import check_place
-    from federated.standalone.result_tables import class_table
+    from federated.results.console import print_table
+    from federated.results.run_place import check_place
+    from federated.tools.result_tables import class_table
 
     check_place(target, "name another TARGET")
     if (classes is None) == (flat is None):
@@ -126,9 +126,9 @@ def prepare(  # noqa: PLR0913 - the command's options
 def _check_table(path: Path, model: str, *, allow_outside: bool) -> None:
     """The check of a csv file, or of a folder of them."""
     from federated.data.table_check import check_table
-    from federated.reporting.console import print_table
-    from federated.standalone.result_tables import count_table
-    from models.loading import load_clip
+    from federated.results.console import print_table
+    from federated.tools.result_tables import count_table
+    from models.clip_loading import load_clip
     from models.prompts import warn_of_cut
 
     with progress_bar("images") as report_progress:

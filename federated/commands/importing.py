@@ -1,8 +1,4 @@
-"""Importing torch, transformers and the data libraries without looking for garbage in them.
-
-Stands at the start of every command that loads a model, where imports take most of the seconds before the
-first round.
-"""
+"""Importing torch, transformers and the data libraries without looking for garbage in them."""
 
 from __future__ import annotations
 

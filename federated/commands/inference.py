@@ -1,7 +1,7 @@
 """The commands that use what runs left behind: predict, encode, search, compare.
 
-Stands after the rounds. ``federated.cli`` registers them; each reads its arguments, calls one function of the
-package and prints. Results go to standard output, progress and remarks to standard error.
+``federated.cli`` registers them; each reads its arguments, calls one function of the package and prints.
+Results go to standard output, progress and remarks to standard error.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import typer
 from rich.console import Console
 
 from federated.commands.importing import modules_that_stay
-from federated.progress import progress_bar
 from models.errors import UserError
+from models.progress import progress_bar
 
 if TYPE_CHECKING:
-    from federated.reporting.round_table import TextTable
-    from federated.standalone.trained_models import OpenedModel
+    from federated.results.tables import TextTable
+    from federated.tools.trained_models import OpenedModel
 
 
 class Format(StrEnum):
@@ -93,11 +93,11 @@ def predict(  # noqa: PLR0913 - the command's options
     Example: fedlora predict --model tiny --classes "boots,a bag" photos/1.png
     """
     with modules_that_stay():
-        from federated.standalone.embeddings import InputOptions
-        from federated.standalone.inference import make_classifier
-        from federated.standalone.inference import predict as predict_images
-        from federated.standalone.output_files import check_output
-        from federated.standalone.result_tables import prediction_records, prediction_table
+        from federated.tools.embeddings import InputOptions
+        from federated.tools.output_files import check_output
+        from federated.tools.prediction import make_classifier
+        from federated.tools.prediction import predict as predict_images
+        from federated.tools.result_tables import prediction_records, prediction_table
 
     chosen = _format(output_format, output)
     if output is not None:
@@ -142,9 +142,9 @@ def encode(  # noqa: PLR0913 - the command's options
     Example: fedlora encode tiny captions.txt --text --output captions.npy
     """
     with modules_that_stay():
-        from federated.standalone.embedding_files import check_array_output, encode_to_file
-        from federated.standalone.embeddings import InputOptions, check_no_texts
-        from federated.standalone.inference import compare_with_base
+        from federated.tools.embedding_files import check_array_output, encode_to_file
+        from federated.tools.embeddings import InputOptions, check_no_texts
+        from federated.tools.prediction import compare_with_base
 
     if output is None and not compare_base:
         raise UserError("name the file to write with --output FILE.safetensors (or .npy)")
@@ -194,10 +194,10 @@ def search(
     Example: fedlora search photos.safetensors photos/1.png --image --format json
     """
     with modules_that_stay():
-        from federated.standalone.embedding_files import read_index
-        from federated.standalone.image_search import open_query_model
-        from federated.standalone.image_search import search as search_index
-        from federated.standalone.result_tables import hit_records, hit_table
+        from federated.tools.embedding_files import read_index
+        from federated.tools.result_tables import hit_records, hit_table
+        from federated.tools.search import open_query_model
+        from federated.tools.search import search as search_index
 
     found = read_index(index)
     opened = open_query_model(found, model, adapter=adapter, device=device)
@@ -221,9 +221,9 @@ def compare(
 
     Example: fedlora compare runs/quickstart runs/full_finetune --output comparison
     """
-    from federated.reporting.compare import compare_runs, terminal_tables, write_comparison
-    from federated.reporting.console import print_note, print_table
-    from federated.run_place import check_place
+    from federated.results.compare import compare_runs, terminal_tables, write_comparison
+    from federated.results.console import print_note, print_table
+    from federated.results.run_place import check_place
 
     if output is not None:
         check_place(output, "name another folder with --output")
@@ -258,7 +258,7 @@ def _source_and_input(inputs: Sequence[str], model: str | None) -> tuple[str, st
 
 
 def _open(source: str, adapter: str | None, model: str | None, device: str, *, any_base: bool) -> OpenedModel:
-    from federated.standalone.trained_models import open_model
+    from federated.tools.trained_models import open_model
 
     base_model = None if source == model else model
     return open_model(source, adapter=adapter, base_model=base_model, device=device, any_base=any_base)
@@ -280,8 +280,8 @@ def _deliver(
     chosen: Format, records: Sequence[dict[str, Any]], table: TextTable, title: str, output: Path | None
 ) -> None:
     """Print the results, or write them to a file."""
-    from federated.reporting.console import print_table
-    from federated.standalone.result_tables import records_to_csv, records_to_json
+    from federated.results.console import print_table
+    from federated.tools.result_tables import records_to_csv, records_to_json
     from models.files import write_text
 
     if chosen is Format.table:

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.text import Text
 
 from federated.commands.importing import modules_that_stay
-from federated.progress import progress_bar
-from federated.reporting.console import BarsDisplay, print_notes, print_where
-from federated.reporting.wording import format_metric, format_seconds, metric_label
+from federated.results.console import BarsDisplay, print_notes, print_where
+from federated.results.wording import format_metric, format_seconds, metric_label
+from models.progress import progress_bar
 
 OverridesArgument = Annotated[
     list[str] | None,
@@ -43,8 +43,8 @@ def train(
     Example: fedlora train quickstart train.epochs=5 train.early_stopping.patience=2
     """
     with modules_that_stay():
-        from federated.config import load_config
-        from federated.standalone.centralized import train_centrally
+        from federated.config.schema import load_config
+        from federated.tools.central import train_centrally
 
     loaded = load_config(config, overrides or [], name_suffix="-central")
     console = Console()
@@ -80,7 +80,7 @@ def evaluate(
     Example: fedlora evaluate runs/quickstart --split validation
     """
     with modules_that_stay():
-        from federated.standalone.evaluation import evaluate_source
+        from federated.tools.evaluation import evaluate_source
 
     with progress_bar("images") as report_progress:
         folder, report = evaluate_source(
@@ -142,7 +142,7 @@ class EpochDisplay(BarsDisplay):
 
 def closing_line(folder: Path) -> Text:
     """Return the last line of a central training: before, after, and which epoch was kept."""
-    from federated.reporting.run_record import read_run
+    from federated.results.records import read_run
 
     record = read_run(folder)
     metric, headline, training = record.metric, record.headline, record.summary["training"]

@@ -1,8 +1,7 @@
 """Augmentation of training batches: what the configuration asks for, in the colours of the run's model.
 
-Where it stands in a round: between reading a client's batch and its local step
-(``Experiment.local_batches``). Every draw comes from a generator that belongs to one client in one round, so
-no client's images depend on who else trains; without options a batch goes through untouched.
+Every draw comes from a generator that belongs to one client in one round, so no client's images depend on who
+else trains; without options a batch goes through untouched.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from federated.data.augment import Augmentation, augment_captions, augment_images, augmentation_from
-from federated.data.tensors import Batch, Preprocess
+from federated.data.augmentation import Augmentation, augment_captions, augment_images, augmentation_from
+from federated.data.image_tensors import Batch, Preprocess
 from models.errors import UserError
 
 _PROBE_PIXELS = 8  # edge of the plain images that show what a preprocessor does to colours

@@ -1,7 +1,7 @@
 """The order in which rows become batches: one pass for evaluation, endless reshuffled passes for local steps.
 
-Stands inside local training and evaluation. Orders only: ``federated.data.tensors`` fetches the images, and a
-cache of frozen features can be indexed by the same rows.
+Orders only: ``federated.data.image_tensors`` fetches the images, and a cache of frozen features can be
+indexed by the same rows.
 """
 
 from __future__ import annotations

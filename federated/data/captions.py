@@ -1,8 +1,7 @@
 """Captions as tokens: each distinct caption is tokenized once and has a number.
 
-Where it stands in a round: inside the batches of retrieval, in local training and evaluation. A batch is
-padded to its longest caption only, as the tokenizer itself would; the numbers let the model encode a caption
-that occurs twice in a batch once, and let caches keep rows of captions.
+A batch is padded to its longest caption only, as the tokenizer itself would; the numbers let the model encode
+a caption that occurs twice in a batch once, and let caches keep rows of captions.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Image folders on disk, ``train/ val/ test/<class>/*``: check them and prepare them.
-
-Stands before round 0, as a tool of its own: ``check_folder`` says all that is wrong with a folder before a
-run is started, and ``prepare_folder`` makes one, empty or from a flat ``<class>/*`` folder.
-"""
+"""Image folders on disk, ``train/ val/ test/<class>/*``: check them and prepare them."""
 
 from __future__ import annotations
 
@@ -17,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from federated.data.folder_scan import (
+from federated.config.seeding import generator
+from federated.data.names import check_names, listed, shortened
+from federated.data.sources.folder_scan import (
     SPLITS,
     content_hash,
     look_alike,
@@ -26,10 +24,8 @@ from federated.data.folder_scan import (
     scan_classes,
     scan_folder,
 )
-from federated.data.names import check_names, listed, shortened
-from federated.progress import Report, quiet
-from federated.seeding import generator
 from models.errors import UserError
+from models.progress import Report, quiet
 
 logger = logging.getLogger(__name__)
 

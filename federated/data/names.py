@@ -1,8 +1,4 @@
-"""Class names, labels and captions as people mean them, and what of them cannot be used.
-
-Stands before round 0, under the sources: a blank at the end or another spelling of the same letters must not
-make a class of its own.
-"""
+"""Class names, labels and captions as people mean them, and what of them cannot be used."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 """The partitioners by name: thin functions over Flower Datasets' own, which is imported when one is used.
 
-Stands before round 0, called by ``federated.partition`` alone. Each function gets a *light* data set with
-the row numbers and at most a label and a domain column, in an order already shuffled by the seed, and
-returns the rows of each client. Another partitioner is one more function and its line in ``PARTITIONERS``.
-Sources: Dirichlet, Yurochkin et al. 2019 (arXiv:1905.12022); pathological, Li et al. 2021
-(arXiv:2102.02079); shards, McMahan et al. 2017 (arXiv:1602.05629).
+Each function gets a *light* data set with the row numbers and at most a label and a domain column, in an
+order already shuffled by the seed, and returns the rows of each client. Another partitioner is one more
+function and its line in ``PARTITIONERS``. Sources: Dirichlet, Yurochkin et al. 2019 (arXiv:1905.12022);
+pathological, Li et al. 2021 (arXiv:2102.02079); shards, McMahan et al. 2017 (arXiv:1602.05629).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Which rows show the same picture: the same file, or files of the same bytes.
 
-Stands before round 0, under the sources. Retrieval counts pictures, not rows: a picture with five captions is
-five rows.
+Retrieval counts pictures, not rows: a picture with five captions is five rows.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from datasets import Dataset, Image
 
-from federated.data.folder_scan import content_hash
+from federated.data.sources.folder_scan import content_hash
 
 PICTURE = "picture"
 """The column that the sources add."""

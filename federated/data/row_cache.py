@@ -1,9 +1,8 @@
 """Rows that are computed once: what a frozen part of the model makes of each image or caption.
 
-Where it stands in a round: under `federated.speed.feature_cache`, which says what is worth keeping. A row is
-computed when it is first asked for, always in batches of one shape, so that its bits do not depend on who
-asked first. Memory is shared with forked workers (what one computes, all have) and bounded: rows that do not
-fit are computed whenever they are asked for.
+A row is computed when it is first asked for, always in batches of one shape, so that its bits do not depend
+on who asked first. Memory is shared with forked workers (what one computes, all have) and bounded: rows that
+do not fit are computed whenever they are asked for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Seeded, stratified choices of rows: validation splits, subsets, local hold-outs, folder splits.
 
-Stands before round 0. Everything that divides rows without dividing them over clients comes through
-here, so that "stratified" and "rows that belong together stay together" mean one thing.
+Everything that divides rows without dividing them over clients comes through here, so that "stratified" and
+"rows that belong together stay together" mean one thing.
 """
 
 from __future__ import annotations

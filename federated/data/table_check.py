@@ -1,8 +1,4 @@
-"""Checking a csv table of images before a run: every row, image and caption.
-
-Stands before round 0, as a tool of its own: what cannot be used is an error, as for the ``csv`` source; what
-can be used and is suspicious is in the report.
-"""
+"""Checking a csv table of images before a run: every row, image and caption."""
 
 from __future__ import annotations
 
@@ -13,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from datasets import Image
 
-from federated.data.folder_scan import look_alike, look_at_all, of_one_colour
-from federated.data.loading import load_data
+from federated.data.dataset import load_data
 from federated.data.names import listed
+from federated.data.sources.folder_scan import look_alike, look_at_all, of_one_colour
 from federated.data.splits import column_values
-from federated.progress import Report, quiet
 from models.errors import UserError
+from models.progress import Report, quiet
 
 
 @dataclass(frozen=True)

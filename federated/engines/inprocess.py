@@ -1,8 +1,7 @@
 """The default engine: a Flower grid that runs every client in this process, one after another.
 
-Where it stands in a round: between ``strategy.configure_train`` and ``strategy.aggregate_train``. It hands
-each message to the very ``ClientApp`` that Flower's simulation or deployment engine would run, so nothing
-above or below it knows which engine carries the messages.
+It hands each message to the very ``ClientApp`` that Flower's simulation or deployment engine would run, so
+nothing above or below it knows which engine carries the messages.
 
 What it guarantees:
 
@@ -11,9 +10,9 @@ What it guarantees:
 * a client that raises becomes a Flower error reply, and the round goes on;
 * memory does not grow with the number of clients: a client's ``Context`` exists once it has been called.
 
-All use of Flower's internals by this project is in this folder (message identity, run, task identity, and
-for workers its serialisation) and in ``federated.byte_counts`` (serialised size). Tested with the versions in
-``TESTED_FLOWER``.
+All use of Flower's internals by this project is in this folder (message identity, run, task identity, and for
+workers its serialisation) and in ``federated.communication.byte_counts`` (serialised size). Tested with the
+versions in ``TESTED_FLOWER``.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from federated.communication.foreign_text import shown
 from federated.engines.pipes import Answer, Request
 from federated.engines.workers import Workers
-from federated.foreign_text import shown
 from models.errors import ROUND_FAILURE
 
 TESTED_FLOWER = ("1.41", "1.42")

@@ -1,8 +1,7 @@
 """What goes through the pipes between the in-process grid and its workers: requests one way, answers back.
 
-Where it stands in a round: a worker's share of the messages becomes a request, what its clients reply becomes
-answers (``federated.engines.workers``). Messages and records travel in Flower's own serialisation, framed as
-lists of byte strings; a broadcast's content travels once a request.
+Messages and records travel in Flower's own serialisation, framed as lists of byte strings; a broadcast's
+content travels once a request.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Worker processes: a round's clients shared out over forked copies of this process.
 
-Where it stands in a round: inside the in-process grid, when `engine.workers` is above 1. A worker inherits
-model and data when it is forked, at the first batch of messages (what is cached lies in shared memory), and
-then serves one batch after another through a pair of pipes (``federated.engines.pipes``). When what workers
-inherited is no longer what this process has (an aggregator merged into the base weights), they are forked
-anew. Results are those of one process, bit by bit.
+A worker inherits model and data when it is forked, at the first batch of messages (what is cached lies in
+shared memory), and then serves one batch after another through a pair of pipes (``federated.engines.pipes``).
+When what workers inherited is no longer what this process has (an aggregator merged into the base weights),
+they are forked anew. Results are those of one process, bit by bit.
 
 A worker that dies fails the client that it was running, and no other: a new worker runs the rest of its
 share. So it does, too, when one client takes half of the time that is left; that client may go on until the

@@ -1,5 +1,5 @@
 """The ClientApp of fedlora."""
 
-from federated.client import app
+from federated.rounds.client import app
 
 __all__ = ["app"]

@@ -1,5 +1,5 @@
 """The ServerApp of fedlora."""
 
-from federated.server import app
+from federated.rounds.server import app
 
 __all__ = ["app"]

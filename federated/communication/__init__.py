@@ -1,0 +1,1 @@
+"""What travels and what it costs: codecs, payloads, messages, the ledger of bytes."""

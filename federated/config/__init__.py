@@ -1,0 +1,1 @@
+"""What a person tells a run: the schema of its YAML, named choices, seeds."""

@@ -1,0 +1,411 @@
+"""The configuration of a run: one pydantic tree, defaults in code, YAML holds the differences.
+
+``load_config`` reads a file (or the name of a shipped configuration), applies ``key=value`` overrides and
+validates. Every error names the dotted key and, for an unknown key, the nearest valid one. Past this module
+configuration objects go no deeper than ``federated.rounds.build`` and ``federated.rounds.run``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from federated.config.config_errors import explain
+from federated.data.augmentation import augmentation_from
+from lora.config import MAX_RANK, LoRAConfig
+from models.errors import UserError, shortened
+from models.untrusted import MOST_YAML_BYTES, PathText, parse_yaml, read_text
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which CLIP, and what of it is fine-tuned."""
+
+    type: Literal["clip", "clip_lora"] = "clip_lora"
+    model_name: PathText = "tiny"
+    """``tiny`` (bundled), a hub name, a local folder in the hub's format, or ``open_clip:<architecture>``."""
+    num_classes: int | None = Field(None, ge=2)
+    """Checked against the data when given; taken from the data otherwise."""
+    fine_tuning: str | None = None
+    """What trains and travels when ``type`` is ``clip``: full (the default), head_only or another key of
+    ``models.finetuning.STRATEGIES``; ``clip_lora`` trains adapters."""
+    pretrained: bool = True
+    """False: the same architecture with random weights, a control for what pre-training is worth."""
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class TaskSection(Section):
+    """What is learnt and how it is scored."""
+
+    name: Literal["classification", "zero_shot", "retrieval"] = "classification"
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    """Prompts around a class name; their text embeddings are averaged."""
+    train_head: bool = True
+    """Whether the classification head trains and travels beside the adapters."""
+
+
+class DataSection(Section):
+    """Which images, and how they reach the model."""
+
+    source: str = "fashion_mnist"
+    """A registered source: fashion_mnist, emoji, digits (embedded), imagefolder, csv, hub."""
+    path: PathText | None = None
+    """Folder, file or hub name of the sources that need one."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the source, such as ``language`` or ``skip_corrupt``."""
+    background: str = "white"
+    """The colour that transparent places of images show, by name or as ``"#rrggbb"``."""
+    max_train_samples: int | None = Field(None, ge=1)
+    max_validation_samples: int | None = Field(None, ge=1)
+    max_test_samples: int | None = Field(None, ge=1)
+    validation_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of train set apart as the validation split where the source has none."""
+    cache_bytes: int = Field(1_000_000_000, ge=0)
+    """Budget for decoded images kept in memory; beyond it they are decoded on demand."""
+
+
+class PartitionSection(Section):
+    """How the training images are split into one shard a client."""
+
+    name: str = "dirichlet"
+    """A partitioner of ``federated.data.partitioners.PARTITIONERS``: iid, dirichlet, natural, shard …"""
+    num_clients: int = Field(10, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The partitioner's own arguments, such as ``alpha`` and ``min_samples`` of dirichlet."""
+    local_test_fraction: float = Field(0.1, ge=0, lt=1)
+    """Part of each shard that its client keeps for its own evaluation and never trains on."""
+
+
+class FederationSection(Section):
+    """Rounds and cohorts."""
+
+    rounds: int = Field(5, ge=1)
+    cohort_size: int | None = Field(None, ge=1)
+    """Clients sampled a round; all of them when not given."""
+    timeout_seconds: float = Field(3600.0, gt=0)
+    """For all clients of a phase; a worker is ended then, but in one process a running client ends late."""
+    keep_best: bool = True
+    """Keep the best round's adapter in ``adapter_best/``; the server's test rows choose, so flatter it."""
+
+
+class ClientSection(Section):
+    """A client's local training."""
+
+    local_steps: int = Field(20, ge=1)
+    batch_size: int = Field(32, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Images that pass through the model at once; the rest of a batch is accumulated."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of sgd; 0: plain SGD."""
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip_norm: float | None = Field(None, gt=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    proximal_mu: float = Field(0.0, ge=0)
+    """FedProx: (mu / 2) times the squared distance to the values received joins the loss; 0: none."""
+    scaffold: bool = False
+    """SCAFFOLD: correct gradients by control variates, which double the payload both ways."""
+    augmentation: dict[str, Any] = Field(default_factory=dict)
+    """Options of ``federated.data.augmentation.Augmentation``, such as ``flip_probability``; empty: none."""
+    ranks: list[Annotated[int, Field(le=MAX_RANK)]] | None = Field(None, min_length=1)
+    """Adapter rank of each client, for aggregators that mix ranks; a shorter list is repeated (groups). The
+    largest is ``lora.r``."""
+
+    @field_validator("augmentation")
+    @classmethod
+    def _augmentation_is_known(cls, value: dict[str, Any]) -> dict[str, Any]:
+        augmentation_from(value)
+        return value
+
+
+class AggregationSection(Section):
+    """How the server combines the clients' updates."""
+
+    name: str = "fedavg"
+    options: dict[str, Any] = Field(default_factory=dict)
+    server_optimizer: dict[str, Any] | None = None
+    """A ``name`` of ``federated.methods.server_optimizers.SERVER_OPTIMIZERS`` (fedavgm, fedadam, fedyogi, fedadagrad)
+    and its options; the averages as they are when not given."""
+    max_update_ratio: float = Field(100.0, gt=1)
+    """Most that a client's values may be, in norms of the larger of cohort (median) and global state."""
+    max_examples_ratio: float = Field(1e6, gt=1)
+    """Most training examples a client may claim, in multiples of its cohort's median."""
+
+
+class CommunicationSection(Section):
+    """How states are encoded, and the link that transfer times are stated for."""
+
+    uplink: str = "fp32"
+    downlink: str = "fp32"
+    uplink_mbps: float = Field(10.0, gt=0)
+    downlink_mbps: float = Field(50.0, gt=0)
+    base_preinstalled: bool = False
+    """True when clients already hold the base model; the one-off base is stated separately either way."""
+
+
+class EarlyStoppingSection(Section):
+    """When training ends before its last epoch: the validation split decides."""
+
+    patience: int | None = Field(None, ge=1)
+    """Evaluations without an improvement after which training stops; never before the end when not given."""
+    metric: str | None = None
+    """Metric of the validation split; the task's headline metric when not given. A loss is better lower."""
+    minimum_change: float = Field(0.0, ge=0)
+    """An improvement must be larger than this to count."""
+
+
+class TrainSection(Section):
+    """``fedlora train``: one client that holds all the data, with the settings of ``client``."""
+
+    epochs: int = Field(10, ge=1)
+    """Passes over the training data."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps in all; takes the place of ``epochs`` when given."""
+    evaluate_every: int = Field(1, ge=1)
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    keep_best: bool = True
+    """Keep the weights of the epoch that is best on the validation split; otherwise those of the last."""
+    early_stopping: EarlyStoppingSection = EarlyStoppingSection()
+
+
+class EvaluationSection(Section):
+    """When the global model and the clients are evaluated."""
+
+    every: int = Field(1, ge=1)
+    """Rounds between evaluations on the server's test set; the last round is always evaluated."""
+    clients_every: int = Field(0, ge=0)
+    """Rounds between evaluations on the clients' own data; 0: after the last round alone."""
+    clients: bool = True
+    """Whether clients evaluate at all; their downlink is counted in the ledger."""
+    max_clients: int = Field(100, ge=1)
+    """At most this many clients evaluate at a time; a seeded sample where there are more."""
+    batch_size: int = Field(250, ge=1)
+    max_samples: int | None = Field(None, ge=1)
+    """The server evaluates on this many of its test rows, drawn once by the seed; on all when not given."""
+    aggregation_error_every: int = Field(1, ge=0)
+    """Rounds between measurements of the aggregation error, which cost server time; 0: never."""
+
+
+class CacheSection(Section):
+    """Frozen work done once (``federated.data.feature_cache``); a switch acts where its cache is valid."""
+
+    image_features: bool = True
+    """Features of the images, where the vision tower is frozen."""
+    text_features: bool = True
+    """Features of the captions, where the text tower is frozen."""
+    class_embeddings: bool = True
+    """Embeddings of the class prompts, where the text tower is frozen."""
+    activations: bool = True
+    """What enters a tower's first adapted block, where ``lora.layers`` leaves out the blocks before it."""
+    deduplicate_captions: bool = True
+    """Encode a caption that occurs several times in a batch once."""
+    trim_prompts: bool = True
+    """Tokens up to the longest text of a batch; false: the tower's whole context."""
+    max_bytes: int = Field(1_000_000_000, ge=0)
+    """Most memory for features and activations; rows beyond it are computed when they are asked for."""
+    folder: PathText | None = None
+    """Folder of memory-mapped temporary files that take the place of memory: for features and activations,
+    and for the text tower where the run does not read it."""
+
+
+class EngineSection(Section):
+    """What carries the messages and how much of the machine it may use."""
+
+    name: Literal["inprocess"] = "inprocess"
+    threads: int = Field(1, ge=1)
+    """Torch threads; one is best for the bundled model, two or more pay off on ViT-B/32."""
+    batched_clients: Literal["auto", "off"] | Annotated[int, Field(ge=2)] = "off"
+    """Clients whose local steps share a forward and a backward pass: a number, ``auto`` (measured at start)
+    or ``off``. Results agree to rounding; it pays off where a client's batch is small."""
+
+    @field_validator("batched_clients", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
+        return "off" if value is False else value
+
+    workers: int = Field(1, ge=1)
+    """Processes that share a round's clients (Linux); more than one needs ``threads: 1``."""
+
+
+class OutputSection(Section):
+    """Where the run folder goes."""
+
+    root: PathText = "runs"
+    name: PathText | None = None
+    """Folder name under ``root``; the configuration's own name when not given."""
+    report: bool = True
+    """Draw ``report.html`` and ``plots/`` at the end, in some seconds; ``fedlora report`` does it later."""
+
+
+class ExperimentConfig(Section):
+    """A whole run."""
+
+    seed: int = Field(0, ge=0)
+    model: ModelSection = ModelSection()
+    lora: LoRAConfig = LoRAConfig()
+    task: TaskSection = TaskSection()
+    data: DataSection = DataSection()
+    partition: PartitionSection = PartitionSection()
+    federation: FederationSection = FederationSection()
+    client: ClientSection = ClientSection()
+    train: TrainSection = TrainSection()
+    aggregation: AggregationSection = AggregationSection()
+    communication: CommunicationSection = CommunicationSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    cache: CacheSection = CacheSection()
+    engine: EngineSection = EngineSection()
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExperimentConfig:
+        cohort, clients = self.federation.cohort_size, self.partition.num_clients
+        if cohort is not None and cohort > clients:
+            raise ValueError(
+                f"federation.cohort_size is {cohort} but partition.num_clients is {clients}: "
+                f"sample at most {clients} clients a round, or make more clients"
+            )
+        default = ClientSection.model_fields["momentum"].default
+        if self.client.optimizer != "sgd" and self.client.momentum != default:
+            raise ValueError(
+                f"client.momentum={self.client.momentum} goes with client.optimizer=sgd; "
+                f"{self.client.optimizer} has moments of its own"
+            )
+        if self.model.type == "clip_lora" and self.model.fine_tuning is not None:
+            raise ValueError(
+                f"model.fine_tuning={self.model.fine_tuning} goes with model.type=clip; "
+                "model.type=clip_lora trains adapters"
+            )
+        return self
+
+    @property
+    def uses_adapters(self) -> bool:
+        """Whether LoRA adapters are injected."""
+        return self.model.type == "clip_lora" and self.lora.enabled
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients sampled a round."""
+        return self.federation.cohort_size or self.partition.num_clients
+
+
+def config_folder() -> Path:
+    """Return the folder of the shipped configurations (inside the package when installed from a wheel)."""
+    packaged = Path(__file__).parents[1] / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def shipped_names() -> list[str]:
+    """Return the names that ``find_config`` knows."""
+    return sorted(path.stem for path in config_folder().glob("*.yaml"))
+
+
+def shipped_descriptions() -> dict[str, str]:
+    """Return what each shipped configuration is, by its name: the comment at the top of its file."""
+    return {name: _description(config_folder() / f"{name}.yaml") for name in shipped_names()}
+
+
+def _description(path: Path) -> str:
+    """Return the comment at the top of a file without its first line, which is the command that runs it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    return " ".join(line.removeprefix("#").strip() for line in comment[1:])
+
+
+def find_config(name_or_path: str | Path) -> Path:
+    """Return the file of a configuration given by path or by shipped name.
+
+    Raises:
+        UserError: There is neither such a file nor such a name.
+    """
+    path = Path(name_or_path)
+    if os.path.isfile(path):  # False, too, for what cannot be a path
+        return path
+    shipped = config_folder() / f"{Path(name_or_path).name.removesuffix('.yaml')}.yaml"
+    if len(path.parts) == 1 and os.path.isfile(shipped):
+        return shipped
+    raise UserError(
+        f"no configuration {shortened(name_or_path)}: give a YAML file or one of the shipped names "
+        f"{', '.join(shipped_names())}"
+    )
+
+
+def load_config(
+    name_or_path: str | Path, overrides: Sequence[str] = (), *, name_suffix: str = ""
+) -> ExperimentConfig:
+    """Read a configuration and apply ``key=value`` overrides.
+
+    Args:
+        name_or_path: A YAML file or the name of a shipped configuration.
+        overrides: Such as ``client.learning_rate=1e-3``; values are YAML.
+        name_suffix: Ends the default of ``output.name``, so that two commands do not write one folder.
+
+    Raises:
+        UserError: A missing file, YAML that does not parse, an unknown key or a value that does not fit.
+    """
+    path = find_config(name_or_path)
+    tree = parse_yaml(read_text(path, MOST_YAML_BYTES), path) or {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
+    overridden = [_apply_override(tree, override) for override in overrides]
+    return parse_config(tree, source=str(path), overridden=overridden, default_name=path.stem + name_suffix)
+
+
+def parse_config(
+    tree: dict[str, Any], *, source: str, overridden: Sequence[str] = (), default_name: str | None = None
+) -> ExperimentConfig:
+    """Validate a configuration tree.
+
+    Args:
+        tree: Sections by name.
+        source: Where it was read, for errors.
+        overridden: Keys that do not come from there, but from the command line.
+        default_name: Becomes ``output.name`` when the tree has none.
+    """
+    try:
+        config = ExperimentConfig.model_validate(tree)
+    except ValidationError as error:
+        text = explain(error, ExperimentConfig, source=source, overridden=overridden)
+        raise UserError(text) from error
+    if config.output.name is None and default_name is not None:
+        config = config.model_copy(update={"output": config.output.model_copy(update={"name": default_name})})
+    return config
+
+
+def dump_config(config: ExperimentConfig) -> str:
+    """Return the resolved configuration as YAML; ``load_config`` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> str:
+    """Put an override's value into the tree and return its key."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override {override!r} is not of the form key=value, such as federation.rounds=3")
+    value = parse_yaml(text, f"the value of {override!r}")
+    key = key.strip()
+    *parents, leaf = key.split(".")
+    node = tree
+    for part in parents:
+        if node.get(part) is None:  # a resolved configuration writes null for what is not given
+            node[part] = {}
+        child = node[part]
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {part} is a value, not a section")
+        node = child
+    node[leaf] = value
+    return key

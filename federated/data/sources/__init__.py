@@ -1,0 +1,1 @@
+"""Where rows come from: embedded sets, image folders, CSV files, the hub."""

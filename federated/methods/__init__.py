@@ -1,0 +1,76 @@
+"""Aggregation of LoRA factors: what travels, and how the server combines it."""
+
+from federated.methods.aggregation_error import EncodingLoss, Known, aggregation_error, encoding_loss
+from federated.methods.base_delta import BaseDelta, BaseUpdate
+from federated.methods.checks import Refusal, check_ranks, check_updates, run_round
+from federated.methods.downlinks import pack_downlink, receive, unpack_downlink
+from federated.methods.factor_averaging import dual, fedavg, fedsa, ffa, rolora
+from federated.methods.fed_sb import InBasis, fed_sb, spectral_start
+from federated.methods.fresh import fresh_factors
+from federated.methods.hetlora import cut_to_rank, hetlora
+from federated.methods.plausibility import DEFAULT_LIMITS, Limits, absurd_norms, whole_norm
+from federated.methods.protocol import (
+    NEVER,
+    Aggregator,
+    ClientProfile,
+    ClientRules,
+    Downlink,
+    FreshDraw,
+    ServerState,
+    Update,
+    skip_round,
+)
+from federated.methods.redistribution import fedsvd, flexlora
+from federated.methods.registry import AGGREGATORS, aggregator_from_name
+from federated.methods.residual import fedex, lora_fair
+from federated.methods.server_state_file import load_server, save_server
+from federated.methods.stacking import flora
+
+__all__ = [
+    "AGGREGATORS",
+    "DEFAULT_LIMITS",
+    "NEVER",
+    "Aggregator",
+    "BaseDelta",
+    "BaseUpdate",
+    "ClientProfile",
+    "ClientRules",
+    "Downlink",
+    "EncodingLoss",
+    "FreshDraw",
+    "InBasis",
+    "Known",
+    "Limits",
+    "Refusal",
+    "ServerState",
+    "Update",
+    "absurd_norms",
+    "aggregation_error",
+    "aggregator_from_name",
+    "check_ranks",
+    "check_updates",
+    "cut_to_rank",
+    "dual",
+    "encoding_loss",
+    "fed_sb",
+    "fedavg",
+    "fedex",
+    "fedsa",
+    "fedsvd",
+    "ffa",
+    "flexlora",
+    "flora",
+    "fresh_factors",
+    "hetlora",
+    "load_server",
+    "lora_fair",
+    "pack_downlink",
+    "receive",
+    "rolora",
+    "run_round",
+    "save_server",
+    "skip_round",
+    "spectral_start",
+    "unpack_downlink",
+    "whole_norm",
+]

@@ -1,0 +1,231 @@
+"""What every aggregation rule speaks: the values that go in and out of one.
+
+``federated.rounds.strategy`` asks ``downlink`` what a client receives, the client asks ``trains``, ``uplink``
+and ``private`` what to do with it, and the strategy hands the decoded updates to ``apply``. An aggregator is
+a value made of functions; it knows neither Flower nor a model.
+
+One number tells what somebody holds: the ``server_round`` whose end produced it (its *version*). Adapters,
+head and base change at the end of a round and at no other time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from federated.methods.base_delta import BaseDelta, BaseUpdate
+from lora.adapters import factor_pairs
+from models.state import State
+
+Names = tuple[str, ...]
+"""Wire names, sorted."""
+
+NEVER = -1
+"""Version of a client that has received nothing yet: it holds the pre-trained base model alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What one client sent in a round, decoded.
+
+    Attributes:
+        client_id: Fixes the order in which updates are summed.
+        num_examples: Its weight; w_k = num_examples / their sum.
+        state: New values of the names in ``Aggregator.uplink``, in the dtype of the server's state.
+        scaling: Module -> s_k, the factor in front of this client's B @ A.
+        rank: The client's rank where ranks differ (a module's rank is the smaller of this and the server's);
+            None: the server's own ranks.
+    """
+
+    client_id: int
+    num_examples: int
+    state: State
+    scaling: Mapping[str, float]
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class ClientProfile:
+    """What the server knows of a client when it makes its downlink.
+
+    Attributes:
+        rank: As in ``Update``.
+        scaling: Module -> s_k; None: the server's own.
+        version: Version of the last downlink that the client received; ``NEVER`` before the first, and for
+            clients that keep nothing between rounds.
+    """
+
+    rank: int | None = None
+    scaling: Mapping[str, float] | None = None
+    version: int = NEVER
+
+
+@dataclass(frozen=True)
+class FreshDraw:
+    """Factors that are not sent because both sides draw them: ``fresh.fresh_factors(shapes, draw)``."""
+
+    seed: int
+    server_round: int
+
+
+@dataclass(frozen=True, eq=False)
+class Downlink:
+    """What one client receives: everything that changed since its version, and nothing else.
+
+    Attributes:
+        state: Adapter and head values, in the client's rank and scaling.
+        version: What the client holds once it has taken this in.
+        base_updates: Module -> what it folds into its frozen base weight (``base_delta.fold``).
+        fresh: How to draw the factors that are not in ``state``; None when all others stay as they are.
+    """
+
+    state: State
+    version: int
+    base_updates: Mapping[str, BaseUpdate] = field(default_factory=dict)
+    fresh: FreshDraw | None = None
+
+    @property
+    def num_values(self) -> int:
+        """Numbers to send before any codec."""
+        base = sum(update.num_values for update in self.base_updates.values())
+        return base + sum(tensor.numel() for tensor in self.state.values())
+
+
+@dataclass(frozen=True, eq=False)
+class ServerState:
+    """Everything the server carries from round to round.
+
+    Attributes:
+        state: Global adapter and head (for ``fed_sb`` the two bases and the core).
+        scaling: Module -> s, the factor in front of the global B @ A.
+        server_round: Rounds done, refused ones included; the version of what is held here.
+        base_delta: Module -> what has been added to the frozen base weight since the start.
+        memory: Private to the aggregator and the server optimizer.
+    """
+
+    state: State
+    scaling: Mapping[str, float]
+    server_round: int = 0
+    base_delta: Mapping[str, BaseDelta] = field(default_factory=dict)
+    memory: State = field(default_factory=dict)
+
+
+def _as_received(held: State) -> State:
+    return held
+
+
+def _as_trained(trained: State, held: State) -> State:
+    return trained
+
+
+def _unconstrained(held: State) -> State:
+    return {}
+
+
+def _same_rank(before: State, trained: State, rank: int) -> int:
+    return rank
+
+
+@dataclass(frozen=True)
+class ClientRules:
+    """The client's side of a method; the defaults do nothing.
+
+    Attributes:
+        to_model: Wire state held -> ordinary values for the model.
+        to_wire: (the model's values after training, wire state held) -> wire state; ``uplink`` picks from it.
+        bases: Wire state held -> model name -> basis Q; that parameter trains as Q @ core
+            (``fed_sb.InBasis``).
+        penalty: (live factors by name) -> scalar that is added to the loss; None: no penalty.
+        next_rank: (values before training, after it, rank) -> the rank the client goes on with.
+    """
+
+    to_model: Callable[[State], State] = _as_received
+    to_wire: Callable[[State, State], State] = _as_trained
+    bases: Callable[[State], State] = _unconstrained
+    penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    next_rank: Callable[[State, State, int], int] = _same_rank
+
+    @property
+    def changes_ranks(self) -> bool:
+        """Whether a client's rank may fall from round to round, so that each client has one of its own."""
+        return self.next_rank is not _same_rank
+
+
+NameRule = Callable[[Iterable[str], int], Names]
+
+
+@dataclass(frozen=True)
+class Aggregator:
+    """An aggregation rule.
+
+    Attributes:
+        name: As in ``AGGREGATORS``, with its options.
+        init: (first global state, scaling) -> the server's state before round 1.
+        downlink: (server, client) -> what that client receives now.
+        trains: (names, server_round) -> those that get gradients in that round.
+        uplink: (names, server_round) -> wire names that travel up after it.
+        private: names -> those that stay with their client; sent once, as initial values, to a new client.
+        apply: (server, updates of the next round) -> the server after that round. The order of the updates
+            does not matter, bit for bit.
+        exact: Whether every client then holds W + sum_k w_k s_k B_k A_k up to rounding, with codecs that lose
+            nothing.
+        allows_mixed_ranks: Whether clients may have ranks below the server's.
+        keeps_basis: Whether factors mean the same from round to round, so that momentum makes sense.
+        has_global_model: False where only the clients hold complete models.
+        clients_remember: Whether clients keep what they receive, so that a downlink may leave out what they
+            still hold. Where every value is new in every round there is nothing to remember.
+        merges_into_base: Whether part of what is learnt goes into the base weights, so that the adapter alone
+            is not the model.
+        client: The client's side.
+    """
+
+    name: str
+    init: Callable[[State, Mapping[str, float]], ServerState]
+    downlink: Callable[[ServerState, ClientProfile], Downlink]
+    trains: NameRule
+    uplink: NameRule
+    private: Callable[[Iterable[str]], Names]
+    apply: Callable[[ServerState, Sequence[Update]], ServerState]
+    exact: bool
+    allows_mixed_ranks: bool = False
+    keeps_basis: bool = False
+    has_global_model: bool = True
+    clients_remember: bool = False
+    merges_into_base: bool = False
+    client: ClientRules = ClientRules()
+
+
+def everything(names: Iterable[str], server_round: int = 0) -> Names:
+    """Name rule: all of them."""
+    return tuple(sorted(names))
+
+
+def nothing(names: Iterable[str]) -> Names:
+    """Name rule: none of them."""
+    return ()
+
+
+def head_names(names: Iterable[str]) -> Names:
+    """Return the names that are no factors: head, biases and temperature, averaged by every rule."""
+    names = set(names)
+    factors = {name for pair in factor_pairs(names) for name in (pair.a, pair.b)}
+    return tuple(sorted(names - factors))
+
+
+def second_factor_and_head(names: Iterable[str], server_round: int = 0) -> Names:
+    """Name rule: all but each adapter's A."""
+    names = set(names)
+    return tuple(sorted(names - {pair.a for pair in factor_pairs(names)}))
+
+
+def sorted_state(state: Mapping[str, torch.Tensor]) -> State:
+    """Return a state in the order of its names."""
+    return {name: state[name] for name in sorted(state)}
+
+
+def skip_round(server: ServerState) -> ServerState:
+    """Return the server after a round without a usable update: unchanged but for the round counter."""
+    return replace(server, server_round=server.server_round + 1)

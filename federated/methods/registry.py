@@ -1,0 +1,48 @@
+"""The aggregators by the names that configurations use."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from federated.config.choices import Choice, build
+from federated.methods.factor_averaging import dual, fedavg, fedsa, ffa, rolora
+from federated.methods.fed_sb import fed_sb
+from federated.methods.hetlora import hetlora
+from federated.methods.protocol import Aggregator
+from federated.methods.redistribution import fedsvd, flexlora
+from federated.methods.residual import fedex, lora_fair
+from federated.methods.stacking import flora
+
+AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
+    "fedavg": fedavg,
+    "ffa": ffa,
+    "rolora": rolora,
+    "flora": flora,
+    "fedex": fedex,
+    "flexlora": flexlora,
+    "hetlora": hetlora,
+    "fedsa": fedsa,
+    "lora_fair": lora_fair,
+    "fedsvd": fedsvd,
+    "fed_sb": fed_sb,
+    "dual": dual,
+}
+
+AGGREGATOR = Choice("aggregator", "aggregation.name", "aggregation.options")
+
+
+def aggregator_from_name(name: str, options: Mapping[str, Any], *, seed: int = 0) -> Aggregator:
+    """Return an aggregator.
+
+    Args:
+        name: A key of ``AGGREGATORS``.
+        options: Its own.
+        seed: The run's; for aggregators that draw factors, unless ``options`` has a seed.
+
+    Raises:
+        UserError: There is no such aggregator or option, or a value is out of range.
+    """
+    draws = name in AGGREGATORS and "seed" in inspect.signature(AGGREGATORS[name]).parameters
+    return build(AGGREGATORS, AGGREGATOR, name, {"seed": seed, **options} if draws else options)

@@ -1,1 +1,0 @@
-"""What people read and look at: tables, pictures, the report, the terminal."""

@@ -1,0 +1,56 @@
+"""What one round produced, before it becomes a line of ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from federated.communication.foreign_text import shown
+
+SCORED_BY, CLIENTS = "scored_by", "clients"
+"""Key and value in the lines of a method without a global model: from round 1 on its clients score their own
+models, each on its own test rows. Without the key the server scored one model on its test rows."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client whose answer could not be used in a round.
+
+    Attributes:
+        client_id: The client.
+        reason: Why; whatever the client wrote of it is made fit to be shown.
+    """
+
+    client_id: int
+    reason: str
+
+    def __post_init__(self) -> None:
+        """Let nothing through that a terminal or a file would take for more than words."""
+        object.__setattr__(self, "reason", shown(self.reason))
+
+
+@dataclass
+class RoundRecord:
+    """What one round produced, as it goes into ``metrics.jsonl``."""
+
+    server_round: int
+    cohort: list[int] = field(default_factory=list)
+    clients: dict[int, dict[str, float]] = field(default_factory=dict)
+    failed: list[Failure] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    skipped: bool = False
+
+
+def best_value(lines: Sequence[Mapping[str, Any]], metric: str, *, default: float) -> float:
+    """Return the largest value of a metric that is a number; the default where no line has a value."""
+    values = [line[metric] for line in lines if metric in line]
+    numbers = [value for value in values if not math.isnan(value)]
+    return max(numbers, default=math.nan if values else default)
+
+
+def curve_lines(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the lines of ``metrics.jsonl`` that make one curve: those scored as the last one was."""
+    scorer = lines[-1].get(SCORED_BY) if lines else None
+    return [line for line in lines if line.get(SCORED_BY) == scorer]

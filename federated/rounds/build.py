@@ -1,0 +1,141 @@
+"""From a configuration to the parts of a run: data, model, settings of local training, shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from federated.config.schema import ExperimentConfig
+from federated.config.seeding import generator
+from federated.data.dataset import FederatedData, check_task_data, load_data
+from federated.data.partition import Partition
+from federated.data.splits import IntArray, hold_out
+from lora.clip_wrapper import CLIPLoRAWrapper
+from lora.second_adapter import add_second_adapter
+from models.clip import FederatedCLIPModel
+from models.errors import UserError
+from models.images import with_background
+from models.training import TrainingSettings
+
+
+def load_run_data(config: ExperimentConfig) -> FederatedData:
+    """Load the data of a configuration, with what its task needs.
+
+    Raises:
+        UserError: It is missing or unusable; the message names the file.
+    """
+    section = config.data
+    data = load_data(
+        section.source,
+        path=section.path,
+        seed=config.seed,
+        validation_fraction=section.validation_fraction,
+        max_train_samples=section.max_train_samples,
+        max_validation_samples=section.max_validation_samples,
+        max_test_samples=section.max_test_samples,
+        **section.options,
+    )
+    check_task_data(data, config.task.name)
+    return data
+
+
+def build_model(
+    config: ExperimentConfig, class_names: tuple[str, ...] | None
+) -> FederatedCLIPModel | CLIPLoRAWrapper:
+    """Build the federated model of a configuration, with adapters when it asks for them.
+
+    Raises:
+        UserError: The number of classes does not fit the data, or the model cannot be had.
+    """
+    section = config.model
+    if section.num_classes and class_names and section.num_classes != len(class_names):
+        raise UserError(
+            f"model.num_classes is {section.num_classes} but the data has {len(class_names)} classes "
+            f"({', '.join(class_names[:5])} …): leave model.num_classes out, or correct it"
+        )
+    model = FederatedCLIPModel(
+        section.model_name,
+        section.num_classes or len(class_names or ()) or 2,
+        class_names=class_names,
+        templates=config.task.templates,
+        task=config.task.name,
+        strategy="lora" if config.uses_adapters else section.fine_tuning or "full",
+        train_head=config.task.train_head,
+        pretrained=section.pretrained,
+        device=usable_device(section.device, "model.device=cpu"),
+        dtype=getattr(torch, section.dtype),
+        seed=config.seed,
+    )
+    model.preprocess = with_background(model.preprocess, config.data.background)
+    model.keeps_class_embeddings = config.cache.class_embeddings
+    model.trims_prompts = config.cache.trim_prompts
+    if not config.uses_adapters:
+        return model
+    wrapper = CLIPLoRAWrapper(model, config.lora, seed=config.seed).apply_lora_to_federated_model()
+    if config.aggregation.name == "dual":
+        add_second_adapter(
+            wrapper, config.aggregation.options.get("private_adapter", "private"), seed=config.seed + 1
+        )
+    return wrapper
+
+
+def usable_device(name: str, remedy: str) -> torch.device:
+    """Return the device of that name.
+
+    Args:
+        name: As torch spells it, ``cpu`` or ``cuda:1``.
+        remedy: What to write for the CPU, where the name was written.
+
+    Raises:
+        UserError: There is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used here ({reason}); take {remedy}") from error
+    return device
+
+
+def training_settings(config: ExperimentConfig) -> TrainingSettings:
+    """Return the settings of local training."""
+    client = config.client
+    return TrainingSettings(
+        learning_rate=client.learning_rate,
+        weight_decay=client.weight_decay,
+        optimizer=client.optimizer,
+        momentum=client.momentum,
+        warmup_steps=client.warmup_steps,
+        schedule=client.schedule,
+        clip_norm=client.clip_norm,
+        micro_batch_size=client.micro_batch_size,
+        precision=client.precision,
+    )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One client's rows of the training data.
+
+    Attributes:
+        train: Rows it trains on.
+        test: Rows it keeps for its own evaluation.
+    """
+
+    train: IntArray
+    test: IntArray
+
+
+def split_shards(config: ExperimentConfig, data: FederatedData, split: Partition) -> tuple[Shard, ...]:
+    """Set each client's own test rows apart from those it trains on; a concept or picture stays whole."""
+    fraction = config.partition.local_test_fraction
+    labels = data.labels() if data.label_column else None
+    groups = data.groups()
+    shards = []
+    for client_id, rows in enumerate(split.indices):
+        rng = generator(config.seed, "hold-out", client_id)
+        train, test = hold_out(rows, fraction, rng, labels, groups=groups)
+        shards.append(Shard(train, test))
+    return tuple(shards)

@@ -1,1 +1,0 @@
-"""Speed, with equal results: caches of frozen work, several clients in one pass."""

@@ -1,1 +1,0 @@
-"""One machine: central training, evaluation, and the use of trained models."""

@@ -1,0 +1,1 @@
+"""What needs no federation: central training, evaluation, prediction, embeddings, search."""
