@@ -1,31 +1,40 @@
-"""LoRA adapters for federated models: inject, switch, merge, count, save, load."""
+"""LoRA adapters for federated models: inject, switch, merge, count, save, load.
 
-from lora.adapter_files import save_full_checkpoint, save_lora_adapters
-from lora.adapters import (
-    get_lora_state_dict,
-    set_lora_state_dict,
-)
-from lora.clip_wrapper import CLIPLoRAWrapper
-from lora.config import LoRAConfig
-from lora.factory import create_model, quick_clip_lora
-from lora.gradient_checkpointing import disable_gradient_checkpointing, enable_gradient_checkpointing
-from lora.injection import apply_lora_to_text_encoder, inject_lora
-from lora.loading import load_full_checkpoint, load_lora_adapters
-from lora.named import (
-    compare_embeddings,
-    list_adapters,
-    load_named_adapter,
-    remove_adapter,
-    set_active_adapter,
-)
-from lora.switching import (
-    disable_lora,
-    enable_lora,
-    merge_and_unload,
-    merge_lora,
-    unmerge_lora,
-)
-from lora.verify import check_lora_injection, count_parameters, verify_gradients
+The names are resolved at first use, so that ``lora.config`` does not cost the import of torch and PEFT.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora.adapter_files import save_full_checkpoint, save_lora_adapters
+    from lora.adapters import (
+        get_lora_state_dict,
+        set_lora_state_dict,
+    )
+    from lora.clip_wrapper import CLIPLoRAWrapper
+    from lora.config import LoRAConfig
+    from lora.factory import create_model, quick_clip_lora
+    from lora.gradient_checkpointing import disable_gradient_checkpointing, enable_gradient_checkpointing
+    from lora.injection import apply_lora_to_text_encoder, inject_lora
+    from lora.loading import load_full_checkpoint, load_lora_adapters
+    from lora.named import (
+        compare_embeddings,
+        list_adapters,
+        load_named_adapter,
+        remove_adapter,
+        set_active_adapter,
+    )
+    from lora.switching import (
+        disable_lora,
+        enable_lora,
+        merge_and_unload,
+        merge_lora,
+        unmerge_lora,
+    )
+    from lora.verify import check_lora_injection, count_parameters, verify_gradients
 
 __all__ = [
     "CLIPLoRAWrapper",
@@ -56,3 +65,58 @@ __all__ = [
     "unmerge_lora",
     "verify_gradients",
 ]
+
+_HOMES = {
+    "adapter_files": (
+        "save_full_checkpoint",
+        "save_lora_adapters",
+    ),
+    "adapters": (
+        "get_lora_state_dict",
+        "set_lora_state_dict",
+    ),
+    "clip_wrapper": ("CLIPLoRAWrapper",),
+    "config": ("LoRAConfig",),
+    "factory": (
+        "create_model",
+        "quick_clip_lora",
+    ),
+    "gradient_checkpointing": (
+        "disable_gradient_checkpointing",
+        "enable_gradient_checkpointing",
+    ),
+    "injection": (
+        "apply_lora_to_text_encoder",
+        "inject_lora",
+    ),
+    "loading": (
+        "load_full_checkpoint",
+        "load_lora_adapters",
+    ),
+    "named": (
+        "compare_embeddings",
+        "list_adapters",
+        "load_named_adapter",
+        "remove_adapter",
+        "set_active_adapter",
+    ),
+    "switching": (
+        "disable_lora",
+        "enable_lora",
+        "merge_and_unload",
+        "merge_lora",
+        "unmerge_lora",
+    ),
+    "verify": (
+        "check_lora_injection",
+        "count_parameters",
+        "verify_gradients",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"lora.{module}"), name)
+    raise AttributeError(f"module 'lora' has no attribute {name!r}")

@@ -9,14 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from federated.data.augmentation import (
-    Augmentation,
-    augment_captions,
-    augment_images,
-    augmentation_from,
-    crop_and_resize,
-    crop_boxes,
-)
+from federated.config.augmentation_options import Augmentation, augmentation_from
+from federated.data.augmentation import augment_captions, augment_images, crop_and_resize, crop_boxes
 from models.errors import UserError
 
 ALL = Augmentation(

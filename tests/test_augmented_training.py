@@ -13,9 +13,9 @@ from PIL import Image
 
 import federated.results.report
 import federated.tools.central
+from federated.config.augmentation_options import CLIP_DEVIATION, CLIP_MEAN
 from federated.config.schema import dump_config, load_config
 from federated.config.seeding import generator
-from federated.data.augmentation import CLIP_DEVIATION, CLIP_MEAN
 from federated.data.augmented_batches import augment_batch, colour_range, training_augmentation
 from federated.rounds.local_training import Assignment, train_locally
 from federated.rounds.run import Experiment, build_experiment, experiment_of

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from federated.config.augmentation_options import augmentation_from
 from federated.config.config_errors import explain
-from federated.data.augmentation import augmentation_from
 from lora.config import MAX_RANK, LoRAConfig
 from models.errors import UserError, shortened
 from models.untrusted import MOST_YAML_BYTES, PathText, parse_yaml, read_text
@@ -121,7 +121,7 @@ class ClientSection(Section):
     scaffold: bool = False
     """SCAFFOLD: correct gradients by control variates, which double the payload both ways."""
     augmentation: dict[str, Any] = Field(default_factory=dict)
-    """Options of ``federated.data.augmentation.Augmentation``, such as ``flip_probability``; empty: none."""
+    """Options of ``federated.config.augmentation_options``, such as ``flip_probability``; empty: none."""
     ranks: list[Annotated[int, Field(le=MAX_RANK)]] | None = Field(None, min_length=1)
     """Adapter rank of each client, for aggregators that mix ranks; a shorter list is repeated (groups). The
     largest is ``lora.r``."""

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from federated.data.augmentation import Augmentation, augment_captions, augment_images, augmentation_from
+from federated.config.augmentation_options import Augmentation, augmentation_from
+from federated.data.augmentation import augment_captions, augment_images
 from federated.data.image_tensors import Batch, Preprocess
 from models.errors import UserError
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from federated.config.augmentation_options import Augmentation
 from federated.config.schema import CacheSection
-from federated.data.augmentation import Augmentation
 from federated.data.captions import Captions
 from federated.data.image_tensors import ImageTensors
 from federated.data.row_cache import RowCache

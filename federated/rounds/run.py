@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from federated.communication.savings import ModelSizes
+from federated.config.augmentation_options import Augmentation
 from federated.config.schema import ExperimentConfig, load_config, parse_config
 from federated.config.seeding import generator
-from federated.data.augmentation import Augmentation
 from federated.data.augmented_batches import augment_batch, training_augmentation
 from federated.data.dataset import FederatedData, ImageTensors, image_tensors
 from federated.data.feature_cache import FeatureCaches, build_feature_caches
