@@ -74,6 +74,7 @@ def train_client(
     """Take one client's local steps; the model holds the result."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=how.learning_rate, weight_decay=0.0)
+    torch.manual_seed(int(rng.integers(2**63)))  # of dropout, which takes no generator
     for rows in local_index_batches(shard, how.batch_size, how.num_steps, rng):
         loss = F.cross_entropy(model.logits({"pixel_values": pixels[rows]}), labels[rows])
         optimizer.zero_grad()

