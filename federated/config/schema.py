@@ -361,21 +361,21 @@ def load_config(
     tree = parse_yaml(read_text(path, MOST_YAML_BYTES), path) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
-    overridden = [_apply_override(tree, override) for override in overrides]
-    return parse_config(tree, source=str(path), overridden=overridden, default_name=path.stem + name_suffix)
+    return parse_config(tree, source=str(path), overrides=overrides, default_name=path.stem + name_suffix)
 
 
 def parse_config(
-    tree: dict[str, Any], *, source: str, overridden: Sequence[str] = (), default_name: str | None = None
+    tree: dict[str, Any], *, source: str, overrides: Sequence[str] = (), default_name: str | None = None
 ) -> ExperimentConfig:
     """Validate a configuration tree.
 
     Args:
-        tree: Sections by name.
+        tree: Sections by name; overrides are written into it.
         source: Where it was read, for errors.
-        overridden: Keys that do not come from there, but from the command line.
+        overrides: As in ``load_config``.
         default_name: Becomes ``output.name`` when the tree has none.
     """
+    overridden = [_apply_override(tree, override) for override in overrides]
     try:
         config = ExperimentConfig.model_validate(tree)
     except ValidationError as error:

@@ -1,0 +1,204 @@
+"""Runs from Python: ``run`` starts one, ``open_run`` reads one back, both give a ``RunResult``."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from federated.config.schema import ExperimentConfig, load_config, parse_config
+from federated.results.records import RunRecord, read_run
+from federated.results.wording import format_bytes, format_metric
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from models.clip import FederatedCLIPModel
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run's folder as Python objects; a notebook shows it as its headline and its pictures.
+
+    Attributes:
+        folder: The run folder.
+    """
+
+    folder: Path
+
+    @cached_property
+    def record(self) -> RunRecord:
+        """Every file of the run folder, parsed."""
+        return read_run(self.folder)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """``summary.json``; empty while the run is not finished."""
+        return self.record.summary
+
+    @property
+    def config(self) -> ExperimentConfig:
+        """The run's resolved configuration."""
+        return load_config(self.folder / "config.yaml")
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """One row a round, from round 0, before training: the metrics, the bytes and the seconds of each."""
+        rows = [
+            {key: value for key, value in line.items() if not isinstance(value, list | dict)}
+            | {"cohort_size": len(line.get("cohort", ())), "num_failed": len(line.get("failed", ()))}
+            for line in self.record.metrics
+        ]
+        return pd.DataFrame(rows).set_index("server_round")
+
+    @cached_property
+    def clients(self) -> pd.DataFrame:
+        """One row for each round and client that took part: what the client reported."""
+        rows = [
+            {"server_round": line["server_round"], "client_id": int(client_id), **values}
+            for line in self.record.metrics
+            for client_id, values in line.get("clients", {}).items()
+        ]
+        return pd.DataFrame(rows)
+
+    @cached_property
+    def ledger(self) -> pd.DataFrame:
+        """One row a transfer, as in ``communication.csv``."""
+        return pd.DataFrame([asdict(row) for row in self.record.ledger.rows])
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the trained adapter, in PEFT's format."""
+        return self.folder / "adapter"
+
+    @cached_property
+    def model(self) -> FederatedCLIPModel:
+        """The trained model, ready to predict and to evaluate."""
+        from federated.tools.trained_models import open_model
+
+        return open_model(self.folder).model
+
+    def __repr__(self) -> str:
+        """Say where it is and what came out."""
+        return f"RunResult({self.folder}: {self._headline()})"
+
+    def _repr_html_(self) -> str:
+        """Show the headline, the metric by round, and the metric against the bytes sent."""
+        from federated.results import plots
+
+        record = self.record
+        pictures = []
+        for name, make in (
+            ("metric", lambda: plots.metric_by_round(record.metrics, record.metric)),
+            ("bytes", lambda: plots.metric_by_bytes(record.metrics, record.metric, record.ledger)),
+        ):
+            try:
+                pictures.append(_picture(make(), name))
+            except plots.MissingData as missing:
+                pictures.append(escape(str(missing)))
+        cells = "".join(f"<div style='width:30em;max-width:48%'>{picture}</div>" for picture in pictures)
+        head = f"<b>{escape(record.name)}</b>: {escape(self._headline())}"
+        return f"<div>{head}<div style='display:flex;flex-wrap:wrap;gap:1em'>{cells}</div></div>"
+
+    def _headline(self) -> str:
+        """Return the metric before and after, and the bytes sent."""
+        record, headline = self.record, self.record.headline
+        values = [format_metric(record.metric, headline[key]) for key in ("zero_shot", "final")]
+        sent = format_bytes(record.ledger.total().wire_bytes)
+        ending = "" if record.finished else ", not finished"
+        return (
+            f"{record.metric} {values[0]} → {values[1]} in {headline['rounds']} rounds, {sent} sent{ending}"
+        )
+
+
+def _picture(figure: Figure, title: str) -> str:
+    """Return a figure as an image that a page can hold without any other file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}" style="width:100%">'
+
+
+def run(
+    config: str | Path | Mapping[str, Any] | ExperimentConfig = "quickstart",
+    *,
+    overwrite: bool = False,
+    show_progress: bool = True,
+    **sections: Any,
+) -> RunResult:
+    """Run a federated fine-tuning in this process and return what it left.
+
+    Args:
+        config: The name of a shipped configuration, a YAML file, a mapping of sections, or a configuration.
+        overwrite: Replace an earlier run's folder of the same name.
+        show_progress: Show bars and a line a round.
+        **sections: What differs from ``config``, by section: ``client={"learning_rate": 1e-3}, seed=1``.
+
+    Returns:
+        The run: its metrics and ledger as pandas frames, its adapter, its model.
+
+    Raises:
+        UserError: The configuration, the data or the model is unusable, or the folder exists.
+    """
+    from federated.engines.simulation import run_experiment
+    from federated.results.console import RunDisplay
+
+    loaded = config_from(config, **sections)
+    display = None
+    if show_progress:
+        from rich.console import Console
+
+        display = RunDisplay(Console())
+    return RunResult(run_experiment(loaded, overwrite=overwrite, display=display))
+
+
+def open_run(folder: str | Path) -> RunResult:
+    """Return an earlier run, finished or not.
+
+    Raises:
+        UserError: The folder is no run folder, or one of its files cannot be read.
+    """
+    result = RunResult(Path(folder))
+    _ = result.record  # a folder that cannot be read is refused here
+    return result
+
+
+def config_from(
+    config: str | Path | Mapping[str, Any] | ExperimentConfig, **sections: Any
+) -> ExperimentConfig:
+    """Return a configuration with some sections' keys replaced.
+
+    Args:
+        config: As in ``run``.
+        **sections: As in ``run``; an empty mapping replaces the section's mapping.
+
+    Raises:
+        UserError: There is no such configuration, section or key, or a value does not fit.
+    """
+    overrides = [f"{key}={json.dumps(value)}" for key, value in _dotted(sections)]
+    if isinstance(config, str | Path):
+        return load_config(config, overrides)
+    tree = (
+        config.model_dump(mode="json")
+        if isinstance(config, ExperimentConfig)
+        else copy.deepcopy(dict(config))
+    )
+    return parse_config(tree, source="the configuration given", overrides=overrides)
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value); an empty mapping is a value."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

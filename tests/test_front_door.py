@@ -1,0 +1,71 @@
+"""A run from Python: what a notebook asks of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import federated
+from federated.tools.front_door import config_from
+from models.errors import UserError
+
+SHORT = {
+    "data": {"max_train_samples": 60, "max_test_samples": 20},
+    "partition": {"name": "iid", "options": {}, "num_clients": 2},
+    "federation": {"rounds": 1},
+    "client": {"local_steps": 1, "learning_rate": 1e-3},
+}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> federated.RunResult:
+    output = {"root": str(tmp_path_factory.mktemp("runs")), "report": False}
+    return federated.run("quickstart", show_progress=False, output=output, **SHORT)
+
+
+def test_importing_the_package_imports_neither_torch_nor_pandas() -> None:
+    check = "import federated, sys; sys.exit(bool({'torch', 'pandas', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_a_run_gives_its_metrics_and_its_ledger_as_frames(result: federated.RunResult) -> None:
+    assert list(result.metrics.index) == [0, 1]
+    assert set(result.clients["client_id"]) == {0, 1}
+    assert result.ledger["wire_bytes"].sum() == result.record.ledger.total().wire_bytes > 0
+    assert result.summary["final"] == result.metrics["accuracy"].iloc[-1]
+
+
+def test_a_run_shows_its_headline_and_two_pictures_in_a_notebook(result: federated.RunResult) -> None:
+    page = result._repr_html_()
+    assert page.count("data:image/svg+xml") == 2
+    assert "accuracy" in page
+    assert len(repr(result)) < 300
+
+
+def test_a_run_gives_its_model_and_an_adapter_folder(result: federated.RunResult) -> None:
+    assert (result.adapter / "adapter_config.json").is_file()
+    assert result.model.evaluate(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))["num_examples"] == 2
+
+
+def test_an_earlier_run_is_opened_by_its_folder(result: federated.RunResult, tmp_path: Path) -> None:
+    assert federated.open_run(result.folder).metrics.equals(result.metrics)
+    with pytest.raises(UserError, match="is not a run folder"):
+        federated.open_run(tmp_path)
+
+
+def test_sections_replace_single_keys_of_whatever_a_configuration_is_given_as(tmp_path: Path) -> None:
+    changes = {"client": {"learning_rate": 1e-5}, "partition": {"options": {}, "name": "iid"}, "seed": 3}
+    file = tmp_path / "own.yaml"
+    file.write_text("client: {local_steps: 2}")
+    named = config_from("quickstart", **changes)
+    assert (named.seed, named.client.learning_rate, named.client.local_steps) == (3, 1e-5, 12)
+    assert named.partition.options == {}
+    for given in (file, {"client": {"local_steps": 2}}, config_from(file)):
+        loaded = config_from(given, **changes)
+        assert (loaded.client.learning_rate, loaded.client.local_steps) == (1e-5, 2)
+    with pytest.raises(UserError, match=r"client\.learningrate"):
+        config_from({}, client={"learningrate": 1})
