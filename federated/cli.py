@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from federated.commands import data, inference, training
+from federated.commands import data, inference, train_and_evaluate
 from federated.commands.importing import modules_that_stay
 from models.errors import ROUND_FAILURE, UserError, printable
 
@@ -143,8 +143,8 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The f
     typer.echo(write_report(run_folder))
 
 
-app.command()(training.train)
-app.command()(training.evaluate)
+app.command()(train_and_evaluate.train)
+app.command()(train_and_evaluate.evaluate)
 inference.register(app)
 app.add_typer(data.app, name="data")
 

@@ -17,8 +17,12 @@ ROOT = Path(__file__).parents[1]
 LAYERS = ("models", "lora", "federated")
 """Each may import itself and what stands before it."""
 
-PARTS = ("aggregators", "codecs", "data", "engines", "speed", "reporting", "standalone", "commands")
-"""Folders of ``federated``, in the same sense."""
+STATIONS = (
+    *("models", "lora", "federated.config", "federated.communication", "federated.data", "federated.methods"),
+    *("federated.results", "federated.rounds", "federated.engines", "federated.tools", "federated.commands"),
+    "federated.cli",
+)
+"""The stations of a round, in order: each imports itself and what stands before it."""
 
 SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 
@@ -38,10 +42,10 @@ def imported_packages(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_never_go_backwards(path: Path) -> None:
+def test_packages_import_no_tests_no_benchmarks_and_no_later_package(path: Path) -> None:
     layer = path.relative_to(ROOT).parts[0]
     later = set(LAYERS[LAYERS.index(layer) + 1 :])
-    assert not imported_packages(path) & (later | {"tests", "benchmarks", "scripts"})
+    assert not imported_packages(path) & (later | {"tests", "benchmarks", "scripts", "examples"})
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -65,21 +69,36 @@ def test_no_two_modules_import_each_other() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, naming the modules
 
 
-def test_the_parts_of_federated_are_its_folders() -> None:
-    folders = {path.parent.name for path in (ROOT / "federated").glob("*/*.py")}
-    assert folders == set(PARTS)
+def station_of(module: str) -> int | None:
+    """Return the number of a module's station; None for ``federated`` itself, which hands names on."""
+    if module == "federated":
+        return None
+    parts = module.split(".")
+    return STATIONS.index(parts[0] if parts[0] in STATIONS else ".".join(parts[:2]))
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_parts_of_federated_import_only_earlier_parts(part: str) -> None:
-    later = set(PARTS[PARTS.index(part) + 1 :])
-    for path in (ROOT / "federated" / part).rglob("*.py"):
-        imported = {module.split(".")[1] for module in imported_modules(path) if "." in module}
-        assert not imported & later, path
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_station_imports_only_stations_before_it(module: str) -> None:
+    own = station_of(module)
+    if own is None:
+        return
+    stations = {name: station_of(name) for name in imported_modules(MODULES[module])}
+    assert [name for name, station in stations.items() if station is not None and station > own] == []
+
+
+def test_the_root_of_federated_holds_the_door_and_nothing_else() -> None:
+    assert {path.name for path in (ROOT / "federated").glob("*.py")} == {"__init__.py", "cli.py"}
+
+
+def test_no_two_modules_share_a_base_name() -> None:
+    names = [path.stem for path in SOURCES if path.stem != "__init__"]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
 TOOLS = sorted(
-    path for folder in ("benchmarks", "scripts", "flower") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in ("benchmarks", "scripts", "flower", "examples")
+    for path in (ROOT / folder).rglob("*.py")
 )
 
 
@@ -121,17 +140,6 @@ def test_torch_load_is_always_restricted_to_weights() -> None:
     for path in SOURCES:
         for line in path.read_text(encoding="utf-8").splitlines():
             assert "torch.load(" not in line or "weights_only=True" in line, path
-
-
-def test_readme_names_every_module_of_the_packages() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    missing = []
-    for path in SOURCES:
-        relative = path.relative_to(ROOT)
-        shown = str(relative.parent) + "/" if relative.parts[1:-1] else str(relative)
-        if path.name != "__init__.py" and shown not in readme:
-            missing.append(shown)
-    assert not missing
 
 
 @pytest.mark.slow

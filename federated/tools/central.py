@@ -47,7 +47,7 @@ THE_CLIENT = 0
 
 
 class TrainingDisplay(Protocol):
-    """What central training tells whoever watches; ``federated.commands.training`` has one."""
+    """What central training tells whoever watches; ``federated.commands.train_and_evaluate`` has one."""
 
     def training_started(
         self, num_epochs: int, num_steps: int, *, headline_metric: str, notes: Sequence[str] = ()
