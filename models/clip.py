@@ -9,22 +9,20 @@ construction, or by LoRA injection.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.clip_loading import Tokens, load_clip
 from models.errors import UserError
-from models.exchange import Exchanged, find_parameters
 from models.features import check_given, image_features, text_features
+from models.federated_model import FederatedModel
 from models.finetuning import STRATEGIES, check_choice, check_strategy, trains
-from models.frozen import dropout_modules, moving_parts
+from models.frozen import moving_parts
 from models.head import class_head
 from models.hub_tokenizer import TokenizerMissingError
 from models.lean_blocks import lean, lean_modules
@@ -38,15 +36,14 @@ from models.prompts import (
     pad_tokens,
     warn_of_cut,
 )
-from models.state import State
 from models.tasks import TASKS
 from models.temperature import MAX_LOG_TEMPERATURE
-from models.training import Batch, LocalTrainer, TrainingSettings, num_examples
+from models.training import Batch
 
 logger = logging.getLogger(__name__)
 
 
-class FederatedCLIPModel(nn.Module):
+class FederatedCLIPModel(FederatedModel):
     """A CLIP to be fine-tuned by clients who exchange only part of it.
 
     Attributes:
@@ -58,14 +55,14 @@ class FederatedCLIPModel(nn.Module):
         tokenize: Texts -> tokens.
         preprocess: PIL image -> (3, H, W).
         class_names: Names of the classes, or None.
-        exchanged_names: Names of what travels, sorted.
         moving: What changes over a run, and what is frozen.
         num_blocks: Tower -> number of its transformer blocks; 0 where they cannot be told apart.
         keeps_class_embeddings: Compute the class prompts once while the text tower is frozen.
         trims_prompts: Tokens end with the longest text; False: with the tower's context length. Padding
             after the end-of-text token cannot change the output of a causal tower, only its cost.
-        task: The task's loss and metrics.
     """
+
+    input_name = "pixel_values"
 
     def __init__(  # noqa: PLR0913 - the public signature; all but two are keyword-only
         self,
@@ -118,12 +115,9 @@ class FederatedCLIPModel(nn.Module):
         self.keeps_class_embeddings, self.trims_prompts = True, True
         self._class_tokens: Tokens | None = None
         self._class_cache: Tensor | None = None
-        self._trainer: LocalTrainer | None = None
         self.head: nn.Module | None = self._build_head() if self.task.uses_head else None
         self.num_blocks = count_blocks(self.clip, self.towers)
-        self._base_modules = list(self.modules())
         self._apply_strategy()
-        self.eval()
 
     # What trains and what travels
 
@@ -132,45 +126,28 @@ class FederatedCLIPModel(nn.Module):
         choice = STRATEGIES[self.strategy]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trains(choice, name, self.towers, train_head=self.train_head))
-        self.set_exchanged(name for name, parameter in self.named_parameters() if parameter.requires_grad)
-
-    def set_exchanged(self, names: Iterable[str]) -> None:
-        """Name what travels from now on; `get_state` and `set_state` follow.
-
-        Call it after any change of the set of parameters (LoRA injection, merging). Caches and
-        the optimizer are dropped.
-
-        Args:
-            names: Wire names: parameter names relative to this module, less PEFT's ".default".
-
-        Raises:
-            UserError: A name fits no parameter.
-        """
-        self._exchanged = Exchanged(find_parameters(self, names))
-        self.exchanged_names = tuple(self._exchanged.parameters)
-        self.refresh()
+        self.ready(name for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     def refresh(self) -> None:
-        """Drop caches and the optimizer, and look again at which modules and parameters there are.
-
-        For code that changes modules or requires_grad; `set_exchanged` calls it. Clients only switch what
-        travels on and off, which `start_training` sees by itself.
-        """
+        """Drop the class embeddings too, and look again at what a lean forward pass leaves out."""
         self._class_cache = None
-        self._trainer = None
         self._lean_modules = lean_modules(self.clip, self.towers)
-        self._named = tuple(self.named_parameters())
-        travelling = {id(parameter) for parameter in self._exchanged.parameters.values()}
-        self._trainable = [p for _, p in self._named if p.requires_grad or id(p) in travelling]
-        self._switched = dropout_modules(self, self._base_modules)
-        self._inspect()
+        super().refresh()
 
-    def _inspect(self) -> None:
+    def parameters_changed(self) -> None:
         """See which towers, and which of their blocks, are constant."""
         names = {name for name, parameter in self._named if parameter.requires_grad}
         self.moving = moving_parts(names.union(self.exchanged_names), self.towers, self.num_blocks)
         if not self.moving.text_is_frozen:
             self._class_cache = None
+
+    def check_batch(self, batch: Batch) -> None:
+        """Refuse a batch that lacks what the towers that train read."""
+        check_given(self, batch)
+
+    def after_step(self) -> None:
+        """Keep the temperature in CLIP's range."""
+        self.clamp_temperature()
 
     @property
     def vision_is_frozen(self) -> bool:
@@ -182,120 +159,6 @@ class FederatedCLIPModel(nn.Module):
         """Whether nothing of the text tower or its projection trains or travels."""
         return self.moving.text_is_frozen
 
-    @property
-    def exchanged_parameters(self) -> dict[str, nn.Parameter]:
-        """The live parameters of what travels, by wire name."""
-        return dict(self._exchanged.parameters)
-
-    # State
-
-    def get_state(self) -> State:
-        """Copy what travels: wire name -> detached float32 CPU tensor, a read-only mapping."""
-        return self._exchanged.read()
-
-    def set_state(self, state: State, *, partial: bool = False) -> None:
-        """Overwrite what travels, in place; a temperature above CLIP's bound becomes the bound.
-
-        Args:
-            state: Wire name -> tensor of any float dtype and device.
-            partial: Accept a subset of the names.
-
-        Raises:
-            UserError: A name is unknown or missing, or a shape differs; nothing is written then.
-        """
-        self._exchanged.write(state, partial=partial)
-
-    def get_parameters(self) -> list[np.ndarray]:
-        """Copy what travels, in the order of `exchanged_names`, as float32 arrays."""
-        return [value.numpy() for value in self.get_state().values()]
-
-    def set_parameters(self, parameters: Sequence[np.ndarray]) -> None:
-        """Overwrite what travels from arrays in the order of `exchanged_names`.
-
-        Raises:
-            UserError: The number of arrays or a shape is wrong.
-        """
-        if len(parameters) != len(self.exchanged_names):
-            raise UserError(
-                f"{len(parameters)} arrays given, the model exchanges {len(self.exchanged_names)}"
-            )
-        arrays = (torch.as_tensor(np.asarray(array)) for array in parameters)
-        self.set_state(dict(zip(self.exchanged_names, arrays, strict=True)))
-
-    # Training and evaluation
-
-    def start_training(
-        self,
-        settings: TrainingSettings,
-        num_steps: int,
-        *,
-        extra_loss: Callable[[], Tensor] | None = None,
-    ) -> None:
-        """Begin one client's local training: zero moments, first step of the schedule.
-
-        What travels, and what trained at the last `refresh`, is looked at again: call `refresh` after setting
-        requires_grad on anything else.
-
-        Args:
-            settings: How to train.
-            num_steps: Local steps that will follow.
-            extra_loss: A scalar that is added to the loss of every step until the next start (a proximal
-                term, say); it does not enter the loss that `train_step` returns.
-
-        Raises:
-            UserError: Nothing is trainable, or the settings do not suit the device.
-        """
-        trainable = [parameter for parameter in self._trainable if parameter.requires_grad]
-        if self._trainer is None or not self._trainer.fits(trainable, settings):
-            self._trainer = LocalTrainer(trainable, settings)
-            self._inspect()
-        self._trainer.reset(settings, num_steps, extra_loss=extra_loss)
-
-    def train_step(self, data: Tensor | Batch, labels: Tensor | None = None) -> float:
-        """Take one optimizer step.
-
-        Without `start_training` before it, the default settings at a constant rate are used.
-
-        Args:
-            data: Pixel values (B, 3, H, W), or a batch with "pixel_values" or "image_features" and
-                what the task needs of "labels", "input_ids", "attention_mask", "concept".
-            labels: Class indices (B,), where `data` does not carry them.
-
-        Returns:
-            The batch's mean loss before the step.
-        """
-        if self._trainer is None:
-            self.start_training(TrainingSettings(), num_steps=1)
-        assert self._trainer is not None
-        batch = self._batch(data, labels)
-        self._check_trainable_on(batch)
-        self._set_training_mode(training=True)
-        try:
-            with self.lean():
-                loss = self._trainer.step(partial(self.task.loss, self), batch)
-        finally:
-            self._set_training_mode(training=False)
-        self.clamp_temperature()
-        return loss
-
-    @torch.no_grad()
-    def evaluate(
-        self, data: Tensor | Batch | Iterable[Batch], labels: Tensor | None = None
-    ) -> dict[str, float]:
-        """Loss and metrics of the task.
-
-        Args:
-            data: Pixel values, one batch, or an iterable of batches (see `train_step`).
-            labels: Class indices (B,), where `data` does not carry them.
-
-        Returns:
-            "loss", "num_examples" and the task's metrics ("accuracy", or recalls).
-        """
-        if self.training:
-            self.eval()
-        batches = cast(Iterable[Batch], [data] if isinstance(data, Tensor | Mapping) else data)
-        return self.task.evaluate(self, (self._batch(batch, labels) for batch in batches))
-
     @torch.no_grad()
     def zero_shot_accuracy(self, batches: Iterable[Batch]) -> float:
         """Share of images whose nearest class-prompt embedding is their class's."""
@@ -305,28 +168,6 @@ class FederatedCLIPModel(nn.Module):
     def lean(self) -> AbstractContextManager[None]:
         """Inside, nothing is computed that features and gradients do not need (``models.lean_blocks``)."""
         return lean(self._lean_modules)
-
-    def _batch(self, data: Tensor | Batch, labels: Tensor | None) -> Batch:
-        batch = {"pixel_values": data} if isinstance(data, Tensor) else dict(data)
-        if labels is not None:
-            batch["labels"] = labels
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-
-    def _check_trainable_on(self, batch: Batch) -> None:
-        assert self._trainer is not None
-        check_given(self, batch)
-        size = self._trainer.settings.micro_batch_size
-        if size is not None and size < num_examples(batch) and not self.task.splits_into_micro_batches:
-            raise UserError(
-                f"micro_batch_size={size}: task={self.task.name} compares all pairs of a batch and cannot be "
-                "split; set micro_batch_size to null or the batch size to at most that"
-            )
-
-    def _set_training_mode(self, *, training: bool) -> None:
-        if self.training:
-            self.eval()
-        for module in self._switched:
-            module.training = training
 
     # Features and logits
 

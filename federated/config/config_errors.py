@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words: where it was written, dotted keys, what was probably meant."""
+"""What is wrong with a configuration, in words: where it stands, dotted keys, what was probably meant."""
 
 from __future__ import annotations
 

@@ -139,8 +139,8 @@ class AggregationSection(Section):
     name: str = "fedavg"
     options: dict[str, Any] = Field(default_factory=dict)
     server_optimizer: dict[str, Any] | None = None
-    """A ``name`` of ``federated.methods.server_optimizers.SERVER_OPTIMIZERS`` (fedavgm, fedadam, fedyogi, fedadagrad)
-    and its options; the averages as they are when not given."""
+    """A ``name`` of ``federated.methods.server_optimizers`` (fedavgm, fedadam, fedyogi, fedadagrad) and its
+    options; the averages as they are when not given."""
     max_update_ratio: float = Field(100.0, gt=1)
     """Most that a client's values may be, in norms of the larger of cohort (median) and global state."""
     max_examples_ratio: float = Field(1e6, gt=1)

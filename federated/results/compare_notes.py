@@ -1,4 +1,4 @@
-"""What a reader of a comparison must know: in what the runs differ beside the method, and what MB stand for."""
+"""What a reader of a comparison must know: in what else the runs differ, and what MB stand for."""
 
 from __future__ import annotations
 
