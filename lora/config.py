@@ -22,7 +22,14 @@ MAX_RANK = 8192
 
 
 class TowerOverride(BaseModel):
-    """What one tower does differently; a field left out keeps the value of the LoRAConfig around it."""
+    """What one tower does differently; a field left out keeps the value of the LoRAConfig around it.
+
+    Attributes:
+        r: Rank of the factors in this tower.
+        lora_alpha: Numerator of the scaling in this tower.
+        lora_dropout: Dropout of the adapters in this tower.
+        layers: Indices of the blocks to adapt in this tower.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

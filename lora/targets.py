@@ -98,8 +98,9 @@ def target_pattern(
 
     The block index is the first numeric part of the name: 3 in `vision_model.encoder.layers.3.mlp.fc1`.
 
-    >>> target_pattern(["text_model"], ["q_proj"], [0, 1])
-    '(?:text_model)\\.(?:[^.\\d][^.]*\\.)*(?:0|1)\\.(?:.*\\.)?(?:q_proj)'
+    Examples:
+        >>> target_pattern(["text_model"], ["q_proj"], [0, 1])
+        '(?:text_model)\\.(?:[^.\\d][^.]*\\.)*(?:0|1)\\.(?:.*\\.)?(?:q_proj)'
     """
     names = "|".join(re.escape(s) for s in suffixes)
     middle = r"(?:.*\.)?"

@@ -33,6 +33,7 @@ class ModelSection(Section):
     """Which CLIP, and what of it is fine-tuned."""
 
     type: Literal["clip", "clip_lora"] = "clip_lora"
+    """``clip_lora``: adapters train and travel; ``clip``: the weights that ``fine_tuning`` names do."""
     model_name: PathText = "tiny"
     """``tiny`` (bundled), a hub name, a local folder in the hub's format, or ``open_clip:<architecture>``."""
     num_classes: int | None = Field(None, ge=2)
@@ -43,13 +44,16 @@ class ModelSection(Section):
     pretrained: bool = True
     """False: the same architecture with random weights, a control for what pre-training is worth."""
     device: str = "cpu"
+    """Device of the model, as torch spells it: ``cpu``, ``cuda``, ``cuda:1``."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the frozen weights; adapters and head are float32 always."""
 
 
 class TaskSection(Section):
     """What is learnt and how it is scored."""
 
     name: Literal["classification", "zero_shot", "retrieval"] = "classification"
+    """Classify with a linear head, classify by class prompts, or match images and captions."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Prompts around a class name; their text embeddings are averaged."""
     train_head: bool = True
@@ -68,8 +72,11 @@ class DataSection(Section):
     background: str = "white"
     """The colour that transparent places of images show, by name or as ``"#rrggbb"``."""
     max_train_samples: int | None = Field(None, ge=1)
+    """Most training rows, a seeded choice stratified by class; all of them when not given."""
     max_validation_samples: int | None = Field(None, ge=1)
+    """Most validation rows, chosen likewise; all of them when not given."""
     max_test_samples: int | None = Field(None, ge=1)
+    """Most test rows, chosen likewise; all of them when not given."""
     validation_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of train set apart as the validation split where the source has none."""
     cache_bytes: int = Field(1_000_000_000, ge=0)
@@ -82,6 +89,7 @@ class PartitionSection(Section):
     name: str = "dirichlet"
     """A partitioner of ``federated.data.partitioners.PARTITIONERS``: iid, dirichlet, natural, shard …"""
     num_clients: int = Field(10, ge=1)
+    """Number of clients, which is the number of shards."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The partitioner's own arguments, such as ``alpha`` and ``min_samples`` of dirichlet."""
     local_test_fraction: float = Field(0.1, ge=0, lt=1)
@@ -92,10 +100,12 @@ class FederationSection(Section):
     """Rounds and cohorts."""
 
     rounds: int = Field(5, ge=1)
+    """Rounds of training; round 0, before them, evaluates the pre-trained model."""
     cohort_size: int | None = Field(None, ge=1)
     """Clients sampled a round; all of them when not given."""
     timeout_seconds: float = Field(3600.0, gt=0)
-    """For all clients of a phase; a worker is ended then, but in one process a running client ends late."""
+    """Seconds that the server waits for the replies of one broadcast; who has not replied then has failed. A
+    worker is ended then; without workers a running client ends late."""
     keep_best: bool = True
     """Keep the best round's adapter in ``adapter_best/``; the server's test rows choose, so flatter it."""
 
@@ -104,18 +114,27 @@ class ClientSection(Section):
     """A client's local training."""
 
     local_steps: int = Field(20, ge=1)
+    """Optimizer steps that a client takes in a round."""
     batch_size: int = Field(32, ge=1)
+    """Most rows in one optimizer step; a smaller shard gives itself."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Images that pass through the model at once; the rest of a batch is accumulated."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer of the local steps. Its moments start at zero in every round."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Of sgd; 0: plain SGD."""
+    """Momentum of ``sgd``; 0: plain SGD."""
     learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate of the local steps."""
     weight_decay: float = Field(0.0, ge=0)
+    """Weight decay of matrices (decoupled for ``adamw``, L2 for ``sgd``); biases and norms have none."""
     warmup_steps: int = Field(0, ge=0)
+    """Steps in which the learning rate rises linearly, counted anew in each round."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or a cosine down to 0 at the round's last local step."""
     clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of the whole gradient in a step; not clipped when not given."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the local steps: plain, bf16 autocast, or fp16 autocast with loss scaling (CUDA alone)."""
     proximal_mu: float = Field(0.0, ge=0)
     """FedProx: (mu / 2) times the squared distance to the values received joins the loss; 0: none."""
     scaffold: bool = False
@@ -137,7 +156,9 @@ class AggregationSection(Section):
     """How the server combines the clients' updates."""
 
     name: str = "fedavg"
+    """An aggregator of ``federated.methods.registry.AGGREGATORS``: fedavg, ffa, flora, fedex …"""
     options: dict[str, Any] = Field(default_factory=dict)
+    """The aggregator's own arguments, such as ``rank_cap`` of fedex."""
     server_optimizer: dict[str, Any] | None = None
     """A ``name`` of ``federated.methods.server_optimizers`` (fedavgm, fedadam, fedyogi, fedadagrad) and its
     options; the averages as they are when not given."""
@@ -151,9 +172,13 @@ class CommunicationSection(Section):
     """How states are encoded, and the link that transfer times are stated for."""
 
     uplink: str = "fp32"
+    """Codec of the clients' updates, which are changes: fp32, int8, topk:0.1:ef+int8 …"""
     downlink: str = "fp32"
+    """Codec of what the server sends, which are values: fp32, fp16, bf16, int8 or int4."""
     uplink_mbps: float = Field(10.0, gt=0)
+    """A client's uplink in megabits a second, for transfer times alone; nothing is slowed down."""
     downlink_mbps: float = Field(50.0, gt=0)
+    """A client's downlink in megabits a second, likewise."""
     base_preinstalled: bool = False
     """True when clients already hold the base model; the one-off base is stated separately either way."""
 
@@ -195,6 +220,7 @@ class EvaluationSection(Section):
     max_clients: int = Field(100, ge=1)
     """At most this many clients evaluate at a time; a seeded sample where there are more."""
     batch_size: int = Field(250, ge=1)
+    """Rows in one batch of an evaluation."""
     max_samples: int | None = Field(None, ge=1)
     """The server evaluates on this many of its test rows, drawn once by the seed; on all when not given."""
     aggregation_error_every: int = Field(1, ge=0)
@@ -227,6 +253,7 @@ class EngineSection(Section):
     """What carries the messages and how much of the machine it may use."""
 
     name: Literal["inprocess"] = "inprocess"
+    """The engine of ``fedlora run``; Flower's own are started with ``flwr run flower``."""
     threads: int = Field(1, ge=1)
     """Torch threads; one is best for the bundled model, two or more pay off on ViT-B/32."""
     batched_clients: Literal["auto", "off"] | Annotated[int, Field(ge=2)] = "off"
@@ -246,6 +273,7 @@ class OutputSection(Section):
     """Where the run folder goes."""
 
     root: PathText = "runs"
+    """Folder that run folders are made in."""
     name: PathText | None = None
     """Folder name under ``root``; the configuration's own name when not given."""
     report: bool = True
@@ -256,6 +284,7 @@ class ExperimentConfig(Section):
     """A whole run."""
 
     seed: int = Field(0, ge=0)
+    """Seed of every random choice of the run."""
     model: ModelSection = ModelSection()
     lora: LoRAConfig = LoRAConfig()
     task: TaskSection = TaskSection()

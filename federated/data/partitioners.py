@@ -62,7 +62,18 @@ def dirichlet(
     alpha: float = 0.5,
     min_samples: int = 1,
 ) -> list[IntArray]:
-    """Each class is divided over clients by fractions from Dirichlet(alpha); small alpha is uneven."""
+    """Each class is divided over clients by fractions from Dirichlet(alpha); small alpha is uneven.
+
+    Args:
+        light: the light data set.
+        num_clients: number of shards.
+        rng: seeds Flower's draws.
+        alpha: concentration; the smaller, the fewer classes most of a client's rows are of.
+        min_samples: fewest rows of a client; a split that gives one fewer is drawn anew.
+
+    Raises:
+        UserError: no split meets ``min_samples``, or an option is out of range.
+    """
     _need(light, LABEL, "dirichlet")
     if min_samples < 1 or num_clients * min_samples > len(light):
         raise UserError(
@@ -97,6 +108,16 @@ def pathological(
 
     With the default assignment the first class of client k is k modulo the number of classes, so all
     classes are used once there are as many clients; "random" and "deterministic" are Flower's others.
+
+    Args:
+        light: the light data set.
+        num_clients: number of shards.
+        rng: seeds Flower's draws.
+        classes_per_client: number of classes of each client.
+        class_assignment: which they are: "first-deterministic", "deterministic" or "random".
+
+    Raises:
+        UserError: ``classes_per_client`` is not positive.
     """
     _need(light, LABEL, "pathological")
     if classes_per_client < 1:
@@ -125,6 +146,16 @@ def shard(
 
     Give ``shards_per_client`` (default 2; a remainder smaller than the number of blocks is left over) or
     ``shard_size`` (all rows are used; the number of blocks differs by at most one).
+
+    Args:
+        light: the light data set.
+        num_clients: number of shards.
+        rng: seeds Flower's draws.
+        shards_per_client: blocks of each client; 2 when neither option is given.
+        shard_size: rows of a block.
+
+    Raises:
+        UserError: both options are given, or there are too few rows.
     """
     _need(light, LABEL, "shard")
     if shards_per_client is not None and shard_size is not None:

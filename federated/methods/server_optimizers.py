@@ -51,7 +51,12 @@ class ServerOptimizer:
 
 
 def fedavgm(*, learning_rate: float = 1.0, momentum: float = 0.9) -> ServerOptimizer:
-    """m <- momentum m + delta; x <- x + learning_rate m."""
+    """m <- momentum m + delta; x <- x + learning_rate m.
+
+    Args:
+        learning_rate: Step size on the server.
+        momentum: Decay of the running sum of changes.
+    """
     _check("fedavgm", learning_rate=learning_rate)
     _check_decay("fedavgm", momentum=momentum)
 
@@ -63,7 +68,12 @@ def fedavgm(*, learning_rate: float = 1.0, momentum: float = 0.9) -> ServerOptim
 
 
 def fedadagrad(*, eta: float = 1e-3, tau: float = 1e-5) -> ServerOptimizer:
-    """v <- v + delta^2; x <- x + eta delta / (sqrt(v) + tau)."""
+    """v <- v + delta^2; x <- x + eta delta / (sqrt(v) + tau).
+
+    Args:
+        eta: Step size on the server.
+        tau: Added to the root, so that small changes are not blown up.
+    """
     _check("fedadagrad", eta=eta, tau=tau)
 
     def step(moments: Moments, delta: Tensor) -> tuple[Tensor, Moments]:
@@ -76,7 +86,14 @@ def fedadagrad(*, eta: float = 1e-3, tau: float = 1e-5) -> ServerOptimizer:
 def fedyogi(
     *, eta: float = 1e-3, beta_1: float = 0.9, beta_2: float = 0.99, tau: float = 1e-5
 ) -> ServerOptimizer:
-    """m as in FedAdam; v <- v - (1 - beta_2) delta^2 sign(v - delta^2); x <- x + eta m / (sqrt(v) + tau)."""
+    """m as in FedAdam; v <- v - (1 - beta_2) delta^2 sign(v - delta^2); x <- x + eta m / (sqrt(v) + tau).
+
+    Args:
+        eta: Step size on the server.
+        beta_1: Decay of the average change.
+        beta_2: Decay of the average squared change.
+        tau: Added to the root, so that small changes are not blown up.
+    """
     _check("fedyogi", eta=eta, tau=tau)
     _check_decay("fedyogi", beta_1=beta_1, beta_2=beta_2)
 
@@ -96,6 +113,12 @@ def fedadam(
 
     m <- beta_1 m + (1 - beta_1) delta; v <- beta_2 v + (1 - beta_2) delta^2;
     eta_t = eta sqrt(1 - beta_2^(t+1)) / (1 - beta_1^(t+1)) in step t = 1, 2 ..., as Flower corrects it.
+
+    Args:
+        eta: Step size on the server.
+        beta_1: Decay of the average change.
+        beta_2: Decay of the average squared change.
+        tau: Added to the root, so that small changes are not blown up.
     """
     _check("fedadam", eta=eta, tau=tau)
     _check_decay("fedadam", beta_1=beta_1, beta_2=beta_2)

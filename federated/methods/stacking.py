@@ -37,7 +37,7 @@ from lora.adapters import FactorPair, factor_pairs
 
 
 def flora(*, seed: int = 0) -> Aggregator:
-    """W <- W + sum_k w_k s_k B_k A_k = W + [w_1 s_1 B_1 ... w_m s_m B_m] [A_1; ...; A_m].
+    """``W <- W + sum_k w_k s_k B_k A_k = W + [w_1 s_1 B_1 ... w_m s_m B_m] [A_1; ...; A_m]``.
 
     Then A is drawn anew (Kaiming-uniform) and B = 0. The weights and each client's own scaling stand in the
     stack of B alone; nothing rescales the stack by alpha over its rank. An initial adapter with B != 0 is
