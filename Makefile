@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: demo test test-all check bench help clean
+.PHONY: demo test test-all check bench docs help clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -32,5 +33,15 @@ check: $(STAMP) ## lint and type check
 bench: $(STAMP) ## run the benchmarks
 	$(BIN)/python -m benchmarks
 
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,faiss,docs]'
+	touch $@
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS_STAMP) ## set up, then write the documentation as a site to site/
+	$(BIN)/python docs/generators/configuration_reference.py
+	$(BIN)/python docs/generators/station_drawing.py
+	$(BIN)/mkdocs build --strict --quiet
+
 clean: ## remove the environment and build products; runs/ holds results and stays
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,6 +28,8 @@ STATIONS = {
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages; mkdocs calls this before it reads any page."""
+    from mkdocs.structure.files import File  # here: the tests read this module without the extra `docs`
+
     files.append(File.generated(config, "api/index.md", content=index_page()))
     for page, package in STATIONS.items():
         files.append(File.generated(config, f"api/{page}.md", content=station_page(package)))
