@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import configuration_reference
 import pytest
@@ -17,6 +17,7 @@ import reference_pages
 import station_drawing
 import torch
 import yaml
+from pydantic import AfterValidator, Field
 
 from federated.communication.codec import codec_from_name
 from federated.communication.codings import CODINGS
@@ -51,6 +52,22 @@ def keys_of(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from keys_of(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
+
+
+@pytest.mark.parametrize(
+    ("annotation", "words"),
+    [
+        (int | None, "integer, or null"),
+        (Literal["a", "b"], "`a`, `b`"),
+        (Literal["off"] | Annotated[int, Field(ge=2)], "`off` or integer ≥ 2"),
+        (Annotated[str, AfterValidator(str.strip)] | None, "text, or null"),
+        (list[Annotated[int, Field(le=9)]], "list of integers ≤ 9"),
+        (tuple[float, float], "list of 2 numbers"),
+        (dict[str, Any], "mapping"),
+    ],
+)
+def test_types_are_said_in_words(annotation: object, words: str) -> None:
+    assert configuration_reference.in_words(annotation) == words
 
 
 def test_every_key_of_the_schema_has_a_meaning() -> None:

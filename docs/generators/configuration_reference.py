@@ -120,15 +120,20 @@ def type_words(annotation: object) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{argument}`" for argument in arguments)
     if origin is typing.Annotated:
-        return in_words(arguments[0], bounds_in(arguments[1].metadata))
+        notes = [note for item in arguments[1:] for note in getattr(item, "metadata", [item])]
+        return in_words(arguments[0], bounds_in(notes))
     if origin is tuple and Ellipsis not in arguments:
-        return f"list of {len(arguments)} {type_words(arguments[0])}s"
+        return f"list of {len(arguments)} {plural(type_words(arguments[0]))}"
     if section_in(annotation) is not None or isinstance(origin, type) and issubclass(origin, Mapping):
         return "mapping"
     if origin is None:
         return WORDS[annotation]
-    item = type_words(arguments[0])
-    return f"list of {item}" if item.endswith("`") else f"list of {item}s"
+    return f"list of {plural(type_words(arguments[0]))}"
+
+
+def plural(words: str) -> str:
+    """Return a type's words for several values."""
+    return re.sub(r"^(integer|number|text|mapping)", r"\1s", words)
 
 
 def written(value: object) -> str:
