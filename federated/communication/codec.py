@@ -56,7 +56,7 @@ class Codec:
         num_bytes: ``layout -> bytes`` of every buffer of that layout, exactly.
         num_sent: ``layout -> values`` that such a buffer holds; a sparse codec leaves the others out.
         draws: Whether encoding draws from ``rng``: stochastic rounding does.
-        error_feedback: Whether the sender adds what earlier payloads lost; ``federated.rounds.client`` keeps that.
+        error_feedback: Whether the sender adds what earlier payloads lost (``federated.rounds.client``).
         lossless: Whether what is decoded is what was encoded, bit for bit.
     """
 
