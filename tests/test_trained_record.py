@@ -15,7 +15,7 @@ from PIL import Image
 from federated.config.schema import load_config
 from federated.data.dataset import FederatedData
 from federated.engines.simulation import run_experiment
-from federated.results.trained_record import TrainedRecord, matched_classes
+from federated.rounds.trained_record import TrainedRecord, matched_classes
 from federated.tools.evaluation import evaluate_source
 from federated.tools.prediction import make_classifier, predict
 from federated.tools.trained_models import open_model

@@ -26,10 +26,10 @@ from federated.data.feature_cache import FeatureCaches, build_feature_caches
 from federated.data.partition import Partition, partition, save_partition
 from federated.data.splits import IntArray
 from federated.methods import Aggregator, ServerState, cut_to_rank
-from federated.results.trained_record import notes_of
 from federated.rounds.base_weights import BaseWeights
 from federated.rounds.build import Shard, build_model, load_run_data, split_shards, training_settings
 from federated.rounds.compatibility import build_aggregator, check_client_ranks
+from federated.rounds.trained_record import notes_of
 from lora.adapter_files import save_full_checkpoint, save_lora_adapters
 from lora.adapters import factor_pairs, scalings, unwrap
 from lora.clip_wrapper import CLIPLoRAWrapper

@@ -18,12 +18,12 @@ from federated.data.dataset import ImageTensors, image_tensors
 from federated.engines.simulation import limited_threads
 from federated.results.plot_style import save_png
 from federated.results.run_place import check_place
-from federated.results.trained_record import TrainedRecord, check_rows, matched_classes
 from federated.rounds.build import load_run_data
 from federated.rounds.checkpoint import CHECKPOINT_FILES, SERVER_FILE, STATE_FILE, load_server_checkpoint
 from federated.rounds.global_model import load_global_state
 from federated.rounds.learnable import check_can_score
 from federated.rounds.run import Experiment, build_experiment
+from federated.rounds.trained_record import TrainedRecord, check_rows, matched_classes
 from federated.tools.central import one_shard
 from federated.tools.detailed_metrics import (
     DetailedMetrics,

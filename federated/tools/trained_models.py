@@ -16,9 +16,9 @@ from torch import nn
 from federated.communication.run_files import PartitionFile, read_run_file
 from federated.config.schema import ExperimentConfig, load_config
 from federated.methods import aggregator_from_name
-from federated.results.trained_record import TrainedRecord, record_from
 from federated.rounds.build import build_model, usable_device
 from federated.rounds.checkpoint import CHECKPOINT_FILES
+from federated.rounds.trained_record import TrainedRecord, record_from
 from lora.adapter_files import (
     CONFIG_FILE,
     FILES,
