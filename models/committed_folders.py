@@ -91,7 +91,10 @@ def current_folder(folder: Path) -> Path:
 
 
 def check_committed(
-    folder: Path, names: Collection[str], *, remedy: str = "copy the whole folder again"
+    folder: Path,
+    names: Collection[str],
+    *,
+    remedy: str = "copy the whole folder again, or remove manifest.json if the change was meant",
 ) -> dict[str, Any]:
     """Make sure that a folder holds the files that it was committed with; return the manifest's notes.
 
