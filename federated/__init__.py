@@ -5,8 +5,9 @@ The names are resolved at first use, so that importing the package costs neither
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from models.lazy_names import at_first_use
 
 if TYPE_CHECKING:
     from federated.config.schema import ExperimentConfig, load_config
@@ -14,14 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ExperimentConfig", "RunResult", "load_config", "open_run", "run"]
 
-_HOMES = {
+_HOMES: dict[str, tuple[str, ...]] = {
     "config.schema": ("ExperimentConfig", "load_config"),
     "tools.front_door": ("RunResult", "open_run", "run"),
 }
 
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"federated.{module}"), name)
-    raise AttributeError(f"module 'federated' has no attribute {name!r}")
+__getattr__ = at_first_use(__name__, _HOMES)
