@@ -34,11 +34,11 @@ from transformers import CLIPModel
 
 from benchmarks.machine import Row, write_results
 from benchmarks.silent import SilentDisplay
-from federated.config.schema import ExperimentConfig, dump_config, load_config
+from federated.config.schema import ExperimentConfig, load_config
 from federated.config.seeding import generator, scoped_torch_rng
 from federated.data.batch_order import local_index_batches
 from federated.engines.simulation import run_experiment
-from federated.rounds.run import CONFIG_KEY, Experiment, experiment_of
+from federated.rounds.run import Run, build_run
 from models.clip_loading import TINY_FOLDER
 
 State = dict[str, Tensor]
@@ -104,14 +104,14 @@ def configuration(folder: str, num_clients: int, num_rounds: int, batched: int |
 
 def engine_run(config: ExperimentConfig) -> tuple[float, float, State]:
     """Run on the in-process engine; CPU and wall seconds of its rounds, and the last global state."""
-    experiment = experiment_of({CONFIG_KEY: dump_config(config)})
+    experiment = build_run(config)
     experiment.train_images.pixel_values(np.arange(len(experiment.train_images)))
     stopwatch = Stopwatch()
     path = run_experiment(config, overwrite=True, display=stopwatch)  # type: ignore[arg-type]
     return *stopwatch.seconds(), load_file(path / "checkpoint" / "state.safetensors")
 
 
-def plain_run(experiment: Experiment) -> tuple[float, float, State]:
+def plain_run(experiment: Run) -> tuple[float, float, State]:
     """Do the same local steps in a plain loop; CPU and wall seconds, and the last global state."""
     clip = CLIPModel.from_pretrained(TINY_FOLDER, local_files_only=True).eval().requires_grad_(False)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=r"vision_model\..*\.(q_proj|v_proj)")
@@ -159,7 +159,7 @@ def compare(num_clients: int, num_rounds: int, group_sizes: Sequence[int], *, re
             return lambda: engine_run(configuration(folder, num_clients, num_rounds, batched))
 
         ways = {
-            "plain loop": lambda: plain_run(experiment_of({CONFIG_KEY: dump_config(plain_config)})),
+            "plain loop": lambda: plain_run(build_run(plain_config)),
             "engine, one by one": engine("off"),
             **{f"engine, {size} clients at once": engine(size) for size in group_sizes},
         }

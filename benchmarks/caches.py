@@ -19,10 +19,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
-import federated.rounds.client
-from benchmarks.limit import CACHES_OFF, EXPERIMENTS, Engine, Workload
+from benchmarks.limit import CACHES_OFF, Engine, Workload
 from benchmarks.machine import Row, write_results
-from federated.rounds.run import CONFIG_KEY
 from models.clip_loading import TINY_FOLDER
 from models.state import State, subtract_
 
@@ -111,8 +109,9 @@ def measure(case: Case, folder: Path) -> list[Row]:
             started = time.perf_counter()
             one_round()
             seconds[name].append(time.perf_counter() - started)
-    start = next(iter(EXPERIMENTS.values())).initial_state
-    off, on = (subtract_(e.model.get_state(), start, tuple(start)) for e in EXPERIMENTS.values())
+    experiments = [engine.experiment for engine in ways.values()]
+    start = experiments[0].initial_state
+    off, on = (subtract_(e.model.get_state(), start, tuple(start)) for e in experiments)
     apart = distance(off, on)
     steady = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     ratios = [a / b for a, b in zip(seconds["caches off"][1:], seconds["caches on"][1:], strict=True)]
@@ -143,12 +142,10 @@ def distance(first: State, second: State) -> float:
 def main(cases: Sequence[Case] = CASES) -> None:
     """Measure every case and write the table."""
     torch.set_num_threads(1)
-    federated.rounds.client.experiment_of = lambda run_config: EXPERIMENTS[str(run_config[CONFIG_KEY])]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         save_random_clip(Path(folder))
         for case in cases:
-            EXPERIMENTS.clear()
             rows += measure(case, Path(folder))
             print(rows[-1], flush=True)
     print(write_results("caches", "python -m benchmarks.caches", rows))

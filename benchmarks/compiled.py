@@ -19,7 +19,8 @@ from torch import Tensor
 from benchmarks.limit import FAST
 from benchmarks.machine import Row, write_results
 from federated.config.schema import load_config
-from federated.rounds.run import build_experiment
+from federated.rounds.batches import local_batches
+from federated.rounds.run import build_run
 from lora.adapters import unwrap
 from models.training import Batch
 
@@ -30,9 +31,9 @@ def main() -> None:
     """Time both ways and write the table."""
     torch.set_num_threads(1)
     torch._inductor.config.force_disable_caches = True  # as on the first run of a machine
-    experiment = build_experiment(load_config("quickstart", [*FAST, "partition.num_clients=4"]))
+    experiment = build_run(load_config("quickstart", [*FAST, "partition.num_clients=4"]))
     model: Any = unwrap(experiment.model)
-    batch = next(iter(experiment.local_batches(0, 1, np.random.default_rng(0), server_round=1)))
+    batch = next(iter(local_batches(experiment, 0, 1, np.random.default_rng(0), server_round=1)))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
 

@@ -24,14 +24,14 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord
 from peft.tuners.lora.layer import Linear as PeftLinear
 
-import federated.rounds.client
 from benchmarks.machine import Row, with_earlier, write_results
 from federated.communication.ledger import Ledger
 from federated.communication.metered_grid import MeteredGrid
-from federated.config.schema import dump_config, load_config
+from federated.config.schema import load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
-from federated.rounds.client import app
-from federated.rounds.run import CONFIG_KEY, Experiment, build_experiment
+from federated.rounds.batches import local_batches
+from federated.rounds.client import client_app
+from federated.rounds.run import build_run
 from federated.rounds.server import build_strategy
 from lora.linear import LinearLoRA
 from models.training import Batch
@@ -109,10 +109,6 @@ CACHES_OFF = tuple(
 )
 
 
-EXPERIMENTS: dict[str, Experiment] = {}
-"""Configuration text -> experiment."""
-
-
 class Engine:
     """A workload on the in-process engine; every call runs a round.
 
@@ -124,13 +120,12 @@ class Engine:
 
     def __init__(self, workload: Workload, overrides: Sequence[str] = (), num_workers: int = 1) -> None:
         config = load_config(workload.config, [*workload.overrides, *overrides])
-        text = dump_config(config)
-        self.experiment = EXPERIMENTS[text] = build_experiment(config)
+        self.experiment = build_run(config)
         images = self.experiment.train_images
         images.pixel_values(np.arange(len(images)))  # decoded, as in the loop
         clients = {client_id: node_id_of(client_id) for client_id in range(self.experiment.num_clients)}
         client_of = {node_id: client_id for client_id, node_id in clients.items()}
-        self._inner = InProcessGrid(app, len(clients), run_config={CONFIG_KEY: text}, num_workers=num_workers)
+        self._inner = InProcessGrid(client_app(self.experiment), len(clients), num_workers=num_workers)
         self._grid = MeteredGrid(self._inner, Ledger(), client_of.__getitem__)
         self._strategy = build_strategy(self.experiment, clients)
         self._server_round = 0
@@ -157,7 +152,7 @@ def plain_loop(workload: Workload, *, takes_steps: bool = True) -> Callable[[], 
         workload: What to run.
         takes_steps: False draws each step's batch, as the engine does, and leaves the step itself out.
     """
-    experiment = build_experiment(load_config(workload.config, [*workload.overrides, *CACHES_OFF]))
+    experiment = build_run(load_config(workload.config, [*workload.overrides, *CACHES_OFF]))
     client, model = experiment.config.client, experiment.model
     loss_of = model.task.loss
     inner = getattr(model, "federated_model", model)
@@ -170,7 +165,7 @@ def plain_loop(workload: Workload, *, takes_steps: bool = True) -> Callable[[], 
 
     def drawn(client_id: int, num_steps: int) -> Iterable[Batch]:
         rng = np.random.default_rng(client_id)
-        return experiment.local_batches(client_id, num_steps, rng, server_round=0)
+        return local_batches(experiment, client_id, num_steps, rng, server_round=0)
 
     ready = [itertools.cycle(list(drawn(client_id, 8))) for client_id in clients]
 
@@ -278,13 +273,10 @@ def main() -> None:
     chosen = parser.parse_args().workloads or list(WORKLOADS)
     torch.set_num_threads(1)
     gc.freeze()  # as every command does with what it imported (federated.commands.importing)
-    # The ClientApp remembers one experiment a process; here several take turns.
-    federated.rounds.client.experiment_of = lambda run_config: EXPERIMENTS[str(run_config[CONFIG_KEY])]
     rows: list[Row] = []
     for key in chosen:
         rows += measure(WORKLOADS[key])
         print(rows[-4:], flush=True)
-        EXPERIMENTS.clear()
     if "tiny-one-step" in chosen:
         one_step = WORKLOADS["tiny-one-step"]
         rows += [added_row(one_step), added_row(one_step, "evaluation.aggregation_error_every=0")]

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-import federated.rounds.client
-from benchmarks.limit import EXPERIMENTS, FAST, ONE_STEP, Engine, Workload
+from benchmarks.limit import FAST, ONE_STEP, Engine, Workload
 from benchmarks.machine import Row, write_results
 from federated.communication.byte_counts import payload_bytes, wire_bytes
 from federated.communication.codec import codec_from_name
 from federated.communication.messages import SERVER_ROUND, write_state
 from federated.config.schema import load_config
-from federated.rounds.run import CONFIG_KEY, build_experiment
+from federated.rounds.run import build_run
+from federated.rounds.saving import model_sizes
 
 COHORTS = (2, 8, 32, 128, 256)
 CLIENTS = (4, 100, 1_000, 10_000)
@@ -63,7 +63,6 @@ def cohort_rows(repeats: int = 3) -> Iterable[Row]:
             "ratio": f"{per_client / first:.2f}",
             "against": "a client's time in a cohort of 2",
         }
-        EXPERIMENTS.clear()
 
 
 def draw_images(folder: Path) -> None:
@@ -90,7 +89,7 @@ def start_with(num_clients: int, folder: Path) -> dict[str, float]:
     )
     config = load_config("quickstart", list(overrides))
     started = time.perf_counter()
-    build_experiment(config)
+    build_run(config)
     start_seconds = time.perf_counter() - started
     one_round = Engine(Workload("", "quickstart", overrides, 0))
     for _ in range(2):
@@ -126,8 +125,8 @@ def rank_rows() -> Iterable[Row]:
     """Count the bytes of one client's update by rank and codec, from real messages."""
     full = None
     for rank in RANKS:
-        experiment = build_experiment(load_config("quickstart", [*FAST, f"lora.r={rank}"]))
-        full = full or experiment.model_sizes().full_model_bytes
+        experiment = build_run(load_config("quickstart", [*FAST, f"lora.r={rank}"]))
+        full = full or model_sizes(experiment).full_model_bytes
         for codec in ("fp32", "int8"):
             content = write_state(
                 experiment.initial_state, codec_from_name(codec), np.random.default_rng(0), {SERVER_ROUND: 1}
@@ -148,7 +147,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    federated.rounds.client.experiment_of = lambda run_config: EXPERIMENTS[str(run_config[CONFIG_KEY])]
     if arguments.clients:
         print(json.dumps(start_with(arguments.clients, arguments.folder)))
         return

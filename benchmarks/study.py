@@ -23,11 +23,12 @@ from matplotlib.axes import Axes
 from benchmarks.machine import RESULTS, describe_machine
 from federated.communication.ledger import Ledger
 from federated.communication.metered_grid import MeteredGrid
-from federated.config.schema import dump_config, load_config
+from federated.config.schema import load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
-from federated.rounds.client import app as client_app
+from federated.rounds.batches import evaluate_server
+from federated.rounds.client import client_app
 from federated.rounds.global_model import clients_mean, load_global_state
-from federated.rounds.run import CONFIG_KEY, Experiment, experiment_of
+from federated.rounds.run import Run, build_run
 from federated.rounds.server import build_strategy
 from federated.rounds.strategy import LoRAStrategy
 
@@ -86,14 +87,13 @@ def run_once(setting: Setting, variant: Variant, seed: int) -> Outcome:
     """Train one variant with one seed."""
     started = time.process_time()
     config = load_config(setting.config, [*setting.overrides, *variant.overrides, f"seed={seed}"])
-    run_config = {CONFIG_KEY: dump_config(config)}
-    experiment = experiment_of(run_config)
+    experiment = build_run(config)
     experiment.reset()
-    zero_shot = experiment.evaluate_server()["accuracy"]
+    zero_shot = evaluate_server(experiment)["accuracy"]
     ledger = Ledger()
     clients = {i: node_id_of(i) for i in range(experiment.num_clients)}
     of_node = {node_id: i for i, node_id in clients.items()}
-    grid = InProcessGrid(client_app, experiment.num_clients, run_config=run_config)
+    grid = InProcessGrid(client_app(experiment), experiment.num_clients)
     strategy = build_strategy(experiment, clients)
     apply_ms, errors = _watch(strategy)
     strategy.start(
@@ -118,12 +118,12 @@ def run_once(setting: Setting, variant: Variant, seed: int) -> Outcome:
     )
 
 
-def global_accuracy(experiment: Experiment, strategy: LoRAStrategy) -> float | None:
+def global_accuracy(experiment: Run, strategy: LoRAStrategy) -> float | None:
     """Return the final accuracy of the global model; None where there is none."""
     if not experiment.aggregator.has_global_model:
         return None
     load_global_state(experiment, strategy.server_state)
-    return experiment.evaluate_server()["accuracy"]
+    return evaluate_server(experiment)["accuracy"]
 
 
 def _watch(strategy: LoRAStrategy) -> tuple[list[float], list[float]]:

@@ -168,10 +168,11 @@ def train(fed: Federation, client: Client, steps: int) -> Update:
         for leaf, gradient in zip(leaves.values(), gradients, strict=True):
             leaf.data -= 0.05 * gradient
     trained = {**values, **{n: (bases[n] @ x if n in bases else x).detach() for n, x in leaves.items()}}
-    client.held = rules.to_wire(trained, client.held)
+    before, client.held = client.held, rules.to_wire(trained, client.held)
     names = fed.aggregator.uplink(client.held, server_round)
     state = {name: client.held[name] for name in names}
-    return Update(client.client_id, client.num_examples, state, client.scaling, client.profile_rank)
+    first = {name: before[name] for name in names}
+    return Update(client.client_id, client.num_examples, state, client.scaling, client.profile_rank, first)
 
 
 def _loss(client: Client, live: State) -> Tensor:

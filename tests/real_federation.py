@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 
 import federated.rounds.client
 import federated.rounds.strategy
@@ -22,10 +22,12 @@ from federated.config.schema import ExperimentConfig, load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.methods import NEVER, BaseDelta, Downlink
 from federated.rounds.build import training_settings
-from federated.rounds.client import HELD, app, recall
+from federated.rounds.client import HELD, LocalTraining, client_app, recall
+from federated.rounds.client_ranks import scaling_at
 from federated.rounds.compatibility import build_aggregator
 from federated.rounds.global_model import load_global_state
-from federated.rounds.run import Experiment, build_experiment
+from federated.rounds.local_training import Assignment, LocalResult, train_locally
+from federated.rounds.run import Run, build_run
 from federated.rounds.server import build_strategy
 from lora.adapters import factor_pairs
 from models.state import State
@@ -68,7 +70,7 @@ def small_config(*overrides: str) -> ExperimentConfig:
     return load_config("quickstart", [*SMALL, *overrides])
 
 
-def with_method(experiment: Experiment, method: str, *, trained: bool = False, **client: Any) -> Experiment:
+def with_method(experiment: Run, method: str, *, trained: bool = False, **client: Any) -> Run:
     """The same experiment under another aggregator and client settings; ``dual`` needs its own model."""
     name, options = METHODS[method]
     config = experiment.config
@@ -77,7 +79,7 @@ def with_method(experiment: Experiment, method: str, *, trained: bool = False, *
         update={"aggregation": section, "client": config.client.model_copy(update=client)}
     )
     if name == "dual" and not any(".private." in key for key in experiment.initial_state):
-        experiment = build_experiment(config)
+        experiment = build_run(config)
     state = dict(experiment.initial_state)
     if trained:
         generator = torch.Generator().manual_seed(5)
@@ -98,13 +100,13 @@ class RealFederation:
 
     Args:
         experiment: Model, data and settings; used in place, from its first state.
-        monkeypatch: Puts the experiment where the client app looks for it.
+        monkeypatch: Watches what clients receive and encode.
         order: Reorders the clients of a round.
     """
 
     def __init__(
         self,
-        experiment: Experiment,
+        experiment: Run,
         monkeypatch: pytest.MonkeyPatch,
         order: Callable[[Sequence[Message]], Sequence[Message]] | None = None,
     ) -> None:
@@ -120,20 +122,22 @@ class RealFederation:
         self.trained: dict[int, State] = {}
         self.uplinks: list[tuple[int, State]] = []
         self.ledger = Ledger()
-        self.grid = InProcessGrid(app, experiment.num_clients, run_config={}, execution_order=order)
+        self.local_training: LocalTraining = train_locally
+        self.run_of_process: Callable[[], Run] = lambda: experiment
+        deliver: Any = self._deliver
+        self.grid = InProcessGrid(deliver, experiment.num_clients, execution_order=order)
         clients = {i: node_id_of(i) for i in range(experiment.num_clients)}
         of_node = {node: i for i, node in clients.items()}
         self.metered = MeteredGrid(self.grid, self.ledger, of_node.__getitem__)
         self.strategy = build_strategy(experiment, clients)
         self.cohort: list[int] = []
         self.broadcasts: list[tuple[State, State]] = []
-        monkeypatch.setattr(federated.rounds.client, "experiment_of", lambda run_config: experiment)
         monkeypatch.setattr(federated.rounds.strategy, "sample_cohort", lambda *arguments: list(self.cohort))
         self._watch(monkeypatch)
 
     def _watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        original_train, original_take, original_encode = (
-            getattr(federated.rounds.client, name) for name in ("train_locally", "take_in", "encode")
+        original_take, original_encode = (
+            getattr(federated.rounds.client, name) for name in ("take_in", "encode")
         )
         original_unpack, original_read = (
             federated.rounds.client.unpack_downlink,
@@ -146,7 +150,7 @@ class RealFederation:
             self.broadcasts.append((shared, {name: tensor.clone() for name, tensor in shared.items()}))
             return shared
 
-        def take_in(experiment: Experiment, message: Message, context: Any, rank: int | None) -> Any:
+        def take_in(experiment: Run, message: Message, context: Any, rank: int | None) -> Any:
             current[0] = int(context.node_config["partition-id"])
             result = original_take(experiment, message, context, rank)
             self.held[current[0]] = result[0]
@@ -162,24 +166,26 @@ class RealFederation:
             self.versions[current[0]] = downlink.version
             return downlink
 
-        def train_locally(experiment: Experiment, assignment: Any, held: State) -> Any:
-            result = original_train(experiment, assignment, held)
-            self.starts[assignment.client_id] = self.weights(assignment.client_id, held, assignment.rank)
-            self.ends[assignment.client_id] = self.weights(
-                assignment.client_id, result.state, assignment.rank
-            )
-            trained = {name: tensor.clone() for name, tensor in result.state.items()}
-            self.trained[assignment.client_id] = trained  # the client computes its update in place
-            return result
-
-        def encode(experiment: Experiment, delta: State, context: Any, assignment: Any) -> Any:
+        def encode(experiment: Run, delta: State, context: Any, assignment: Any) -> Any:
             self.uplinks.append((assignment.client_id, delta))
             return original_encode(experiment, delta, context, assignment)
 
-        for name, function in (("train_locally", train_locally), ("take_in", take_in), ("encode", encode)):
+        for name, function in (("take_in", take_in), ("encode", encode)):
             monkeypatch.setattr(federated.rounds.client, name, function)
         monkeypatch.setattr(federated.rounds.client, "read_broadcast", read_broadcast)
         monkeypatch.setattr(federated.rounds.client, "unpack_downlink", unpack_downlink)
+
+    def _deliver(self, message: Message, context: Context) -> Message:
+        """Hand a message to its client, in the process that it reaches."""
+        return client_app(self.run_of_process(), self._train)(message, context)
+
+    def _train(self, experiment: Run, assignment: Assignment, held: State) -> LocalResult:
+        result, client_id = self.local_training(experiment, assignment, held), assignment.client_id
+        self.starts[client_id] = self.weights(client_id, held, assignment.rank)
+        self.ends[client_id] = self.weights(client_id, result.state, assignment.rank)
+        trained = {name: tensor.clone() for name, tensor in result.state.items()}
+        self.trained[client_id] = trained  # the client computes its update in place
+        return result
 
     def play(self, server_round: int, cohort: Iterable[int]) -> None:
         """One round of training with these clients."""
@@ -203,7 +209,7 @@ class RealFederation:
         """W0 + what this client folded + s B A of all its adapters, by module."""
         experiment = self.experiment
         values = experiment.aggregator.client.to_model(held)
-        scaling = experiment.scaling_at(rank)
+        scaling = scaling_at(experiment, rank)
         shared = {n: t for n, t in values.items() if ".private." not in n}
         result = {}
         for pair in factor_pairs(shared):

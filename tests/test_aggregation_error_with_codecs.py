@@ -11,8 +11,9 @@ import pytest
 import torch
 from real_federation import RealFederation, small_config, with_method
 
+from federated.rounds.client_ranks import mixed_ranks, rank_of, scaling_at
 from federated.rounds.compatibility import build_aggregator
-from federated.rounds.run import Experiment, build_experiment
+from federated.rounds.run import Run, build_run
 from lora.adapters import factor_pairs
 from models.state import State
 
@@ -20,20 +21,20 @@ COHORTS = ((0, 1, 2, 3), (1, 2), (0, 1, 3))
 
 
 @pytest.fixture(scope="module")
-def base() -> Experiment:
-    return build_experiment(small_config())
+def base() -> Run:
+    return build_run(small_config())
 
 
-def coded(base: Experiment, method: str, uplink: str, downlink: str, **client: Any) -> Experiment:
+def coded(base: Run, method: str, uplink: str, downlink: str, **client: Any) -> Run:
     codecs = {"uplink": uplink, "downlink": downlink}
     communication = base.config.communication.model_copy(update=codecs)
     config = base.config.model_copy(update={"communication": communication})
     return with_method(replace(base, config=config), method, **client)
 
 
-def products(experiment: Experiment, state: State, rank: int | None = None) -> State:
+def products(experiment: Run, state: State, rank: int | None = None) -> State:
     """s B A of every module in float64."""
-    scaling = experiment.scaling_at(rank)
+    scaling = scaling_at(experiment, rank)
     model = experiment.aggregator.client.to_model(state)
     return {
         pair.module: scaling[pair.module] * model[pair.b].double() @ model[pair.a].double()
@@ -50,9 +51,9 @@ def true_error(fed: RealFederation, before: State, cohort: tuple[int, ...]) -> f
     total = sum(experiment.num_examples(i) for i in cohort)
     ideal: dict[str, torch.Tensor] = {}
     for i in cohort:
-        rank, weight = experiment.rank_of(i), experiment.num_examples(i) / total
+        rank, weight = rank_of(experiment, i), experiment.num_examples(i) / total
         trained = products(experiment, fed.trained[i], rank)
-        if experiment.mixed_ranks:
+        if mixed_ranks(experiment):
             started = products(experiment, fed.held[i], rank)
             whole = products(experiment, before)
             trained = {m: whole[m] + trained[m] - started[m] for m in trained}
@@ -76,7 +77,7 @@ def true_error(fed: RealFederation, before: State, cohort: tuple[int, ...]) -> f
     ],
 )
 def test_the_reported_error_is_that_to_what_clients_trained(
-    method: str, uplink: str, downlink: str, tolerance: float, base: Experiment
+    method: str, uplink: str, downlink: str, tolerance: float, base: Run
 ) -> None:
     check(coded(base, method, uplink, downlink), tolerance)
 
@@ -86,12 +87,12 @@ def test_the_reported_error_is_that_to_what_clients_trained(
     [("flexlora", "int4", "int8", 0.05), ("hetlora", "fp32", "int8", 1e-3)],
 )
 def test_the_reported_error_is_that_to_what_clients_trained_with_mixed_ranks(
-    method: str, uplink: str, downlink: str, tolerance: float, base: Experiment
+    method: str, uplink: str, downlink: str, tolerance: float, base: Run
 ) -> None:
     check(coded(base, method, uplink, downlink, ranks=[4, 2, 1]), tolerance)
 
 
-def check(experiment: Experiment, tolerance: float) -> None:
+def check(experiment: Run, tolerance: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
         fed = RealFederation(experiment, patch)
         for server_round, cohort in enumerate(COHORTS, start=1):
@@ -104,7 +105,7 @@ def check(experiment: Experiment, tolerance: float) -> None:
 
 @pytest.mark.parametrize(("uplink", "downlink"), [("fp32", "int8"), ("int4", "fp32")])
 def test_an_exact_rule_with_a_lossy_codec_is_not_called_exact(
-    uplink: str, downlink: str, base: Experiment, caplog: pytest.LogCaptureFixture
+    uplink: str, downlink: str, base: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     lossless = coded(base, "ffa", "fp32", "fp32").config
     config = coded(base, "ffa", uplink, downlink).config

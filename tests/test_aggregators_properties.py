@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from federated.methods import (
     AGGREGATORS,
     Aggregator,
     ClientProfile,
+    ServerState,
     Update,
     aggregation_error,
     aggregator_from_name,
@@ -95,6 +97,32 @@ def test_every_method_states_its_equation_paper_bytes_and_what_it_preserves(name
     assert any(sign in text.splitlines()[0] for sign in ("<-", "+"))
     assert "arXiv:" in text.partition("Source:")[2]
     assert all(word in text.partition("Bytes:")[2] for word in ("up", "down", "Preserves:"))
+
+
+# ---- rules on changes
+
+
+def with_changes_times(method: Aggregator, share: float) -> Aggregator:
+    """A rule that acts on every client's change and knows nothing of the method behind it."""
+
+    def apply(server: ServerState, updates: Sequence[Update]) -> ServerState:
+        shrunk = [u.with_delta({n: share * change for n, change in u.delta.items()}) for u in updates]
+        return method.apply(server, shrunk)
+
+    return replace(method, apply=apply)
+
+
+@ranked(GLOBAL)
+def test_a_rule_on_changes_can_stand_in_front_of_every_method(name, ranks):
+    feds = [start(name, ranks=ranks, trained=True) for _ in range(3)]
+    for fed, share in zip(feds[1:], (1.0, 0.0), strict=True):
+        fed.aggregator = with_changes_times(fed.aggregator, share)
+    before = feds[2].global_weights()
+    for fed in feds:
+        play_round(fed, [0, 2, 3])
+    plain, whole, none = (fed.global_weights() for fed in feds)
+    assert relative_distance(whole, plain, before) < 1e-12
+    assert relative_distance(none, before, feds[2].pretrained) < 1e-12
 
 
 # ---- exactness

@@ -31,7 +31,6 @@ import federated.rounds.client
 from federated.cli import main
 from federated.communication.codec import codec_from_name
 from federated.communication.messages import read_state
-from federated.config.schema import dump_config
 from federated.engines.simulation import run_experiment
 from federated.methods import ClientRules
 from federated.rounds.checkpoint import ServerCheckpoint, load_server_checkpoint, save_server_checkpoint
@@ -39,7 +38,7 @@ from federated.rounds.client import CODEC_MEMORY, recall
 from federated.rounds.compatibility import build_aggregator
 from federated.rounds.global_model import load_global_state
 from federated.rounds.local_training import Assignment, train_locally
-from federated.rounds.run import Experiment, build_experiment, experiment_of
+from federated.rounds.run import Run, build_run
 from lora.adapters import factor_pairs
 from lora.base_delta_file import BASE_DELTA_FILE
 from lora.loading import load_lora_adapters
@@ -52,25 +51,25 @@ ROUNDS = ((0, 1), (1, 2), (0, 1, 3))
 
 
 @pytest.fixture(scope="module")
-def base() -> Experiment:
-    return build_experiment(small_config())
+def base() -> Run:
+    return build_run(small_config())
 
 
 @pytest.fixture(scope="module")
-def private_base() -> Experiment:
-    return build_experiment(small_config("aggregation.name=dual"))
+def private_base() -> Run:
+    return build_run(small_config("aggregation.name=dual"))
 
 
 @pytest.fixture
-def experiment_for(base: Experiment, private_base: Experiment) -> Any:
-    def choose(method: str, **changes: Any) -> Experiment:
+def experiment_for(base: Run, private_base: Run) -> Any:
+    def choose(method: str, **changes: Any) -> Run:
         return with_method(private_base if method == "dual" else base, method, **changes)
 
     return choose
 
 
 @contextmanager
-def federation(experiment: Experiment, order: Any = None) -> Iterator[RealFederation]:
+def federation(experiment: Run, order: Any = None) -> Iterator[RealFederation]:
     with pytest.MonkeyPatch.context() as patch:
         yield RealFederation(experiment, patch, order)
 
@@ -243,7 +242,7 @@ def test_a_client_that_lost_its_state_is_named_and_then_sent_everything(
 # ---- bytes
 
 
-def sizes(experiment: Experiment) -> dict[str, int]:
+def sizes(experiment: Run) -> dict[str, int]:
     pairs = factor_pairs({n for n in experiment.initial_state if ".private." not in n})
     shapes = [(experiment.initial_state[p.b].shape[0], experiment.initial_state[p.a].shape[1]) for p in pairs]
     head = sum(t.numel() for n, t in experiment.initial_state.items() if n.startswith("head."))
@@ -296,7 +295,7 @@ def test_the_ledger_has_the_bytes_of_the_methods_formula(method: str, experiment
 
 @pytest.mark.parametrize("method", ["flora", "flexlora", "hetlora"])
 def test_mixed_ranks_send_their_own_rank_and_end_with_one_model(method: str) -> None:
-    experiment = build_experiment(small_config(f"aggregation.name={method}", "client.ranks=[4, 1, 2]"))
+    experiment = build_run(small_config(f"aggregation.name={method}", "client.ranks=[4, 1, 2]"))
     with federation(experiment) as fed:
         for server_round, cohort in enumerate(ROUNDS, start=1):
             fed.play(server_round, cohort)
@@ -317,7 +316,7 @@ def test_zero_training_with_mixed_ranks_keeps_the_global_model(method: str) -> N
     config = small_config(
         f"aggregation.name={method}", "client.ranks=[4, 1, 2]", "client.learning_rate=1e-30"
     )
-    experiment = with_method(build_experiment(config), method, trained=True)
+    experiment = with_method(build_run(config), method, trained=True)
     with federation(experiment) as fed:
         start = fed.global_features()
         for server_round in range(1, 4):
@@ -331,7 +330,7 @@ def test_zero_training_with_mixed_ranks_keeps_the_global_model(method: str) -> N
 )
 def test_other_methods_refuse_mixed_ranks_before_the_run(method: str) -> None:
     with pytest.raises(UserError, match=r"needs one rank for all clients.*flora, flexlora or hetlora"):
-        build_experiment(small_config(f"aggregation.name={method}", "client.ranks=[4, 2]"))
+        build_run(small_config(f"aggregation.name={method}", "client.ranks=[4, 2]"))
 
 
 def test_hetloras_penalty_acts_on_a_clients_own_components() -> None:
@@ -342,7 +341,7 @@ def test_hetloras_penalty_acts_on_a_clients_own_components() -> None:
         "client.optimizer=sgd",
         "client.learning_rate=1e-4",
     )
-    built = build_experiment(config)
+    built = build_run(config)
     generator = torch.Generator().manual_seed(5)
     state = {n: torch.randn(t.shape, generator=generator) * 0.05 for n, t in built.initial_state.items()}
     experiment = replace(
@@ -366,7 +365,7 @@ def test_hetlora_prunes_without_given_ranks_and_the_server_follows() -> None:
         "client.optimizer=sgd",
         "client.learning_rate=0.01",
     )
-    built = build_experiment(config)
+    built = build_run(config)
     generator = torch.Generator().manual_seed(5)
     state = {n: torch.randn(t.shape, generator=generator) * 0.05 for n, t in built.initial_state.items()}
     start = {**built.initial_state, **{n: t for n, t in state.items() if "_B." in n}}
@@ -392,7 +391,7 @@ def test_hetlora_that_may_prune_nothing_asks_clients_for_nothing() -> None:
 
 
 @pytest.mark.parametrize("codec", ["topk:0.1:ef+int8", "int4:ef"])
-def test_error_feedback_telescopes_over_rounds(codec: str, base: Experiment) -> None:
+def test_error_feedback_telescopes_over_rounds(codec: str, base: Run) -> None:
     """What was decoded and what is still owed add up to all updates, also after a missed round."""
     communication = base.config.communication.model_copy(update={"uplink": codec})
     experiment = replace(base, config=base.config.model_copy(update={"communication": communication}))
@@ -400,7 +399,7 @@ def test_error_feedback_telescopes_over_rounds(codec: str, base: Experiment) -> 
         sent: dict[int, State] = {}
         original = federated.rounds.client.encode
 
-        def encode(run: Experiment, delta: State, context: Any, assignment: Any) -> Any:
+        def encode(run: Run, delta: State, context: Any, assignment: Any) -> Any:
             content = original(run, delta, context, assignment)
             decoded = read_state(content, codec_from_name(codec), layout_of(delta))
             owner = assignment.client_id
@@ -433,7 +432,7 @@ def test_error_feedback_telescopes_over_rounds(codec: str, base: Experiment) -> 
 def test_a_server_that_is_read_back_from_its_checkpoint_goes_on_bit_for_bit(
     name: str, overrides: Sequence[str], tmp_path: Path
 ) -> None:
-    with federation(build_experiment(small_config(*overrides))) as fed:
+    with federation(build_run(small_config(*overrides))) as fed:
         fed.play(1, (0, 1))
         fed.play(2, (1, 2))
         strategy = fed.strategy
@@ -459,7 +458,7 @@ def test_a_server_that_is_read_back_from_its_checkpoint_goes_on_bit_for_bit(
             assert same(strategy.server_state.state, expected.state)
 
 
-def test_a_server_optimizer_changes_what_the_server_makes_of_the_same_updates(base: Experiment) -> None:
+def test_a_server_optimizer_changes_what_the_server_makes_of_the_same_updates(base: Run) -> None:
     with federation(base) as fed:
         fed.play(1, (0, 1))
         averaged = fed.strategy.server_state.state
@@ -531,7 +530,7 @@ def test_adapter_and_base_delta_together_are_the_trained_model(
     run = run_experiment(config)
     line = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()][-1]
     assert line["aggregation_error"] < 1e-6
-    experiment = experiment_of({"config": dump_config(config)})
+    experiment = build_run(config)
     pixel_values = experiment.test_images.pixel_values(range(8))
     load_global_state(experiment, load_server_checkpoint(run / "checkpoint").server)
     with torch.no_grad():

@@ -17,8 +17,10 @@ from federated.config.augmentation_options import CLIP_DEVIATION, CLIP_MEAN
 from federated.config.schema import dump_config, load_config
 from federated.config.seeding import generator
 from federated.data.augmented_batches import augment_batch, colour_range, training_augmentation
+from federated.engines.flower_apps import run_of
+from federated.rounds.batches import evaluate_client, evaluate_server, local_batches
 from federated.rounds.local_training import Assignment, train_locally
-from federated.rounds.run import Experiment, build_experiment, experiment_of
+from federated.rounds.run import Run, build_run
 from federated.tools.central import train_centrally
 from lora.adapters import unwrap
 from models.errors import UserError
@@ -43,13 +45,13 @@ EMOJI = (
 )
 
 
-def small_experiment(*overrides: str) -> Experiment:
-    return build_experiment(load_config("quickstart", [*SMALL, *overrides]))
+def small_experiment(*overrides: str) -> Run:
+    return build_run(load_config("quickstart", [*SMALL, *overrides]))
 
 
-def client_batches(experiment: Experiment, client_id: int = 0, server_round: int = 1) -> list[dict[str, Any]]:
+def client_batches(experiment: Run, client_id: int = 0, server_round: int = 1) -> list[dict[str, Any]]:
     rng = generator(experiment.config.seed, "client", server_round, client_id)
-    return list(experiment.local_batches(client_id, 3, rng, server_round=server_round))
+    return list(local_batches(experiment, client_id, 3, rng, server_round=server_round))
 
 
 def processor(mean: float, deviation: float) -> ImageProcessor:
@@ -64,16 +66,16 @@ def processor(mean: float, deviation: float) -> ImageProcessor:
 
 
 @pytest.fixture(scope="module")
-def plain() -> Experiment:
+def plain() -> Run:
     return small_experiment()
 
 
 @pytest.fixture(scope="module")
-def augmented() -> Experiment:
+def augmented() -> Run:
     return small_experiment(AUGMENTATION)
 
 
-def test_without_augmentation_batches_are_bit_by_bit_the_shard_s_rows(plain: Experiment) -> None:
+def test_without_augmentation_batches_are_bit_by_bit_the_shard_s_rows(plain: Run) -> None:
     rng = generator(0, "client", 1, 0)
     raw = plain.train_images.local_batches(plain.shards[0].train, 8, 3, rng)
     for ours, theirs in zip(client_batches(plain), raw, strict=True):
@@ -81,16 +83,14 @@ def test_without_augmentation_batches_are_bit_by_bit_the_shard_s_rows(plain: Exp
         assert torch.equal(ours["labels"], theirs["labels"])
 
 
-def test_augmentation_changes_images_and_leaves_order_and_labels(
-    plain: Experiment, augmented: Experiment
-) -> None:
+def test_augmentation_changes_images_and_leaves_order_and_labels(plain: Run, augmented: Run) -> None:
     for before, after in zip(client_batches(plain), client_batches(augmented), strict=True):
         assert torch.equal(before["labels"], after["labels"])
         assert before["pixel_values"].shape == after["pixel_values"].shape
         assert not torch.equal(before["pixel_values"], after["pixel_values"])
 
 
-def test_a_client_s_augmentation_repeats_and_belongs_to_it_and_its_round(augmented: Experiment) -> None:
+def test_a_client_s_augmentation_repeats_and_belongs_to_it_and_its_round(augmented: Run) -> None:
     first, again = client_batches(augmented), client_batches(augmented)
     assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(first, again, strict=True))
     rows = augmented.shards[0].train[:8]
@@ -104,9 +104,9 @@ def test_a_client_s_augmentation_repeats_and_belongs_to_it_and_its_round(augment
     assert torch.equal(batch["pixel_values"], augmented.train_images.pixel_values(rows))
 
 
-def test_evaluation_never_sees_augmentation(plain: Experiment, augmented: Experiment) -> None:
-    assert plain.evaluate_server() == augmented.evaluate_server()
-    assert plain.evaluate_client(0) == augmented.evaluate_client(0)
+def test_evaluation_never_sees_augmentation(plain: Run, augmented: Run) -> None:
+    assert evaluate_server(plain) == evaluate_server(augmented)
+    assert evaluate_client(plain, 0) == evaluate_client(augmented, 0)
 
 
 def test_nothing_to_do_hands_the_same_batch_back() -> None:
@@ -115,7 +115,7 @@ def test_nothing_to_do_hands_the_same_batch_back() -> None:
     assert augment_batch(batch, off, np.random.default_rng(0)) is batch
 
 
-def test_colours_are_changed_in_the_model_s_own_range(plain: Experiment) -> None:
+def test_colours_are_changed_in_the_model_s_own_range(plain: Run) -> None:
     mean, deviation = colour_range(plain.model.preprocess)
     assert mean == pytest.approx(CLIP_MEAN, abs=1e-5)
     assert deviation == pytest.approx(CLIP_DEVIATION, abs=1e-5)
@@ -144,7 +144,7 @@ def test_captions_go_into_templates_in_training_alone() -> None:
         assert torch.equal(plain_batch["pixel_values"], batch["pixel_values"])
         assert (batch["input_ids"][:, 1] == start).all()
         assert (batch["input_ids"] == end).any(dim=1).all()
-    assert with_template.evaluate_server() == without.evaluate_server()
+    assert evaluate_server(with_template) == evaluate_server(without)
 
 
 def test_templates_without_captions_are_refused() -> None:
@@ -196,7 +196,7 @@ class Watch:
 
         monkeypatch.setattr(LocalTrainer, "_apply_gradients", apply_gradients)
 
-    def look_at(self, experiment: Experiment) -> Experiment:
+    def look_at(self, experiment: Run) -> Run:
         layer = unwrap(experiment.model).clip.vision_model.encoder.layers[0].mlp.fc1
 
         def note(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -216,8 +216,8 @@ def train_a_client(watch: Watch, overrides: list[str], folder: Path, patch: pyte
 def train_in_one_place(watch: Watch, overrides: list[str], folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         federated.tools.central,
-        "build_experiment",
-        lambda config: watch.look_at(build_experiment(config)),
+        "build_run",
+        lambda config: watch.look_at(build_run(config)),
     )
     patch.setattr(federated.results.report, "write_report", lambda path: path)
     overrides = [*SMALL, f"train.steps={NUM_STEPS}", f"output.root={folder}", *overrides]
@@ -280,8 +280,8 @@ def test_gradients_are_clipped_where_the_yaml_says_so(
     assert min(norms) > 1e-2
 
 
-def test_the_configuration_survives_the_way_to_a_client(plain: Experiment) -> None:
+def test_the_configuration_survives_the_way_to_a_client(plain: Run) -> None:
     config = load_config("quickstart", [*SMALL, AUGMENTATION, "client.schedule=cosine"])
-    experiment = experiment_of({"config": dump_config(config)})
+    experiment = run_of({"config": dump_config(config)})
     assert experiment.augmentation.crop_scale == (0.5, 1.0)
     assert experiment.training_settings.schedule == "cosine"

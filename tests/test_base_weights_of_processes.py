@@ -11,11 +11,10 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord
 from real_federation import NUM_CLIENTS, RealFederation, same, small_config, with_method
 
-import federated.rounds.client
 from federated.rounds.base_weights import BaseWeights
 from federated.rounds.client import MERGED, MERGED_VERSION
 from federated.rounds.local_training import Assignment, LocalResult, train_locally
-from federated.rounds.run import Experiment, build_experiment
+from federated.rounds.run import Run, build_run
 from models.state import State
 
 COHORTS = ((0, 1), (1, 2), (0, 1), (0, 2, 3))
@@ -31,11 +30,11 @@ PROCESSES: dict[str, ProcessOf] = {
 
 
 @pytest.fixture(scope="module")
-def on_server() -> Experiment:
-    return build_experiment(small_config("client.local_steps=1"))
+def on_server() -> Run:
+    return build_run(small_config("client.local_steps=1"))
 
 
-def another_process(experiment: Experiment) -> Experiment:
+def another_process(experiment: Run) -> Run:
     """The experiment as a process builds it that has seen nothing yet."""
     experiment.reset()
     model = copy.deepcopy(experiment.model)
@@ -51,13 +50,13 @@ class Seen:
     failed: list[str] = field(default_factory=list)
 
 
-def note(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    def watched(experiment: Experiment, assignment: Assignment, held: State) -> LocalResult:
+def note(seen: Seen, fed: RealFederation) -> None:
+    def watched(experiment: Run, assignment: Assignment, held: State) -> LocalResult:
         weights, key = experiment.base.current(), (assignment.server_round, assignment.client_id)
         seen.clients.append((*key, weights, {name: tensor.clone() for name, tensor in held.items()}))
         return train_locally(experiment, assignment, held)
 
-    monkeypatch.setattr(federated.rounds.client, "train_locally", watched)
+    fed.local_training = watched
 
 
 def play(fed: RealFederation, seen: Seen) -> None:
@@ -73,7 +72,7 @@ def play(fed: RealFederation, seen: Seen) -> None:
 
 
 @pytest.fixture(scope="module")
-def in_process(on_server: Experiment) -> Callable[[str], Seen]:
+def in_process(on_server: Run) -> Callable[[str], Seen]:
     known: dict[str, Seen] = {}
 
     def run(method: str) -> Seen:
@@ -81,7 +80,7 @@ def in_process(on_server: Experiment) -> Callable[[str], Seen]:
             with pytest.MonkeyPatch.context() as patch:
                 fed = RealFederation(with_method(on_server, method), patch)
                 known[method] = Seen()
-                note(known[method], patch)
+                note(known[method], fed)
                 play(fed, known[method])
                 assert not any(MERGED in fed.grid.context(i).state for i in range(NUM_CLIENTS))
         return known[method]
@@ -94,17 +93,17 @@ def in_process(on_server: Experiment) -> Callable[[str], Seen]:
 def test_merging_methods_give_the_bits_of_the_inprocess_engine_whatever_process_a_message_reaches(
     method: str,
     process_of: ProcessOf,
-    on_server: Experiment,
+    on_server: Run,
     in_process: Callable[[str], Seen],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     experiment = with_method(on_server, method)
     pristine = another_process(experiment)
     fed, seen = RealFederation(experiment, monkeypatch), Seen()
-    running: dict[int, Experiment] = {}
+    running: dict[int, Run] = {}
     messages = itertools.count()
 
-    def experiment_of(run_config: object) -> Experiment:
+    def run_of_process() -> Run:
         number = process_of(next(messages))
         if number is None:
             return another_process(pristine)
@@ -112,8 +111,8 @@ def test_merging_methods_give_the_bits_of_the_inprocess_engine_whatever_process_
             running[number] = another_process(pristine)
         return running[number]
 
-    monkeypatch.setattr(federated.rounds.client, "experiment_of", experiment_of)
-    note(seen, monkeypatch)
+    fed.run_of_process = run_of_process
+    note(seen, fed)
     play(fed, seen)
     wanted = in_process(method)
     assert seen.failed == wanted.failed == []
@@ -127,13 +126,13 @@ def test_merging_methods_give_the_bits_of_the_inprocess_engine_whatever_process_
 
 
 def test_a_client_whose_kept_sum_is_lost_says_so_and_then_receives_everything(
-    on_server: Experiment, monkeypatch: pytest.MonkeyPatch
+    on_server: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiment = with_method(on_server, "flora")
     elsewhere = another_process(experiment)
     fed, seen = RealFederation(experiment, monkeypatch), Seen()
-    monkeypatch.setattr(federated.rounds.client, "experiment_of", lambda run_config: elsewhere)
-    note(seen, monkeypatch)
+    fed.run_of_process = lambda: elsewhere
+    note(seen, fed)
     for server_round in (1, 2, 3):
         fed.play(server_round, (0, 1))
         if server_round == 1:
@@ -146,7 +145,7 @@ def test_a_client_whose_kept_sum_is_lost_says_so_and_then_receives_everything(
 
 
 def test_a_worker_that_was_forked_before_a_round_without_a_merge_goes_on(
-    on_server: Experiment, monkeypatch: pytest.MonkeyPatch
+    on_server: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such a round changes the server's version and no weight, so that workers are not forked anew."""
     experiment = with_method(on_server, "flora")
@@ -155,10 +154,10 @@ def test_a_worker_that_was_forked_before_a_round_without_a_merge_goes_on(
     fed.play(1, ())
     assert fed.strategy.server_state.server_round == 1
 
-    def in_worker(run_config: object) -> Experiment:
+    def in_worker() -> Run:
         experiment.base.version = 0
         return experiment
 
-    monkeypatch.setattr(federated.rounds.client, "experiment_of", in_worker)
+    fed.run_of_process = in_worker
     fed.play(2, (0, 1))
     assert not fed.strategy.record.failed

@@ -13,9 +13,13 @@ import torch
 from conftest import CLASS_NAMES, IMAGE_SIZE
 from torch import nn
 
+import federated.engines.batched_clients
+import federated.engines.simulation
 import federated.results.report
-from federated.config.schema import dump_config, load_config
+import federated.rounds.local_training
+from federated.config.schema import load_config
 from federated.engines.batched_clients import (
+    BatchedClients,
     batched_clients,
     measured_group_size,
     one_by_one_because,
@@ -24,7 +28,8 @@ from federated.engines.batched_clients import (
 from federated.engines.batched_losses import gather
 from federated.engines.batched_training import JointTrainer
 from federated.engines.simulation import limited_threads, run_experiment
-from federated.rounds.run import CONFIG_KEY, Experiment, build_experiment, experiment_of
+from federated.rounds.batches import local_batches
+from federated.rounds.run import Run, build_run
 from lora.batched import StackedAdapter, StackedHead, clip_gradients, gradient_norms, obstacle
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
@@ -329,34 +334,39 @@ def check_runs_agree(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -
 def test_a_run_with_batched_clients_is_the_same_run(
     tmp_path: Path, small_clip_folder: Path, monkeypatch: pytest.MonkeyPatch, aggregator: str
 ) -> None:
-    sizes, train = [], JointTrainer.train
+    sizes, train, made = [], JointTrainer.train, []
+
+    def watched(run: Run) -> BatchedClients | None:
+        together = batched_clients(run)
+        made.extend([] if together is None else [together])
+        return together
 
     def noted(self: JointTrainer, states: Sequence[State], *arguments: Any) -> Any:
         sizes.append(len(states))
         return train(self, states, *arguments)
 
     monkeypatch.setattr(JointTrainer, "train", noted)
+    monkeypatch.setattr(federated.engines.simulation, "batched_clients", watched)
     name = f"aggregation.name={aggregator}"
     expected = run_lines(small_run_config(tmp_path, small_clip_folder, "off", name))
     config = small_run_config(tmp_path, small_clip_folder, 3, name)
     assert sizes == []
     check_runs_agree(run_lines(config), expected)
     assert sizes == [2, 2, 2, 2]  # two rounds of a cohort of four, in groups of at most three
-    assert experiment_of({CONFIG_KEY: dump_config(config)}).prepared == {}
+    assert [together._prepared for together in made] == [{}]  # every client has taken its result
 
 
 @pytest.mark.usefixtures("without_report")
 def test_a_client_at_fault_fails_alone(
     tmp_path: Path, small_clip_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Experiment.local_batches
-
-    def broken(self: Experiment, client_id: int, *arguments: Any, **options: Any) -> Any:
+    def broken(run: Run, client_id: int, *arguments: Any, **options: Any) -> Any:
         if client_id == 2:
             raise UserError("image 7 cannot be decoded")
-        return original(self, client_id, *arguments, **options)
+        return local_batches(run, client_id, *arguments, **options)
 
-    monkeypatch.setattr(Experiment, "local_batches", broken)
+    for module in (federated.rounds.local_training, federated.engines.batched_clients):
+        monkeypatch.setattr(module, "local_batches", broken)
     everybody = "federation={rounds: 1}"
     expected = run_lines(small_run_config(tmp_path, small_clip_folder, "off", everybody))
     ours = run_lines(small_run_config(tmp_path, small_clip_folder, 2, everybody))
@@ -368,7 +378,7 @@ def test_a_client_at_fault_fails_alone(
 def test_the_measurement_leaves_model_and_random_streams_as_they_were(
     tmp_path: Path, small_clip_folder: Path
 ) -> None:
-    experiment = build_experiment(small_run_config(tmp_path, small_clip_folder, "auto"))
+    experiment = build_run(small_run_config(tmp_path, small_clip_folder, "auto"))
     before, stream = experiment.model.get_state(), torch.get_rng_state()
     trainer = JointTrainer(experiment.model, experiment.training_settings)
     assert measured_group_size(experiment, trainer, repeats=1) in (None, 4)
@@ -388,7 +398,7 @@ def test_the_measurement_leaves_model_and_random_streams_as_they_were(
 def test_runs_that_cannot_be_batched_say_why_and_train_one_by_one(
     tmp_path: Path, small_clip_folder: Path, caplog: pytest.LogCaptureFixture, override: str, reason: str
 ) -> None:
-    experiment = build_experiment(small_run_config(tmp_path, small_clip_folder, 4, override))
+    experiment = build_run(small_run_config(tmp_path, small_clip_folder, 4, override))
     assert reason in str(one_by_one_because(experiment))
     assert batched_clients(experiment) is None
     assert reason in caplog.text

@@ -13,13 +13,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import federated.rounds.batches
+import federated.tools.central
 from federated.cli import main
 from federated.config.schema import ExperimentConfig, load_config
 from federated.engines.simulation import limited_threads, run_experiment
 from federated.results.compare import compare_runs
 from federated.results.run_folder import RunFolder
 from federated.rounds.local_training import Assignment, train_locally
-from federated.rounds.run import Experiment, build_experiment
+from federated.rounds.run import Run, build_run
 from federated.tools.central import central_config, train_centrally
 from federated.tools.early_stopping import BestSoFar
 from models.errors import UserError
@@ -110,7 +112,7 @@ def test_another_seed_gives_another_run(central: Path, tmp_path: Path) -> None:
 def test_an_epoch_in_one_place_is_a_single_client_s_local_training(tmp_path: Path) -> None:
     config = small_config(tmp_path, "train.epochs=1", "client.local_steps=8", "train.keep_best=false")
     run = train_centrally(config)
-    experiment = build_experiment(central_config(config))
+    experiment = build_run(central_config(config))
     assert np.array_equal(experiment.shards[0].train, np.arange(128))
     with limited_threads(config.engine.threads):
         alone = train_locally(experiment, Assignment(client_id=0, server_round=1), experiment.wire_state())
@@ -134,14 +136,15 @@ def scripted(monkeypatch: pytest.MonkeyPatch, without_report: None) -> list[dict
     script: list[dict[str, float]] = []
     upcoming: list[Iterator[dict[str, float]]] = []
 
-    def evaluate_rows(self: Experiment, images: Any, rows: Any = None) -> dict[str, float]:
-        if images is self.test_images:
+    def evaluate_rows(run: Run, images: Any, rows: Any = None) -> dict[str, float]:
+        if images is run.test_images:
             return {"accuracy": 0.5, "loss": 1.0, "num_examples": 1.0}
         if not upcoming:
             upcoming.append(iter(script))
         return {**next(upcoming[0]), "num_examples": 1.0}
 
-    monkeypatch.setattr(Experiment, "evaluate_rows", evaluate_rows)
+    for module in (federated.rounds.batches, federated.tools.central):
+        monkeypatch.setattr(module, "evaluate_rows", evaluate_rows)
     return script
 
 
@@ -211,7 +214,7 @@ def test_best_so_far_never_takes_a_nan_and_never_stops_without_patience() -> Non
 
 def test_a_source_without_validation_gives_up_a_part_of_train(tmp_path: Path) -> None:
     config = central_config(small_config(tmp_path, "data={source: digits, options: {test_fraction: 0.2}}"))
-    experiment = build_experiment(config.model_copy(update={"model": config.model}))
+    experiment = build_run(config.model_copy(update={"model": config.model}))
     data = experiment.data
     assert data.validation is not None
     assert len(data.validation) == pytest.approx(0.1 * (len(data.train) + len(data.validation)), abs=1)
@@ -232,7 +235,7 @@ def test_an_existing_folder_is_refused_before_anything_is_loaded_and_replaced_on
     config = small_config(tmp_path, "train.steps=1", "data.max_train_samples=32")
     RunFolder(tmp_path / "quickstart", config).close()
     with monkeypatch.context() as patch:
-        patch.setattr("federated.tools.central.build_experiment", lambda config: pytest.fail("was loaded"))
+        patch.setattr("federated.tools.central.build_run", lambda config: pytest.fail("was loaded"))
         with pytest.raises(UserError, match="--overwrite"):
             train_centrally(config)
     assert (train_centrally(config, overwrite=True) / "summary.json").is_file()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import federated.rounds.client
+import federated.engines.simulation
 from federated.cli import main
 from federated.commands.importing import modules_that_stay
 from federated.config.schema import shipped_names
@@ -92,14 +92,14 @@ def test_a_run_without_a_usable_update_ends_with_code_2_the_cause_and_its_folder
 def test_rounds_that_were_skipped_are_counted_at_the_end(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = federated.rounds.client.train_locally
+    original = federated.engines.simulation.train_locally
 
     def breaks_in_round_1(experiment: Any, assignment: Any, held: Any) -> Any:
         if assignment.server_round == 1:
             raise MemoryError("no memory left in [/tmp/x] of [client]")
         return original(experiment, assignment, held)
 
-    monkeypatch.setattr(federated.rounds.client, "train_locally", breaks_in_round_1)
+    monkeypatch.setattr(federated.engines.simulation, "train_locally", breaks_in_round_1)
     assert run_command("run", "quickstart", *SMALL) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("1 of 2 rounds were skipped")

@@ -22,13 +22,13 @@ from federated.methods.client_terms import (
 )
 from federated.rounds.client import VARIATE, recall
 from federated.rounds.local_training import Assignment, train_locally
-from federated.rounds.run import Experiment, build_experiment
+from federated.rounds.run import Run, build_run
 from models.state import State
 
 
 @pytest.fixture(scope="module")
-def base() -> Experiment:
-    return build_experiment(small_config())
+def base() -> Run:
+    return build_run(small_config())
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -124,7 +124,7 @@ def test_variates_travel_under_names_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("method", ["fedavg", "ffa", "fed_sb", "fedsa"])
-def test_a_strong_proximal_term_keeps_clients_near_the_start(method: str, base: Experiment) -> None:
+def test_a_strong_proximal_term_keeps_clients_near_the_start(method: str, base: Run) -> None:
     settings = {"local_steps": 8, "optimizer": "sgd", "learning_rate": 0.01}
     held = with_method(base, method).wire_state()
     ends = []
@@ -137,7 +137,7 @@ def test_a_strong_proximal_term_keeps_clients_near_the_start(method: str, base: 
     assert 0 < distance(ends[1], start) < 0.9 * distance(ends[0], start)
 
 
-def test_the_proximal_term_leaves_private_parts_alone(base: Experiment) -> None:
+def test_the_proximal_term_leaves_private_parts_alone(base: Run) -> None:
     """The second step is the first to feel the term; B of fedsa still sees the A of the first."""
     held = with_method(base, "fedsa").wire_state()
     settings = {"local_steps": 2, "optimizer": "sgd", "learning_rate": 0.01}
@@ -152,11 +152,11 @@ def test_the_proximal_term_leaves_private_parts_alone(base: Experiment) -> None:
 # ---- SCAFFOLD in real rounds
 
 
-def scaffold(experiment: Experiment, method: str = "fedavg", **changes: Any) -> Experiment:
+def scaffold(experiment: Run, method: str = "fedavg", **changes: Any) -> Run:
     return with_method(experiment, method, scaffold=True, **changes)
 
 
-def test_equal_variates_correct_nothing(base: Experiment) -> None:
+def test_equal_variates_correct_nothing(base: Run) -> None:
     held = base.wire_state()
     variate = {n: torch.full_like(t, 0.01) for n, t in held.items()}
     assignment = Assignment(0, 1, variates=ControlVariates(variate, variate))
@@ -168,7 +168,7 @@ def test_equal_variates_correct_nothing(base: Experiment) -> None:
 
 
 @pytest.mark.parametrize("uplink", ["fp32", "int8"])
-def test_the_servers_variate_stays_the_mean_of_all_clients(uplink: str, base: Experiment) -> None:
+def test_the_servers_variate_stays_the_mean_of_all_clients(uplink: str, base: Run) -> None:
     """Also when the codec loses something: a client keeps what the server decoded."""
     communication = base.config.communication.model_copy(update={"uplink": uplink})
     experiment = scaffold(
@@ -188,7 +188,7 @@ def test_the_servers_variate_stays_the_mean_of_all_clients(uplink: str, base: Ex
 
 
 @pytest.mark.parametrize(("method", "share"), [("fedavg", 1.0), ("ffa", 0.0), ("fedsa", 0.0)])
-def test_variates_double_the_uplink_and_are_counted(method: str, share: float, base: Experiment) -> None:
+def test_variates_double_the_uplink_and_are_counted(method: str, share: float, base: Run) -> None:
     payloads = []
     for experiment in (with_method(base, method), scaffold(base, method)):
         with pytest.MonkeyPatch.context() as patch:
@@ -202,7 +202,7 @@ def test_variates_double_the_uplink_and_are_counted(method: str, share: float, b
     assert share in (0.0, 1.0)
 
 
-def test_scaffold_repeats_bitwise_in_another_client_order(base: Experiment) -> None:
+def test_scaffold_repeats_bitwise_in_another_client_order(base: Run) -> None:
     states = []
     for order in (None, lambda messages: list(reversed(messages))):
         with pytest.MonkeyPatch.context() as patch:
@@ -215,9 +215,7 @@ def test_scaffold_repeats_bitwise_in_another_client_order(base: Experiment) -> N
 
 
 @pytest.mark.parametrize("uplink", ["topk:0.1", "topk:0.1:ef+int8"])
-def test_a_sparse_uplink_brings_the_same_update_with_variates_beside_it(
-    uplink: str, base: Experiment
-) -> None:
+def test_a_sparse_uplink_brings_the_same_update_with_variates_beside_it(uplink: str, base: Run) -> None:
     """In round 1 all variates are zero and correct nothing, whatever is sent of their changes."""
     communication = base.config.communication.model_copy(update={"uplink": uplink})
     sparse = replace(base, config=base.config.model_copy(update={"communication": communication}))

@@ -17,8 +17,9 @@ from federated.config.schema import ExperimentConfig, load_config
 from federated.data.captions import Captions
 from federated.data.dataset import FederatedData
 from federated.data.row_cache import RowCache
+from federated.rounds.batches import evaluate_server, local_batches
 from federated.rounds.build import load_run_data
-from federated.rounds.run import Experiment, build_experiment
+from federated.rounds.run import Run, build_run
 from models.clip_loading import load_clip
 
 ALL_OFF = tuple(
@@ -63,19 +64,17 @@ def _data_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(federated.rounds.run, "load_run_data", load)
 
 
-def build(name: str, overrides: Sequence[str] = ()) -> Experiment:
-    return build_experiment(load_config(name, [*SMALL, *overrides]))
+def build(name: str, overrides: Sequence[str] = ()) -> Run:
+    return build_run(load_config(name, [*SMALL, *overrides]))
 
 
-def train(
-    experiment: Experiment, num_steps: int = 3
-) -> tuple[list[float], dict[str, Tensor], dict[str, float]]:
+def train(experiment: Run, num_steps: int = 3) -> tuple[list[float], dict[str, Tensor], dict[str, float]]:
     model = experiment.model
     experiment.reset()
     model.start_training(experiment.training_settings, num_steps)
-    batches = experiment.local_batches(1, num_steps, np.random.default_rng(0), server_round=1)
+    batches = local_batches(experiment, 1, num_steps, np.random.default_rng(0), server_round=1)
     losses = [model.train_step(batch) for batch in batches]
-    return losses, model.get_state(), experiment.evaluate_server()
+    return losses, model.get_state(), evaluate_server(experiment)
 
 
 def assert_close(first: Any, second: Any, tolerance: float) -> None:
@@ -117,7 +116,7 @@ def test_augmented_training_images_are_not_cached_but_test_images_are() -> None:
 def test_augmented_captions_are_not_taken_from_the_cache() -> None:
     name, overrides, _ = CASES["vision adapters with captions"]
     experiment = build(name, [*overrides, 'client.augmentation={templates: ["an {}"]}'])
-    batch = next(experiment.local_batches(0, 1, np.random.default_rng(0), server_round=1))
+    batch = next(local_batches(experiment, 0, 1, np.random.default_rng(0), server_round=1))
     assert "text_features" not in batch
 
 
@@ -221,6 +220,6 @@ def test_captions_keep_their_numbers_and_new_ones_get_further_ones() -> None:
 
 def test_a_subset_for_evaluation_is_the_same_in_every_round() -> None:
     experiment = build("head_only", ["evaluation.max_samples=15"])
-    first, second = experiment.evaluate_server(), experiment.evaluate_server()
+    first, second = evaluate_server(experiment), evaluate_server(experiment)
     assert first == second
     assert first["num_examples"] == 15

@@ -16,7 +16,7 @@ from federated.config.schema import load_config
 from federated.data.dataset import load_data
 from federated.data.folders import check_folder
 from federated.data.image_tensors import ImageTensors
-from federated.rounds.run import build_experiment
+from federated.rounds.run import build_run
 from federated.tools.embeddings import InputOptions, image_batches
 from models.errors import UserError
 from models.image_modes import load_image, rgb_image
@@ -189,10 +189,10 @@ def test_the_background_is_an_option_of_the_data(tmp_path) -> None:
     icon = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
     for background, level in (("white", 255), ("black", 0)):
         config = load_config("quickstart", [*small, f"data.background={background}"])
-        preprocess = build_experiment(config).model.preprocess
+        preprocess = build_run(config).model.preprocess
         assert torch.equal(preprocess(icon), preprocess(Image.new("RGB", (32, 32), (level,) * 3)))
     with pytest.raises(UserError, match=r"data\.background='nocolour' is no colour"):
-        build_experiment(load_config("quickstart", [*small, "data.background=nocolour"]))
+        build_run(load_config("quickstart", [*small, "data.background=nocolour"]))
 
 
 def test_the_check_names_images_of_one_colour_and_those_that_only_look_alike(grey, tmp_path, capsys) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from federated.config.schema import load_config, shipped_names
 from federated.rounds.learnable import check_can_learn
-from federated.rounds.run import Experiment, build_experiment
+from federated.rounds.run import Run, build_run
 from models.errors import UserError
 from models.prompts import names_that_read_alike
 
@@ -29,8 +29,8 @@ PAIRS = ("retrieval_vi", "data.max_train_samples=60", "data.max_test_samples=20"
 ZERO_SHOT = "task.name=zero_shot"
 
 
-def built(*arguments: str) -> Experiment:
-    return build_experiment(load_config(arguments[0], arguments[1:]))
+def built(*arguments: str) -> Run:
+    return build_run(load_config(arguments[0], arguments[1:]))
 
 
 def folder_of(root: Path, classes: Sequence[str], captions: bool = False) -> tuple[str, ...]:

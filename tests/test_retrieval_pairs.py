@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from federated.config.schema import load_config
 from federated.engines.batched_losses import gather, group_losses
 from federated.engines.simulation import run_experiment
-from federated.rounds.run import build_experiment
+from federated.rounds.batches import evaluate_server, model_batch
+from federated.rounds.run import build_run
 from federated.tools.detailed_metrics import chance_recall, describe_retrieval
 from models.clip import FederatedCLIPModel
 from models.metrics import retrieval_set
@@ -155,9 +156,9 @@ def captioned_config(root: Path, *overrides: str):
 
 
 def test_a_run_reports_recall_over_images_and_texts_with_and_without_caches(captioned: Path) -> None:
-    experiment = build_experiment(captioned_config(captioned))
+    experiment = build_run(captioned_config(captioned))
     images, texts = experiment.test_images, experiment.model
-    batch = experiment.model_batch(images.batch(range(36)))
+    batch = model_batch(experiment, images.batch(range(36)))
     with torch.no_grad():
         features = F.normalize(texts.image_features(batch), dim=-1).float()
         captions = F.normalize(texts.text_features(batch), dim=-1).float()
@@ -166,7 +167,7 @@ def test_a_run_reports_recall_over_images_and_texts_with_and_without_caches(capt
         "text": torch.tensor([images.captions.index(caption) for caption in images.captions]),
     }
     for overrides in ([], ["cache.image_features=false", "cache.text_features=false"]):
-        metrics = build_experiment(captioned_config(captioned, *overrides)).evaluate_server()
+        metrics = evaluate_server(build_run(captioned_config(captioned, *overrides)))
         for k in (1, 5):
             expected = naive_recall(features, captions, ids, k)
             for direction, recall in expected.items():
@@ -175,7 +176,7 @@ def test_a_run_reports_recall_over_images_and_texts_with_and_without_caches(capt
 
 def test_the_csv_source_knows_concepts_of_a_column(captioned: Path) -> None:
     options = "data.options={concept_column: kind}"
-    batch = build_experiment(captioned_config(captioned, options)).train_images.batch(range(36))
+    batch = build_run(captioned_config(captioned, options)).train_images.batch(range(36))
     assert set(KEYS) <= set(batch)
     assert torch.equal(batch["concept"], torch.arange(36) // 3 % 4)
     run = run_experiment(captioned_config(captioned, options, "output.name=kinds"))

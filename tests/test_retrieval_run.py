@@ -13,7 +13,7 @@ import torch
 from federated.config.schema import ExperimentConfig, load_config
 from federated.data.sources import embedded
 from federated.engines.simulation import run_experiment
-from federated.rounds.run import build_experiment
+from federated.rounds.run import build_run
 from federated.tools.evaluation import evaluate_source
 from lora.adapters import factor_pairs
 
@@ -52,7 +52,7 @@ def test_recall_on_concepts_that_no_client_saw_rises_clearly(run: Path) -> None:
 
 
 def test_captions_are_vietnamese_and_no_test_concept_is_trained_on(tmp_path: Path) -> None:
-    data = build_experiment(small_config(tmp_path)).data
+    data = build_run(small_config(tmp_path)).data
     assert not set(data.train["concept"]) & set(data.test["concept"])
     names = embedded.captions("vi")
     assert all(names[row["concept"]] == row["caption"] for row in data.test.remove_columns("image"))
@@ -63,14 +63,14 @@ def test_one_override_trains_on_chinese_captions(tmp_path: Path) -> None:
     overrides = ["data.options.language=zh", "output.name=zh"]
     config = small_config(tmp_path, overrides)
     names = embedded.captions("zh")
-    data = build_experiment(config).data
+    data = build_run(config).data
     assert all(names[row["concept"]] == row["caption"] for row in data.train.remove_columns("image"))
     lines = lines_of(run_experiment(config))
     assert lines[-1]["image_to_text_recall_at_10"] > 2 * max(lines[0]["image_to_text_recall_at_10"], 0.035)
 
 
 def test_only_text_adapters_travel_and_images_keep_their_features(tmp_path: Path) -> None:
-    experiment = build_experiment(small_config(tmp_path))
+    experiment = build_run(small_config(tmp_path))
     names = experiment.model.exchanged_names
     assert len(factor_pairs(names)) == 2 * 6 + 1  # two blocks of six layers, and the projection
     assert all(name.startswith(("clip.text_model.", "clip.text_projection.")) for name in names)

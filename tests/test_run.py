@@ -21,7 +21,7 @@ from federated.config.schema import load_config
 from federated.engines.inprocess import InProcessGrid
 from federated.engines.simulation import run_experiment
 from federated.results.run_folder import peak_memory_bytes
-from federated.rounds.run import experiment_of
+from federated.rounds.run import build_run
 from models.clip_loading import TINY_FOLDER
 from tests.small_run import lines_without_times, small_config
 
@@ -89,8 +89,7 @@ def test_evaluation_traffic_is_counted(quick_run: Path) -> None:
 
 
 def test_the_adapter_loads_in_plain_peft_and_gives_the_same_features(quick_run: Path) -> None:
-    run_config = {"config": (quick_run / "config.yaml").read_text(encoding="utf-8")}
-    experiment = experiment_of(run_config)
+    experiment = build_run(load_config(quick_run / "config.yaml"))
     experiment.model.set_state(load_file(quick_run / "checkpoint" / "state.safetensors"))
     pixel_values = experiment.test_images.pixel_values(range(8))
     plain = PeftModel.from_pretrained(
@@ -136,14 +135,14 @@ def test_rounds_that_clients_scored_say_so_and_the_best_is_one_of_them(tmp_path:
 def test_a_failing_client_is_named_and_the_round_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = federated.rounds.client.train_locally
+    original = federated.engines.simulation.train_locally
 
     def breaks_for_client_1(experiment: Any, assignment: Any, held: Any) -> Any:
         if assignment.client_id == 1:
             raise MemoryError("no memory left on this client")
         return original(experiment, assignment, held)
 
-    monkeypatch.setattr(federated.rounds.client, "train_locally", breaks_for_client_1)
+    monkeypatch.setattr(federated.engines.simulation, "train_locally", breaks_for_client_1)
     run = run_experiment(small_config(tmp_path))
     first_round = lines_without_times(run)[1]
     assert [failure["client_id"] for failure in first_round["failed"]] == [1]
@@ -161,7 +160,7 @@ def test_a_round_in_which_all_clients_fail_is_skipped(
     def breaks(*arguments: Any) -> Any:
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(federated.rounds.client, "train_locally", breaks)
+    monkeypatch.setattr(federated.engines.simulation, "train_locally", breaks)
     lines = lines_without_times(run_experiment(small_config(tmp_path)))
     assert lines[1]["skipped"] is True
     assert lines[1]["accuracy"] == lines[0]["accuracy"]

@@ -46,7 +46,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("data was loaded before the output was looked at")
 
     for module in ("rounds.run", "tools.evaluation", "tools.central"):
-        name = "build_experiment" if module == "tools.central" else "load_run_data"
+        name = "build_run" if module == "tools.central" else "load_run_data"
         monkeypatch.setattr(f"federated.{module}.{name}", fail)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from federated.config.schema import load_config
-from federated.rounds.run import Experiment, build_experiment
+from federated.rounds.run import Run, build_run
 from models.errors import UserError
 from models.spare_memory import return_freed_memory
 
@@ -23,11 +23,11 @@ SMALL = (
 )
 
 
-def build(name: str, *overrides: str) -> Experiment:
-    return build_experiment(load_config(name, [*SMALL, *overrides]))
+def build(name: str, *overrides: str) -> Run:
+    return build_run(load_config(name, [*SMALL, *overrides]))
 
 
-def tower(experiment: Experiment, which: str) -> dict[str, nn.Parameter]:
+def tower(experiment: Run, which: str) -> dict[str, nn.Parameter]:
     model = experiment.model
     clip, towers = model.clip, model.towers
     return {name: p for name, p in clip.named_parameters() if towers.tower_of(name) == which}

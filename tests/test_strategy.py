@@ -31,7 +31,7 @@ from federated.communication.messages import (
 from federated.communication.payload import ARRAYS, CONFIG, FLAT, METRICS
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.methods import aggregator_from_name
-from federated.rounds.replies import ShardSizes
+from federated.rounds.replies import ShardSizes, read_answer
 from federated.rounds.strategy import LoRAStrategy, Ranks, sample_cohort
 from models.state import State, num_values
 
@@ -395,6 +395,18 @@ def test_an_evaluation_of_an_earlier_round_and_a_second_one_are_named() -> None:
     assert server.record.clients[1]["accuracy"] == 0.5
     assert "earlier round" in failed(server)[0]
     assert "again" in failed(server)[1]
+
+
+def test_an_update_knows_what_its_client_changed() -> None:
+    server = strategy()
+    sent = {name: 0.5 * value for name, value in ones(server).items()}
+    content, start = reply(ask(server)[0], sent).content, server._start_of(0)
+    update = read_answer(0, content, codec_from_name("fp32"), start).update
+    for name, change in sent.items():
+        torch.testing.assert_close(update.delta[name], change)
+        torch.testing.assert_close(update.state[name], start.state[name] + change)
+    unchanged = update.with_delta({name: torch.zeros_like(change) for name, change in sent.items()})
+    assert all(torch.equal(unchanged.state[name], start.state[name]) for name in sent)
 
 
 def test_more_examples_than_the_shard_has_are_refused_and_fewer_are_not() -> None:

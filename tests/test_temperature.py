@@ -20,7 +20,7 @@ from federated.engines.simulation import run_experiment
 from federated.methods import AGGREGATORS, Update, fedavg
 from federated.methods.server_optimizers import SERVER_OPTIMIZERS, with_server_optimizer
 from federated.results.records import read_run
-from federated.rounds.run import Experiment, build_experiment
+from federated.rounds.run import Run, build_run
 from federated.tools.inspection import describe_run
 from federated.tools.trained_models import open_model
 from lora.adapter_files import ADAPTER_FILE, save_full_checkpoint, save_lora_adapters
@@ -297,13 +297,13 @@ def test_full_checkpoints_hold_it(small_clip_folder: Path, pixel_batch: Batch, t
 
 
 @pytest.fixture(scope="module")
-def experiment() -> Experiment:
-    return build_experiment(small_config("task.name=zero_shot", ON))
+def experiment() -> Run:
+    return build_run(small_config("task.name=zero_shot", ON))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_aggregator_averages_it_by_the_clients_weights(
-    experiment: Experiment, method: str, monkeypatch: pytest.MonkeyPatch
+    experiment: Run, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     federation = RealFederation(with_method(experiment, method), monkeypatch)
     federation.play(1, range(NUM_CLIENTS))

@@ -15,11 +15,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from federated.communication.payload import ARRAYS, CONFIG
-from federated.config.schema import dump_config, load_config
+from federated.config.schema import load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.engines.workers import check_workers
-from federated.rounds.client import app as client_app
-from federated.rounds.run import CONFIG_KEY, experiment_of
+from federated.rounds.client import client_app
+from federated.rounds.run import build_run
 from federated.rounds.server import build_strategy
 from models.errors import UserError
 
@@ -249,16 +249,14 @@ def test_workers_are_refused_where_forking_is_unsafe(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_rounds_with_two_workers_are_bitwise_those_of_one(name: str, overrides: tuple[str, ...]) -> None:
-    run_config = {CONFIG_KEY: dump_config(load_config(name, [*SMALL, *overrides]))}
-    experiment = experiment_of(run_config)
+    experiment = build_run(load_config(name, [*SMALL, *overrides]))
     clients = {client_id: node_id_of(client_id) for client_id in range(experiment.num_clients)}
     ends, metrics = [], []
     for num_workers in (2, 1):
         experiment.reset()
         grid = InProcessGrid(
-            client_app,
+            client_app(experiment),
             len(clients),
-            run_config=run_config,
             num_workers=num_workers,
             inherited=lambda: experiment.base.num_changes,
         )

@@ -62,11 +62,11 @@ def prepare(name: str, overrides: Sequence[str], folder: Path) -> None:
     from federated.config.seeding import generator, scoped_torch_rng
     from federated.data.batch_order import local_index_batches
     from federated.rounds.cohort import sample_cohort
-    from federated.rounds.run import build_experiment
+    from federated.rounds.run import build_run
     from models.clip_loading import load_clip
 
     config = load_config(name, list(overrides))
-    experiment = build_experiment(config)
+    experiment = build_run(config)
     client, clients = config.client, experiment.num_clients
     rounds = []
     for server_round in range(1, config.federation.rounds + 1):

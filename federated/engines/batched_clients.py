@@ -1,9 +1,8 @@
 """Which clients of a cohort train together, and where their results wait.
 
 The in-process grid shows ``BatchedClients`` a batch of training messages before the clients run. It sorts
-them into groups and leaves, for each client, a function on the experiment; when the client asks for its local
-training (``federated.rounds.local_training.train_locally``), the first of a group trains all of it and the
-others find their result. The ClientApp and the messages are those of any other run.
+them into groups; when a client asks for its local training (``BatchedClients.train``), the first of a group
+trains all of it and the others find their result. The ClientApp and the messages are those of any other run.
 
 A group that cannot train together (an image that cannot be read, say) leaves its clients to train one by one,
 so that only the one at fault fails.
@@ -31,9 +30,10 @@ from federated.config.seeding import generator, scoped_torch_rng
 from federated.data.batch_order import steps_per_epoch
 from federated.engines.batched_training import JointTrainer
 from federated.methods import ClientRules
+from federated.rounds.batches import local_batches
 from federated.rounds.client import take_in
-from federated.rounds.local_training import Assignment, LocalResult
-from federated.rounds.run import Experiment
+from federated.rounds.local_training import Assignment, LocalResult, train_locally
+from federated.rounds.run import Run
 from lora.batched import obstacle
 from models.errors import UserError
 from models.state import State
@@ -54,31 +54,31 @@ GAIN_NEEDED = 0.95
 """``auto`` batches clients if a client's step then takes at most this share of its time alone."""
 
 
-def one_by_one_because(experiment: Experiment) -> str | None:
+def one_by_one_because(run: Run) -> str | None:
     """Say why a run's clients cannot be trained together; None if they can."""
-    client = experiment.config.client
+    client = run.config.client
     for name, setting in ClientSection.model_fields.items():
         if name not in SUPPORTED and getattr(client, name) != setting.default:
             return f"client.{name} is set"
     if client.precision == "fp16":
         return "client.precision=fp16 scales the loss of one client at a time (bf16 does not)"
-    if experiment.aggregator.client != ClientRules():
-        return f"aggregation.name={experiment.aggregator.name} has rules of its own for clients"
-    return obstacle(experiment.model)
+    if run.aggregator.client != ClientRules():
+        return f"aggregation.name={run.aggregator.name} has rules of its own for clients"
+    return obstacle(run.model)
 
 
-def batched_clients(experiment: Experiment) -> BatchedClients | None:
+def batched_clients(run: Run) -> BatchedClients | None:
     """Return the grid's hook for ``engine.batched_clients``; None where clients train one by one."""
-    wanted = experiment.config.engine.batched_clients
+    wanted = run.config.engine.batched_clients
     if wanted == "off":
         return None
-    if reason := one_by_one_because(experiment):
+    if reason := one_by_one_because(run):
         level = logging.INFO if wanted == "auto" else logging.WARNING
         log.log(level, "engine.batched_clients=%s: clients train one by one, since %s", wanted, reason)
         return None
-    trainer = JointTrainer(experiment.model, experiment.training_settings)
-    size = measured_group_size(experiment, trainer) if wanted == "auto" else wanted
-    return None if size is None else BatchedClients(experiment, trainer, size)
+    trainer = JointTrainer(run.model, run.training_settings)
+    size = measured_group_size(run, trainer) if wanted == "auto" else wanted
+    return None if size is None else BatchedClients(run, trainer, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,25 +94,26 @@ class BatchedClients:
     """Prepares the local training of a cohort in groups.
 
     Args:
-        experiment: The run.
+        run: The run.
         trainer: Trains a group.
         group_size: The most clients that train together.
     """
 
-    def __init__(self, experiment: Experiment, trainer: JointTrainer, group_size: int) -> None:
-        self._experiment = experiment
+    def __init__(self, run: Run, trainer: JointTrainer, group_size: int) -> None:
+        self._experiment = run
         self._trainer = trainer
         self._group_size = group_size
+        self._prepared: dict[tuple[int, int], Callable[[], LocalResult | None]] = {}  # (round, client id)
 
     def __call__(self, messages: Sequence[Message], contexts: Sequence[Context]) -> None:
-        """Leave a function in ``experiment.prepared`` for each client that will train in a group.
+        """Note which clients will train in a group.
 
         Args:
             messages: About to be run; other than training messages are passed over.
             contexts: Of the clients they are addressed to; not changed.
         """
-        experiment = self._experiment
-        experiment.prepared.clear()
+        run = self._experiment
+        self._prepared.clear()
         members = [
             _member(message, context)
             for message, context in zip(messages, contexts, strict=True)
@@ -122,22 +123,28 @@ class BatchedClients:
         members = [
             m
             for m in members
-            if times[m.assignment.client_id] == 1 and experiment.num_examples(m.assignment.client_id)
+            if times[m.assignment.client_id] == 1 and run.num_examples(m.assignment.client_id)
         ]
         # Neighbours have batches of about one size, so that little is filled up.
-        members.sort(key=lambda m: (batch_rows(experiment, m.assignment.client_id), m.assignment.client_id))
+        members.sort(key=lambda m: (batch_rows(run, m.assignment.client_id), m.assignment.client_id))
         for group in split_evenly(members, self._group_size):
-            training = GroupTraining(experiment, self._trainer, group)
+            training = GroupTraining(run, self._trainer, group)
             for member in group:
                 key = (member.assignment.server_round, member.assignment.client_id)
-                experiment.prepared[key] = training.taker(member.assignment.client_id)
+                self._prepared[key] = training.taker(member.assignment.client_id)
+
+    def train(self, run: Run, assignment: Assignment, held: State) -> LocalResult:
+        """Return what a client's local training gives: from its group's, or of its own where it has none."""
+        take = self._prepared.pop((assignment.server_round, assignment.client_id), None)
+        result = None if take is None else take()
+        return train_locally(run, assignment, held) if result is None else result
 
 
 @dataclass(eq=False)
 class GroupTraining:
     """The local training of one group, done when the first of its clients asks for it."""
 
-    experiment: Experiment
+    run: Run
     trainer: JointTrainer
     members: Sequence[Member]
     results: dict[int, LocalResult] | None = field(default=None, init=False)
@@ -155,23 +162,23 @@ class GroupTraining:
 
     def _held(self) -> list[State]:
         """Take every member's message in; a broadcast once, where clients hold nothing of their own."""
-        experiment = self.experiment
+        run = self.run
         held: list[State] = []
         taken: dict[int, State] = {}
         for place, member in enumerate(self.members):
-            key = place if experiment.aggregator.clients_remember else id(member.message.content)
+            key = place if run.aggregator.clients_remember else id(member.message.content)
             if key not in taken:
-                taken[key], _ = take_in(experiment, member.message, member.context, None)
+                taken[key], _ = take_in(run, member.message, member.context, None)
             held.append(taken[key])
         return held
 
     def _train(self) -> dict[int, LocalResult]:
-        experiment, clients = self.experiment, [member.assignment for member in self.members]
-        num_steps = [experiment.config.client.local_steps] * len(clients)
+        run, clients = self.run, [member.assignment for member in self.members]
+        num_steps = [run.config.client.local_steps] * len(clients)
         try:
             held = self._held()
-            trains = experiment.aggregator.trains(held[0], clients[0].server_round)
-            batches = [client_batches(experiment, client) for client in clients]
+            trains = run.aggregator.trains(held[0], clients[0].server_round)
+            batches = [client_batches(run, client) for client in clients]
             joint = self.trainer.train(held, batches, num_steps, trains)
         except (UserError, torch.OutOfMemoryError) as error:
             log.warning("clients %s train one by one: %s", [client.client_id for client in clients], error)
@@ -180,30 +187,31 @@ class GroupTraining:
             client.client_id: LocalResult(
                 state=state,
                 train_loss=loss,
-                num_examples=experiment.num_examples(client.client_id),
+                num_examples=run.num_examples(client.client_id),
                 next_rank=None,
             )
             for client, state, loss in zip(clients, joint.states, joint.train_losses, strict=True)
         }
 
 
-def client_batches(experiment: Experiment, assignment: Assignment) -> Iterable[Batch]:
+def client_batches(run: Run, assignment: Assignment) -> Iterable[Batch]:
     """Return the very batches that ``train_locally`` would give this client."""
-    rng = generator(experiment.config.seed, "client", assignment.server_round, assignment.client_id)
+    rng = generator(run.config.seed, "client", assignment.server_round, assignment.client_id)
     with scoped_torch_rng(rng):  # draws from rng first, as it does there
         pass
-    return experiment.local_batches(
+    return local_batches(
+        run,
         assignment.client_id,
-        experiment.config.client.local_steps,
+        run.config.client.local_steps,
         rng,
         server_round=assignment.server_round,
     )
 
 
-def batch_rows(experiment: Experiment, client_id: int) -> int:
+def batch_rows(run: Run, client_id: int) -> int:
     """Return the most rows that a local step of this client sees."""
-    num_rows = experiment.num_examples(client_id)
-    return math.ceil(num_rows / steps_per_epoch(num_rows, experiment.config.client.batch_size))
+    num_rows = run.num_examples(client_id)
+    return math.ceil(num_rows / steps_per_epoch(num_rows, run.config.client.batch_size))
 
 
 def split_evenly(members: Sequence[Member], most: int) -> list[Sequence[Member]]:
@@ -231,30 +239,30 @@ def _member(message: Message, context: Context) -> Member:
 # ---- engine.batched_clients=auto
 
 
-def measured_group_size(experiment: Experiment, trainer: JointTrainer, *, repeats: int = 3) -> int | None:
+def measured_group_size(run: Run, trainer: JointTrainer, *, repeats: int = 3) -> int | None:
     """Time a client's local step alone and in groups; return the best size, None where alone is best.
 
     Uses the first clients' own rows on random streams of a round 0 that no training has, and puts the model's
     values back, so that the run that follows is the same with and without it.
 
     Args:
-        experiment: The run.
+        run: The run.
         trainer: Would train the groups.
         repeats: Times that each way is timed, in turn; the fastest counts.
     """
-    ids = [i for i in range(experiment.num_clients) if experiment.num_examples(i)]
-    sizes = [size for size in CANDIDATES if size <= min(len(ids), experiment.config.cohort_size)]
+    ids = [i for i in range(run.num_clients) if run.num_examples(i)]
+    sizes = [size for size in CANDIDATES if size <= min(len(ids), run.config.cohort_size)]
     if not sizes:
         log.info(
             "engine.batched_clients=auto: one by one, the cohort has fewer than %d clients", CANDIDATES[0]
         )
         return None
-    batches = [next(iter(client_batches(experiment, Assignment(i, 0)))) for i in ids[: sizes[-1]]]
-    before, model = experiment.model.get_state(), experiment.model
-    trains = experiment.aggregator.trains(before, 1)
+    batches = [next(iter(client_batches(run, Assignment(i, 0)))) for i in ids[: sizes[-1]]]
+    before, model = run.model.get_state(), run.model
+    trains = run.aggregator.trains(before, 1)
 
     def alone() -> int:
-        model.start_training(experiment.training_settings, len(batches))
+        model.start_training(run.training_settings, len(batches))
         for batch in batches[: CANDIDATES[0]]:
             model.train_step(batch)
         return CANDIDATES[0]

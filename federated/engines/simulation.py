@@ -9,16 +9,18 @@ from pathlib import Path
 
 import torch
 
-from federated.config.schema import ExperimentConfig, dump_config
+from federated.config.schema import ExperimentConfig
 from federated.engines.batched_clients import batched_clients
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.engines.workers import check_workers
 from federated.results.console import RunDisplay
 from federated.results.run_folder import RunFolder
 from federated.results.run_place import check_free, run_path
-from federated.rounds.client import app as client_app
+from federated.rounds.client import client_app
 from federated.rounds.learnable import check_can_learn
-from federated.rounds.run import CONFIG_KEY, experiment_of
+from federated.rounds.local_training import train_locally
+from federated.rounds.run import build_run
+from federated.rounds.saving import save_clients_rows
 from federated.rounds.server import serve
 
 
@@ -39,35 +41,34 @@ def run_experiment(
         UserError: The configuration, the data or the model is unusable, or the folder exists.
     """
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    run_config = {CONFIG_KEY: dump_config(config)}
     with limited_threads(config.engine.threads):
         check_workers(config.engine.workers)
         path = run_path(config.output.root, "run" if config.output.name is None else config.output.name)
         check_free(path, overwrite=overwrite)
-        experiment = experiment_of(run_config)
-        check_can_learn(experiment)
+        run = build_run(config)
+        check_can_learn(run)
+        together = batched_clients(run)
         on_reply = None if display is None else display.client_done
         grid = InProcessGrid(
-            client_app,
-            experiment.num_clients,
-            run_config=run_config,
+            client_app(run, train_locally if together is None else together.train),
+            run.num_clients,
             on_reply=on_reply,
-            prepare=batched_clients(experiment),
+            prepare=together,
             num_workers=config.engine.workers,
-            inherited=lambda: experiment.base.num_changes,
+            inherited=lambda: run.base.num_changes,
         )
         if config.engine.workers > 1:
             # Once here, not in each worker: tokens, and the form in which decoded images are kept.
-            experiment.caches.captions.read_known()
-            experiment.train_images.pixel_values([0])
-        clients = {client_id: node_id_of(client_id) for client_id in range(experiment.num_clients)}
+            run.caches.captions.read_known()
+            run.train_images.pixel_values([0])
+        clients = {client_id: node_id_of(client_id) for client_id in range(run.num_clients)}
         with (
             contextlib.closing(grid),
             contextlib.closing(RunFolder(path, config, overwrite=overwrite)) as folder,
             display if display is not None else contextlib.nullcontext(),
         ):
-            experiment.save_partition(folder.path / "partition.json")
-            serve(grid, experiment, clients, folder, display)
+            save_clients_rows(run, folder.path / "partition.json")
+            serve(grid, run, clients, folder, display)
     return path
 
 

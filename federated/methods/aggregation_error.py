@@ -148,8 +148,7 @@ def _terms_of_the_ideal(
             whole = len(update.state) == len(before.state)
             trained = update.state if whole else {**before.state, **update.state}
         else:  # the server added what the client sent to values of its own
-            changes = {name: value - started[name] for name, value in update.state.items()}
-            trained = {**received, **{name: received[name] + change for name, change in changes.items()}}
+            trained = {**received, **{n: received[n] + change for n, change in update.delta.items()}}
             started = received
         terms.append((aggregator.client.to_model(trained), _times(weight, update.scaling)))
         if mixed:

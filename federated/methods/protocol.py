@@ -10,6 +10,7 @@ head and base change at the end of a round and at no other time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -38,6 +39,7 @@ class Update:
         scaling: Module -> s_k, the factor in front of this client's B @ A.
         rank: The client's rank where ranks differ (a module's rank is the smaller of this and the server's);
             None: the server's own ranks.
+        start: The values of the same names before local training, as the server knows them.
     """
 
     client_id: int
@@ -45,6 +47,24 @@ class Update:
     state: State
     scaling: Mapping[str, float]
     rank: int | None = None
+    start: State = field(default_factory=dict)
+
+    @functools.cached_property
+    def delta(self) -> State:
+        """What the client changed, ``state`` - ``start``, to be read only.
+
+        Raises:
+            KeyError: The start is not known.
+        """
+        return {name: value - self.start[name] for name, value in self.state.items()}
+
+    def with_delta(self, delta: State) -> Update:
+        """Return the update of a client that changed this instead: clipped, noised, or as a rule wants it.
+
+        Args:
+            delta: Changes of the same names, of the same shapes.
+        """
+        return replace(self, state={name: self.start[name] + change for name, change in delta.items()})
 
 
 @dataclass(frozen=True)

@@ -13,24 +13,25 @@ from torch import Tensor
 from federated.methods import BaseDelta, ServerState
 from federated.methods.lowrank import stack
 from federated.results.round_record import CLIENTS, SCORED_BY, RoundRecord
+from federated.rounds.batches import evaluate_server
 from federated.rounds.local_training import load_into_model
-from federated.rounds.run import Experiment
+from federated.rounds.run import Run
 
 
-def global_metrics(experiment: Experiment, server_state: ServerState, record: RoundRecord) -> dict[str, Any]:
+def global_metrics(run: Run, server_state: ServerState, record: RoundRecord) -> dict[str, Any]:
     """Evaluate the global model where due.
 
     A method without a global model is scored by its clients, each on its own test rows with its own private
     part, weighted by rows, and the line says so; before training all of them hold the pre-trained model,
     which is evaluated on the server's test rows.
     """
-    settings, server_round = experiment.config.evaluation, record.server_round
-    if server_round and not experiment.aggregator.has_global_model:
-        return {SCORED_BY: CLIENTS, **clients_mean(record, experiment.headline_metric)}
-    if server_round % settings.every and server_round != experiment.config.federation.rounds:
+    settings, server_round = run.config.evaluation, record.server_round
+    if server_round and not run.aggregator.has_global_model:
+        return {SCORED_BY: CLIENTS, **clients_mean(record, run.headline_metric)}
+    if server_round % settings.every and server_round != run.config.federation.rounds:
         return {}
-    load_global_state(experiment, server_state)
-    return {key: value for key, value in experiment.evaluate_server().items() if key != "num_examples"}
+    load_global_state(run, server_state)
+    return {key: value for key, value in evaluate_server(run).items() if key != "num_examples"}
 
 
 def clients_mean(record: RoundRecord, metric: str) -> dict[str, float]:
@@ -46,15 +47,15 @@ def clients_mean(record: RoundRecord, metric: str) -> dict[str, float]:
     }
 
 
-def load_global_state(experiment: Experiment, server_state: ServerState) -> None:
+def load_global_state(run: Run, server_state: ServerState) -> None:
     """Put the global adapter, head and base into the model."""
-    bring_base_up_to_date(experiment, server_state)
-    load_into_model(experiment, {**experiment.wire_state(), **server_state.state})
+    bring_base_up_to_date(run, server_state)
+    load_into_model(run, {**run.wire_state(), **server_state.state})
 
 
-def bring_base_up_to_date(experiment: Experiment, server_state: ServerState) -> None:
+def bring_base_up_to_date(run: Run, server_state: ServerState) -> None:
     """Make the base weights of this process those of the global model."""
-    experiment.base.bring_to(server_state.base_delta, server_state.server_round)
+    run.base.bring_to(server_state.base_delta, server_state.server_round)
 
 
 def smallest_form(delta: BaseDelta) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from federated.data.batch_order import steps_per_epoch
 from federated.data.splits import column_values
-from federated.rounds.run import Experiment
+from federated.rounds.run import Run
 from lora.adapters import unwrap
 from models.errors import UserError
 from models.tasks import RECALL_CUTOFFS
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _NUM_SHOWN = 5
 
 
-def check_can_learn(experiment: Experiment) -> None:
+def check_can_learn(experiment: Run) -> None:
     """Refuse a run that could not learn anything, or not on its device.
 
     Raises:
@@ -33,7 +33,7 @@ def check_can_learn(experiment: Experiment) -> None:
         check(experiment)
 
 
-def check_can_score(experiment: Experiment) -> None:
+def check_can_score(experiment: Run) -> None:
     """Refuse an accuracy over one class, and log which classes the pre-trained model cannot tell apart.
 
     Raises:
@@ -51,7 +51,7 @@ def check_can_score(experiment: Experiment) -> None:
         log.warning("%s: they have one embedding, and the pre-trained model can only guess", _read(groups))
 
 
-def _check_precision(experiment: Experiment) -> None:
+def _check_precision(experiment: Run) -> None:
     device = experiment.model.device.type
     if experiment.config.client.precision == "fp16" and device != "cuda":
         raise UserError(
@@ -60,7 +60,7 @@ def _check_precision(experiment: Experiment) -> None:
         )
 
 
-def _check_shards(experiment: Experiment) -> None:
+def _check_shards(experiment: Run) -> None:
     empty = [k for k in range(experiment.num_clients) if not experiment.num_examples(k)]
     if empty:
         raise UserError(f"{_clients(empty)} no training row: set partition.num_clients lower")
@@ -72,11 +72,11 @@ def _check_shards(experiment: Experiment) -> None:
         )
 
 
-def _check_reach(experiment: Experiment) -> None:
+def _check_reach(experiment: Run) -> None:
     """Refuse a run in which the loss reaches nothing that trains."""
     model, task = unwrap(experiment.model), experiment.model.task
     idle = set() if task.uses_text else {"text"}
-    names = {name for name, p in experiment.exchanged_parameters().items() if p.requires_grad}
+    names = {name for name, p in experiment.model.exchanged_parameters.items() if p.requires_grad}
     if all(model.towers.tower_of(name.removeprefix("clip.")) in idle for name in names):
         raise UserError(
             f"task.name={task.name} does not use the text tower, and nothing else trains: set "
@@ -84,7 +84,7 @@ def _check_reach(experiment: Experiment) -> None:
         )
 
 
-def _check_classes(experiment: Experiment) -> None:
+def _check_classes(experiment: Run) -> None:
     """Refuse training rows of one class, and class prompts that nothing can tell apart."""
     data, model = experiment.data, unwrap(experiment.model)
     if model.task.name == "retrieval":
@@ -107,7 +107,7 @@ def _check_classes(experiment: Experiment) -> None:
         )
 
 
-def _check_contrast(experiment: Experiment) -> None:
+def _check_contrast(experiment: Run) -> None:
     """Refuse retrieval where a client has nothing to tell a pair from."""
     if experiment.model.task.name != "retrieval":
         return
@@ -127,7 +127,7 @@ def _check_contrast(experiment: Experiment) -> None:
             )
 
 
-def _check_pairs(experiment: Experiment) -> None:
+def _check_pairs(experiment: Run) -> None:
     """Refuse retrieval in batches of one pair, whose loss is always 0, and in parts of a batch."""
     if experiment.model.task.name != "retrieval":
         return
@@ -154,7 +154,7 @@ def _check_pairs(experiment: Experiment) -> None:
         )
 
 
-def _check_gallery(experiment: Experiment) -> None:
+def _check_gallery(experiment: Run) -> None:
     """Refuse a gallery of one, and say where a recall is 100 % by construction."""
     if experiment.model.task.name != "retrieval":
         return
@@ -180,7 +180,7 @@ def _read(groups: list[tuple[str, ...]]) -> str:
     return f"the classes {shown} read alike to the tokenizer"
 
 
-_CHECKS: tuple[Callable[[Experiment], None], ...] = (
+_CHECKS: tuple[Callable[[Run], None], ...] = (
     _check_precision,
     _check_shards,
     _check_reach,

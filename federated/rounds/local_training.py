@@ -17,7 +17,9 @@ from torch.nn.utils import parametrize
 from federated.config.seeding import generator, scoped_torch_rng
 from federated.methods import InBasis, cut_to_rank
 from federated.methods.client_terms import ControlVariates, DriftCorrection, proximal_term, sum_of_terms
-from federated.rounds.run import Experiment
+from federated.rounds.batches import local_batches
+from federated.rounds.client_ranks import mixed_ranks, scaling_at
+from federated.rounds.run import Run
 from lora.adapters import factor_pairs, owner_of, set_scaling, unwrap
 from models.state import State
 
@@ -58,23 +60,20 @@ class LocalResult:
     own_variate: State | None = None
 
 
-def train_locally(experiment: Experiment, assignment: Assignment, held: State) -> LocalResult:
-    """Take a client's local steps from the wire state it holds, unless they were taken in a group already."""
-    ready = experiment.prepared.pop((assignment.server_round, assignment.client_id), None)
-    if ready is not None and (result := ready()) is not None:
-        return result
-    model, rules = experiment.model, experiment.aggregator.client
-    num_steps = experiment.config.client.local_steps
-    rng = generator(experiment.config.seed, "client", assignment.server_round, assignment.client_id)
-    load_into_model(experiment, held, assignment.rank)
-    trains = experiment.aggregator.trains(held, assignment.server_round)
-    shared = _shared_parameters(experiment, held)
-    drift = _drift_correction(experiment, assignment.variates)
-    with _only_these_train(experiment, trains), _in_bases(experiment, rules.bases(held)):
-        terms = _extra_loss(experiment, assignment.rank, shared, drift)
-        model.start_training(experiment.training_settings, num_steps, extra_loss=terms)
-        batches = experiment.local_batches(
-            assignment.client_id, num_steps, rng, server_round=assignment.server_round
+def train_locally(run: Run, assignment: Assignment, held: State) -> LocalResult:
+    """Take a client's local steps from the wire state it holds."""
+    model, rules = run.model, run.aggregator.client
+    num_steps = run.config.client.local_steps
+    rng = generator(run.config.seed, "client", assignment.server_round, assignment.client_id)
+    load_into_model(run, held, assignment.rank)
+    trains = run.aggregator.trains(held, assignment.server_round)
+    shared = _shared_parameters(run, held)
+    drift = _drift_correction(run, assignment.variates)
+    with _only_these_train(run, trains), _in_bases(run, rules.bases(held)):
+        terms = _extra_loss(run, assignment.rank, shared, drift)
+        model.start_training(run.training_settings, num_steps, extra_loss=terms)
+        batches = local_batches(
+            run, assignment.client_id, num_steps, rng, server_round=assignment.server_round
         )
         with scoped_torch_rng(rng):
             losses = [model.train_step(batch) for batch in batches]
@@ -86,23 +85,23 @@ def train_locally(experiment: Experiment, assignment: Assignment, held: State) -
     return LocalResult(
         state=rules.to_wire(trained, held),
         train_loss=statistics.fmean(losses),
-        num_examples=experiment.num_examples(assignment.client_id),
+        num_examples=run.num_examples(assignment.client_id),
         next_rank=None if rank is None else rules.next_rank(before, trained, rank),
         own_variate=None if drift is None else drift.mean_gradient(),
     )
 
 
-def load_into_model(experiment: Experiment, held: State, rank: int | None = None) -> None:
+def load_into_model(run: Run, held: State, rank: int | None = None) -> None:
     """Put a wire state into the model; adapters below the model's rank are padded with zeros.
 
     Padded components stay zero in training: with A and B both zero, each one's gradient is zero.
     """
-    values = experiment.aggregator.client.to_model(held)
+    values = run.aggregator.client.to_model(held)
     if rank is not None:
-        values = pad_to_layout(values, dict(experiment.layout))
-    if experiment.mixed_ranks:
-        set_scaling(experiment.model, experiment.scaling_at(rank))
-    experiment.model.set_state(values)
+        values = pad_to_layout(values, dict(run.layout))
+    if mixed_ranks(run):
+        set_scaling(run.model, scaling_at(run, rank))
+    run.model.set_state(values)
 
 
 def pad_to_layout(state: State, shapes: Mapping[str, Sequence[int]]) -> State:
@@ -118,10 +117,10 @@ def pad_to_layout(state: State, shapes: Mapping[str, Sequence[int]]) -> State:
 
 
 @contextlib.contextmanager
-def _only_these_train(experiment: Experiment, names: Sequence[str]) -> Iterator[None]:
+def _only_these_train(run: Run, names: Sequence[str]) -> Iterator[None]:
     """Freeze what travels but does not train in this round; put everything back after."""
     wanted = set(names)
-    parameters = experiment.exchanged_parameters()
+    parameters = run.model.exchanged_parameters
     frozen = [p for name, p in parameters.items() if p.requires_grad and name not in wanted]
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -133,48 +132,48 @@ def _only_these_train(experiment: Experiment, names: Sequence[str]) -> Iterator[
 
 
 @contextlib.contextmanager
-def _in_bases(experiment: Experiment, bases: Mapping[str, Tensor]) -> Iterator[None]:
+def _in_bases(run: Run, bases: Mapping[str, Tensor]) -> Iterator[None]:
     """Confine parameters to the span of a basis while they train (``fed_sb.InBasis``)."""
-    owners = {name: owner_of(experiment.model, name) for name in bases}
+    owners = {name: owner_of(run.model, name) for name in bases}
     for name, basis in bases.items():
         parametrize.register_parametrization(owners[name], "weight", InBasis(basis))
     if bases:
-        experiment.model.refresh()
+        run.model.refresh()
     try:
         yield
     finally:
         for owner in owners.values():
             parametrize.remove_parametrizations(owner, "weight", leave_parametrized=True)
         if bases:
-            experiment.model.set_exchanged(experiment.model.exchanged_names)
+            run.model.set_exchanged(run.model.exchanged_names)
 
 
 # ---- what is added to the loss
 
 
-def _shared_parameters(experiment: Experiment, held: State) -> list[nn.Parameter]:
+def _shared_parameters(run: Run, held: State) -> list[nn.Parameter]:
     """Return the live parameters that are not private to the client."""
-    private = set(experiment.aggregator.private(held))
-    return [p for name, p in experiment.exchanged_parameters().items() if name not in private]
+    private = set(run.aggregator.private(held))
+    return [p for name, p in run.model.exchanged_parameters.items() if name not in private]
 
 
-def _drift_correction(experiment: Experiment, variates: ControlVariates | None) -> DriftCorrection | None:
+def _drift_correction(run: Run, variates: ControlVariates | None) -> DriftCorrection | None:
     if variates is None:
         return None
-    parameters = experiment.exchanged_parameters()
+    parameters = run.model.exchanged_parameters
     return DriftCorrection({name: parameters[name] for name in variates.server}, variates)
 
 
 def _extra_loss(
-    experiment: Experiment, rank: int | None, shared: Sequence[nn.Parameter], drift: DriftCorrection | None
+    run: Run, rank: int | None, shared: Sequence[nn.Parameter], drift: DriftCorrection | None
 ) -> Callable[[], Tensor] | None:
     """Return what aggregator and configuration add to a client's loss; call it when training is set up."""
     terms: list[Callable[[], Tensor]] = [] if drift is None else [drift]
-    if mu := experiment.config.client.proximal_mu:
-        trained = {id(p) for p in unwrap(experiment.model).parameters() if p.requires_grad}
+    if mu := run.config.client.proximal_mu:
+        trained = {id(p) for p in unwrap(run.model).parameters() if p.requires_grad}
         terms.append(proximal_term([p for p in shared if id(p) in trained], mu))
-    penalty = experiment.aggregator.client.penalty
+    penalty = run.aggregator.client.penalty
     if penalty is not None:
-        factors: dict[str, Tensor] = dict(experiment.exchanged_parameters())
+        factors: dict[str, Tensor] = dict(run.model.exchanged_parameters)
         terms.append(lambda: penalty(factors if rank is None else cut_to_rank(factors, rank)))
     return sum_of_terms(terms)

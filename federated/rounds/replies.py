@@ -137,7 +137,7 @@ def _check_examples(verb: str, told: float, known: int | None) -> None:
 
 
 def read_answer(client_id: int, content: RecordDict, codec: Codec, start: Start) -> Answer:
-    """Turn a delta into the client's new values.
+    """Turn a reply into an update; the client's new values are written over its delta.
 
     Raises:
         UnreadableReplyError: The payload does not fit what was asked for, or the metrics do not.
@@ -158,6 +158,7 @@ def read_answer(client_id: int, content: RecordDict, codec: Codec, start: Start)
         state=add_(delta, start.state),
         scaling=start.scaling,
         rank=start.profile.rank,
+        start=start.state,
     )
     return Answer(update, train_loss, next_rank, variate_change, loss)
 

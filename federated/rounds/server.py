@@ -1,8 +1,8 @@
 """The ServerApp: build the strategy, let Flower run the rounds, write the run folder.
 
 ``serve`` is the server's whole part of a run on any engine. The in-process engine calls it with its own grid
-(``federated.engines.simulation``); on Flower's engines the ``ServerApp`` below calls it with theirs, after
-asking each node which client it is.
+(``federated.engines.simulation``); on Flower's engines a ``server_app`` calls it with theirs, after asking
+each node which client it is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ from federated.methods import Limits
 from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines
 from federated.results.run_folder import RunFolder, peak_memory_bytes
 from federated.rounds.checkpoint import ServerCheckpoint, save_checkpoint
+from federated.rounds.client_ranks import mixed_ranks, rank_of, scaling_at
 from federated.rounds.global_model import (
     bring_base_up_to_date,
     global_metrics,
@@ -38,13 +40,12 @@ from federated.rounds.global_model import (
 )
 from federated.rounds.learnable import check_can_learn
 from federated.rounds.replies import ShardSizes
-from federated.rounds.run import Experiment, experiment_of
+from federated.rounds.run import Run
+from federated.rounds.saving import model_sizes, parameter_counts, save_adapter, save_clients_rows
 from federated.rounds.strategy import LoRAStrategy, Ranks
 from models.errors import UserError
 
 log = logging.getLogger(__name__)
-
-app = ServerApp()
 
 
 class Display(Protocol):
@@ -64,7 +65,7 @@ class Display(Protocol):
 class Served:
     """A run in progress: what closing a round needs."""
 
-    experiment: Experiment
+    run: Run
     strategy: LoRAStrategy
     folder: RunFolder
     ledger: Ledger
@@ -77,17 +78,17 @@ class Served:
 
 def serve(
     grid: Grid,
-    experiment: Experiment,
+    run: Run,
     clients: Mapping[int, int],
     folder: RunFolder,
     display: Display | None = None,
     ledger: Ledger | None = None,
 ) -> dict[str, Any]:
-    """Run all rounds of an experiment and write its folder.
+    """Run all rounds of a run and write its folder.
 
     Args:
         grid: Carries the messages.
-        experiment: Model, data and settings.
+        run: Model, data and settings.
         clients: Node id of each client id.
         folder: Where results go.
         display: Told what happens.
@@ -96,16 +97,16 @@ def serve(
     Returns:
         The content of ``summary.json``.
     """
-    config, ledger = experiment.config, Ledger() if ledger is None else ledger
+    config, ledger = run.config, Ledger() if ledger is None else ledger
     client_of = {node_id: client_id for client_id, node_id in clients.items()}
-    experiment.reset()
-    strategy = build_strategy(experiment, clients, display)
-    served = Served(experiment, strategy, folder, ledger, display)
+    run.reset()
+    strategy = build_strategy(run, clients, display)
+    served = Served(run, strategy, folder, ledger, display)
     if display is not None:
         display.run_started(
             config.federation.rounds,
-            headline_metric=experiment.headline_metric,
-            notes=experiment.caches.notes,
+            headline_metric=run.headline_metric,
+            notes=run.caches.notes,
         )
     strategy.start(
         MeteredGrid(grid, ledger, client_of.__getitem__, strategy.num_values),
@@ -117,63 +118,59 @@ def serve(
     return finish(served)
 
 
-def build_strategy(
-    experiment: Experiment, clients: Mapping[int, int], display: Display | None = None
-) -> LoRAStrategy:
-    """Return the strategy of an experiment, before round 1.
+def build_strategy(run: Run, clients: Mapping[int, int], display: Display | None = None) -> LoRAStrategy:
+    """Return the strategy of a run, before round 1.
 
     Args:
-        experiment: Model, data and settings.
+        run: Model, data and settings.
         clients: Node id of each client id.
         display: Told when messages go out.
     """
-    config = experiment.config
+    config = run.config
 
     def before_broadcast(server_round: int, num_clients: int, phase: str) -> None:
         # clients simulated in this process then find the base as it is sent to them, whatever their order
-        bring_base_up_to_date(experiment, strategy.server_state)
+        bring_base_up_to_date(run, strategy.server_state)
         if display is not None:
             display.round_started(server_round, num_clients, phase)
 
     strategy = LoRAStrategy(
-        aggregator=experiment.aggregator,
-        server_state=experiment.initial_server_state,
+        aggregator=run.aggregator,
+        server_state=run.initial_server_state,
         clients=clients,
         seed=config.seed,
         cohort_size=config.cohort_size,
         uplink=config.communication.uplink,
         downlink=config.communication.downlink,
-        ranks=Ranks(experiment.rank_of, experiment.scaling_at) if experiment.mixed_ranks else Ranks(),
+        ranks=Ranks(partial(rank_of, run), partial(scaling_at, run)) if mixed_ranks(run) else Ranks(),
         scaffold=config.client.scaffold,
         limits=Limits(config.aggregation.max_update_ratio, config.aggregation.max_examples_ratio),
-        shard_sizes=ShardSizes(
-            experiment.num_examples, lambda client_id: len(experiment.shards[client_id].test)
-        ),
+        shard_sizes=ShardSizes(run.num_examples, lambda client_id: len(run.shards[client_id].test)),
         error_every=config.evaluation.aggregation_error_every,
-        evaluates=lambda server_round: evaluating_clients(experiment, server_round),
+        evaluates=lambda server_round: evaluating_clients(run, server_round),
         on_broadcast=before_broadcast,
     )
     return strategy
 
 
-def evaluating_clients(experiment: Experiment, server_round: int) -> list[int]:
+def evaluating_clients(run: Run, server_round: int) -> list[int]:
     """Return the clients that evaluate after a round: all of them, or a seeded sample of ``max_clients``."""
-    settings, rounds = experiment.config.evaluation, experiment.config.federation.rounds
+    settings, rounds = run.config.evaluation, run.config.federation.rounds
     due = server_round == rounds or (settings.clients_every and server_round % settings.clients_every == 0)
     if not settings.clients or not due:
         return []
-    clients = [i for i in range(experiment.num_clients) if len(experiment.shards[i].test)]
+    clients = [i for i in range(run.num_clients) if len(run.shards[i].test)]
     if len(clients) <= settings.max_clients:
         return clients
-    rng = generator(experiment.config.seed, "evaluation", server_round)
+    rng = generator(run.config.seed, "evaluation", server_round)
     return sorted(int(i) for i in rng.choice(clients, size=settings.max_clients, replace=False))
 
 
 def close_round(served: Served, server_round: int) -> MetricRecord | None:
     """Evaluate the global state where due, and write the round down; round 0 is before training."""
-    experiment, record = served.experiment, served.strategy.record
+    run, record = served.run, served.strategy.record
     line = round_line(record, served.ledger)
-    line |= global_metrics(experiment, served.strategy.server_state, record)
+    line |= global_metrics(run, served.strategy.server_state, record)
     now = time.perf_counter()
     line["seconds"] = round(now - served.round_started, 3)
     served.round_started = now
@@ -186,7 +183,7 @@ def close_round(served: Served, server_round: int) -> MetricRecord | None:
         strategy.server_state.state,
         server_round=server_round,
         server=ServerCheckpoint(strategy.server_state, strategy.versions, strategy.current_ranks),
-        notes=experiment.notes,
+        notes=run.notes,
     )
     keep_best(served, line)
     if served.display is not None:
@@ -213,11 +210,11 @@ def keep_best(served: Served, line: Mapping[str, Any]) -> None:
 
     Round 0, before training, counts as it does in the summary.
     """
-    experiment = served.experiment
-    value = line.get(experiment.headline_metric)
-    if not experiment.config.federation.keep_best or SCORED_BY in line or value is None or math.isnan(value):
+    run = served.run
+    value = line.get(run.headline_metric)
+    if not run.config.federation.keep_best or SCORED_BY in line or value is None or math.isnan(value):
         return
-    if not experiment.aggregator.has_global_model or not (served.best is None or value > served.best[1]):
+    if not run.aggregator.has_global_model or not (served.best is None or value > served.best[1]):
         return
     served.best = (line["server_round"], value)
     save_global(served, "adapter_best", server_round=line["server_round"], metric=value)
@@ -225,9 +222,10 @@ def keep_best(served: Served, line: Mapping[str, Any]) -> None:
 
 def save_global(served: Served, name: str, *, server_round: int, metric: float) -> None:
     """Write the global model's trained part into a folder of the run."""
-    experiment, server_state = served.experiment, served.strategy.server_state
-    load_global_state(experiment, server_state)
-    experiment.save_adapter(
+    run, server_state = served.run, served.strategy.server_state
+    load_global_state(run, server_state)
+    save_adapter(
+        run,
         served.folder.path / name,
         server_round=server_round,
         final=metric,
@@ -237,14 +235,12 @@ def save_global(served: Served, name: str, *, server_round: int, metric: float) 
 
 def finish(served: Served) -> dict[str, Any]:
     """Write what comes at the end: the adapter, ``summary.json`` and, where that can be done, the report."""
-    experiment, folder = served.experiment, served.folder
-    metric = experiment.headline_metric
+    run, folder = served.run, served.folder
+    metric = run.headline_metric
     values = [line[metric] for line in served.lines if metric in line]
     last_round = served.lines[-1]["server_round"]
     save_global(served, "adapter", server_round=last_round, metric=values[-1])
-    bandwidth = Bandwidth(
-        experiment.config.communication.uplink_mbps, experiment.config.communication.downlink_mbps
-    )
+    bandwidth = Bandwidth(run.config.communication.uplink_mbps, run.config.communication.downlink_mbps)
     summary = {
         "headline_metric": metric,
         "zero_shot": values[0],
@@ -253,31 +249,35 @@ def finish(served: Served) -> dict[str, Any]:
         "rounds": last_round,
         "seconds": round(time.perf_counter() - served.started, 3),
         "peak_memory_bytes": peak_memory_bytes(),
-        "caches": list(experiment.caches.notes),
-        "parameters": experiment.parameter_counts(),
-        "communication": communication_summary(served.ledger, experiment.model_sizes(), bandwidth),
+        "caches": list(run.caches.notes),
+        "parameters": parameter_counts(run),
+        "communication": communication_summary(served.ledger, model_sizes(run), bandwidth),
     }
     if served.best is not None:
         summary["best_round"] = served.best[0]
     folder.write_summary(summary)
-    if experiment.config.output.report:
+    if run.config.output.report:
         folder.write_report()
     return summary
 
 
-@app.main()
-def main(grid: Grid, context: Context) -> None:
-    """Run on one of Flower's own engines."""
-    experiment = experiment_of(context.run_config)
-    check_can_learn(experiment)
-    config = experiment.config
-    timeout, ledger = config.federation.timeout_seconds, Ledger()
-    clients = ask_client_ids(grid, experiment.num_clients, ledger, timeout=timeout)
-    name = str(context.run_config.get("run-dir") or "")
-    path = Path(name) if name else Path(config.output.root) / f"{config.output.name}-{context.run_id}"
-    with contextlib.closing(RunFolder(path, config)) as folder:
-        experiment.save_partition(folder.path / "partition.json")
-        serve(grid, experiment, clients, folder, ledger=ledger)
+def server_app(run: Run) -> ServerApp:
+    """Return the app of a run's server, for Flower's own engines."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        check_can_learn(run)
+        config = run.config
+        timeout, ledger = config.federation.timeout_seconds, Ledger()
+        clients = ask_client_ids(grid, run.num_clients, ledger, timeout=timeout)
+        name = str(context.run_config.get("run-dir") or "")
+        path = Path(name) if name else Path(config.output.root) / f"{config.output.name}-{context.run_id}"
+        with contextlib.closing(RunFolder(path, config)) as folder:
+            save_clients_rows(run, folder.path / "partition.json")
+            serve(grid, run, clients, folder, ledger=ledger)
+
+    return app
 
 
 def ask_client_ids(grid: Grid, num_clients: int, ledger: Ledger, *, timeout: float) -> dict[int, int]:

@@ -33,9 +33,11 @@ from federated.engines.simulation import limited_threads
 from federated.results.round_record import best_value
 from federated.results.run_folder import RunFolder, peak_memory_bytes
 from federated.results.run_place import check_free, run_path
+from federated.rounds.batches import evaluate_rows, evaluate_server, local_batches
 from federated.rounds.checkpoint import save_checkpoint
 from federated.rounds.learnable import check_can_learn
-from federated.rounds.run import Experiment, build_experiment
+from federated.rounds.run import Run, build_run
+from federated.rounds.saving import parameter_counts, save_adapter, save_clients_rows
 from federated.tools.early_stopping import BestSoFar
 from models.errors import UserError
 from models.state import State
@@ -77,7 +79,7 @@ class Training:
         steps_done: Optimizer steps taken.
     """
 
-    experiment: Experiment
+    experiment: Run
     validation_images: ImageTensors
     folder: RunFolder
     display: TrainingDisplay | None
@@ -130,7 +132,7 @@ def train_centrally(
     path = run_path(config.output.root, "training" if config.output.name is None else config.output.name)
     check_free(path, overwrite=overwrite)
     with limited_threads(config.engine.threads):
-        experiment = build_experiment(config)
+        experiment = build_run(config)
         check_can_learn(experiment)
         stopping = config.train.early_stopping
         training = Training(
@@ -148,7 +150,7 @@ def train_centrally(
             ),
         )
         with contextlib.closing(training.folder):
-            experiment.save_partition(path / "partition.json")
+            save_clients_rows(experiment, path / "partition.json")
             train_epochs(training)
             finish(training)
     return path
@@ -207,7 +209,7 @@ def epoch_losses(training: Training, epoch: int) -> Iterator[float]:
     experiment = training.experiment
     num_steps = min(training.steps_per_epoch, training.num_steps - training.steps_done)
     rng = generator(experiment.config.seed, "client", epoch, THE_CLIENT)
-    batches = experiment.local_batches(THE_CLIENT, num_steps, rng, server_round=epoch)
+    batches = local_batches(experiment, THE_CLIENT, num_steps, rng, server_round=epoch)
     with scoped_torch_rng(rng):
         for batch in batches:
             loss = experiment.model.train_step(batch)
@@ -242,8 +244,8 @@ def evaluate_epoch(training: Training, epoch: int) -> dict[str, float]:
         UserError: ``train.early_stopping.metric`` is not among the validation metrics.
     """
     experiment = training.experiment
-    test = experiment.evaluate_server()
-    validation = experiment.evaluate_rows(training.validation_images)
+    test = evaluate_server(experiment)
+    validation = evaluate_rows(experiment, training.validation_images)
     for metrics in (test, validation):
         del metrics["num_examples"]
     if training.best.metric not in validation:
@@ -266,7 +268,7 @@ def finish(training: Training) -> None:
     experiment.model.set_state(training.kept)
     by_epoch = {line["server_round"]: line for line in training.lines}
     final = by_epoch[training.kept_epoch][metric]
-    experiment.save_adapter(folder.path / "adapter", server_round=training.kept_epoch, final=final)
+    save_adapter(experiment, folder.path / "adapter", server_round=training.kept_epoch, final=final)
     Ledger().write_csv(folder.path / "communication.csv")
     epochs_done = training.lines[-1]["server_round"]
     folder.write_summary(
@@ -277,7 +279,7 @@ def finish(training: Training) -> None:
             "best": best_value(training.lines, metric, default=final),
             "rounds": epochs_done,
             "seconds": round(time.perf_counter() - training.started, 3),
-            "parameters": {**experiment.parameter_counts(), "exchanged": 0},
+            "parameters": {**parameter_counts(experiment), "exchanged": 0},
             "peak_memory_bytes": peak_memory_bytes(),
             "caches": experiment.caches.notes,
             "training": {

@@ -18,11 +18,12 @@ from federated.data.dataset import ImageTensors, image_tensors
 from federated.engines.simulation import limited_threads
 from federated.results.plot_style import save_png
 from federated.results.run_place import check_place
+from federated.rounds.batches import model_batch
 from federated.rounds.build import load_run_data
 from federated.rounds.checkpoint import CHECKPOINT_FILES, SERVER_FILE, STATE_FILE, load_server_checkpoint
 from federated.rounds.global_model import load_global_state
 from federated.rounds.learnable import check_can_score
-from federated.rounds.run import Experiment, build_experiment
+from federated.rounds.run import Run, build_run
 from federated.rounds.trained_record import TrainedRecord, check_rows, matched_classes
 from federated.tools.central import one_shard
 from federated.tools.detailed_metrics import (
@@ -115,7 +116,7 @@ def evaluate_source(
         check_rows(record, config, data, split)
         if config.task.name == "classification" or (run is not None and config.task.name == "zero_shot"):
             data = matched_classes(data, record, needed=config.task.name == "classification")
-        experiment = build_experiment(one_shard(config), data)
+        experiment = build_run(one_shard(config), data)
         check_can_score(experiment)
         images = split_images(experiment, split)
         trained = load_trained(experiment, run, adapter, any_base=any_base)
@@ -185,7 +186,7 @@ def record_of(run: Path | None, adapter: Path | None) -> TrainedRecord:
     return record
 
 
-def split_images(experiment: Experiment, split: str) -> ImageTensors:
+def split_images(experiment: Run, split: str) -> ImageTensors:
     """Return the rows of a split.
 
     Raises:
@@ -203,9 +204,7 @@ def split_images(experiment: Experiment, split: str) -> ImageTensors:
     )
 
 
-def load_trained(
-    experiment: Experiment, run: Path | None, adapter: Path | None, *, any_base: bool = False
-) -> str:
+def load_trained(experiment: Run, run: Path | None, adapter: Path | None, *, any_base: bool = False) -> str:
     """Put what was trained into the model; return where it came from.
 
     Raises:
@@ -223,7 +222,7 @@ def load_trained(
     return load_checkpoint(experiment, folder)
 
 
-def load_checkpoint(experiment: Experiment, folder: Path) -> str:
+def load_checkpoint(experiment: Run, folder: Path) -> str:
     """Put a run's latest global state into the model; central runs have no server's part.
 
     Raises:
@@ -243,9 +242,7 @@ def load_checkpoint(experiment: Experiment, folder: Path) -> str:
     return str(path)
 
 
-def evaluate_in_detail(
-    experiment: Experiment, images: ImageTensors, report: Report = quiet
-) -> DetailedMetrics:
+def evaluate_in_detail(experiment: Run, images: ImageTensors, report: Report = quiet) -> DetailedMetrics:
     """Evaluate the experiment's model, as it is, on rows."""
     batches = evaluation_batches(experiment, images, report)
     if experiment.model.task.name == "retrieval":
@@ -256,11 +253,11 @@ def evaluate_in_detail(
     return describe_classes(predict_classes(experiment.model, batches), names)
 
 
-def evaluation_batches(experiment: Experiment, images: ImageTensors, report: Report) -> Iterator[Batch]:
+def evaluation_batches(experiment: Run, images: ImageTensors, report: Report) -> Iterator[Batch]:
     """Yield what the model's task reads of the rows, in order."""
     done = 0
     for batch in images.batches(None, experiment.config.evaluation.batch_size, rng=None):
-        yield experiment.model_batch(batch)
+        yield model_batch(experiment, batch)
         done += len(batch["pixel_values"])
         report(done, len(images))
 

@@ -19,7 +19,7 @@ from federated.results.tables import TextTable
 from federated.results.wording import format_bytes, format_percent
 from federated.rounds.build import build_model, load_run_data
 from federated.rounds.compatibility import build_aggregator, check_client_ranks
-from federated.rounds.run import BYTES_PER_FP32
+from federated.rounds.saving import BYTES_PER_FP32
 from lora.adapters import scalings, unwrap
 from lora.verify import count_parameters
 from models.exchange import find_parameters

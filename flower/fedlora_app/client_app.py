@@ -1,5 +1,5 @@
 """The ClientApp of fedlora."""
 
-from federated.rounds.client import app
+from federated.engines.flower_apps import client as app
 
 __all__ = ["app"]

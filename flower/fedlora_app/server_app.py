@@ -1,5 +1,5 @@
 """The ServerApp of fedlora."""
 
-from federated.rounds.server import app
+from federated.engines.flower_apps import server as app
 
 __all__ = ["app"]

@@ -1,0 +1,70 @@
+"""From the rows of the data to batches for the model, and the model's metrics on rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from federated.config.seeding import generator
+from federated.data.augmented_batches import augment_batch
+from federated.data.dataset import ImageTensors
+from federated.data.splits import IntArray
+from federated.rounds.run import Run
+from models.metrics import CONCEPT, PICTURE, TEXT
+from models.training import Batch
+
+
+def local_batches(
+    run: Run, client_id: int, num_steps: int, rng: np.random.Generator, *, server_round: int
+) -> Iterator[Batch]:
+    """Yield the batches of a client's local steps in a round, augmented where the configuration says."""
+    images, batch_size = run.train_images, run.config.client.batch_size
+    kept = run.caches.serves_images(images, training=True)
+    batches = images.local_batches(run.shards[client_id].train, batch_size, num_steps, rng, pixels=not kept)
+    if run.augmentation.changes_anything:
+        augment_rng = generator(run.config.seed, "augment", server_round, client_id)
+        batches = (augment_batch(batch, run.augmentation, augment_rng) for batch in batches)
+    for batch in batches:
+        yield model_batch(run, batch, images if kept else None)
+
+
+def model_batch(run: Run, batch: Mapping[str, Any], kept: ImageTensors | None = None) -> Batch:
+    """Keep what the model's task reads; captions become tokens.
+
+    Args:
+        run: Whose model reads the batch.
+        batch: As ``ImageTensors.batch`` makes it.
+        kept: The split that the rows of a batch without pixels are from.
+    """
+    keys: tuple[str, ...] = ("pixel_values", "labels")
+    if run.config.task.name == "retrieval":
+        keys = (*keys, CONCEPT, PICTURE, TEXT)
+    tensors = {key: batch[key] for key in keys if key in batch}
+    if kept is not None:
+        tensors |= run.caches.of_images(kept, batch["index"])
+    if run.config.task.name == "retrieval":
+        tensors |= run.caches.of_texts(batch["captions"])
+    return tensors
+
+
+def evaluate_rows(run: Run, images: ImageTensors, rows: IntArray | None = None) -> dict[str, float]:
+    """Evaluate the model, as it is, on some rows; None: all of them."""
+    kept = run.caches.serves_images(images, training=False)
+    batches = images.batches(rows, run.config.evaluation.batch_size, rng=None, pixels=not kept)
+    return run.model.evaluate(model_batch(run, batch, images if kept else None) for batch in batches)
+
+
+def evaluate_client(run: Run, client_id: int) -> dict[str, float]:
+    """Evaluate the model, as it is, on a client's own test rows."""
+    return evaluate_rows(run, run.train_images, run.shards[client_id].test)
+
+
+def evaluate_server(run: Run) -> dict[str, float]:
+    """Evaluate the model, as it is, on the server's test rows, or on one seeded part of them."""
+    wanted, rows = run.config.evaluation.max_samples, None
+    if wanted is not None and wanted < len(run.test_images):
+        rng = generator(run.config.seed, "test rows")
+        rows = np.sort(rng.choice(len(run.test_images), size=wanted, replace=False))
+    return evaluate_rows(run, run.test_images, rows)
