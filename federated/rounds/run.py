@@ -178,13 +178,17 @@ class Experiment:
         """Evaluate the model, as it is, on a client's own test rows."""
         return self.evaluate_rows(self.train_images, self.shards[client_id].test)
 
+    def test_rows(self) -> IntArray | None:
+        """Return the server's test rows that are scored, one seeded part of them; None: all."""
+        wanted, num_rows = self.config.evaluation.max_samples, len(self.test_images)
+        if wanted is None or wanted >= num_rows:
+            return None
+        rng = generator(self.config.seed, "test rows")
+        return np.sort(rng.choice(num_rows, size=wanted, replace=False))
+
     def evaluate_server(self) -> dict[str, float]:
         """Evaluate the model, as it is, on the server's test rows, or on one seeded part of them."""
-        wanted, rows = self.config.evaluation.max_samples, None
-        if wanted is not None and wanted < len(self.test_images):
-            rng = generator(self.config.seed, "test rows")
-            rows = np.sort(rng.choice(len(self.test_images), size=wanted, replace=False))
-        return self.evaluate_rows(self.test_images, rows)
+        return self.evaluate_rows(self.test_images, self.test_rows())
 
     def model_batch(self, batch: Mapping[str, Any], kept: ImageTensors | None = None) -> Batch:
         """Keep what the model's task reads; captions become tokens.
