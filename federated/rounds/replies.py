@@ -37,6 +37,7 @@ TRAINING_ENTRIES = frozenset({"train_loss", "num_examples"})
 """A client's entries of a round's record that come from its training; no evaluation may write them."""
 
 _METRIC_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_@.-]{0,63}")
+_SHARE = re.compile(r"accuracy|.+_recall_at_\d+")
 _MAX_METRICS = 64
 
 
@@ -166,7 +167,8 @@ def read_evaluation(content: RecordDict) -> dict[str, float]:
     """Return a client's metrics on its own test rows under their names in ``metrics.jsonl``.
 
     Raises:
-        UnreadableReplyError: There are none, they are no finite numbers, or a name is no metric's.
+        UnreadableReplyError: There are none, they are no finite numbers, a share is outside 0 to 1, or a name
+            is no metric's.
     """
     try:
         metrics = _metrics(content)
@@ -181,6 +183,8 @@ def read_evaluation(content: RecordDict) -> dict[str, float]:
     for name, value in entry.items():
         if not math.isfinite(value):
             raise UnreadableReplyError(f"its {name} is {value}")
+        if _SHARE.fullmatch(name) and not 0 <= value <= 1:
+            raise UnreadableReplyError(f"its {name} is {value:g}, which is no share of examples")
     return {"eval_examples": num_examples, **entry}
 
 
