@@ -27,6 +27,7 @@ from federated.communication.messages import (
 from federated.communication.payload import CONFIG, LARGEST_FP32, METRICS
 from federated.methods import ClientProfile, EncodingLoss, Update
 from federated.methods.client_terms import control_names, split_control
+from federated.results.wording import is_share
 from models.state import Layout, State, add_, layout_of
 
 _UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError, OSError)
@@ -37,7 +38,6 @@ TRAINING_ENTRIES = frozenset({"train_loss", "num_examples"})
 """A client's entries of a round's record that come from its training; no evaluation may write them."""
 
 _METRIC_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_@.-]{0,63}")
-_SHARE = re.compile(r"accuracy|.+_recall_at_\d+")
 _MAX_METRICS = 64
 
 
@@ -183,7 +183,7 @@ def read_evaluation(content: RecordDict) -> dict[str, float]:
     for name, value in entry.items():
         if not math.isfinite(value):
             raise UnreadableReplyError(f"its {name} is {value}")
-        if _SHARE.fullmatch(name) and not 0 <= value <= 1:
+        if is_share(name) and not 0 <= value <= 1:
             raise UnreadableReplyError(f"its {name} is {value:g}, which is no share of examples")
     return {"eval_examples": num_examples, **entry}
 
