@@ -35,7 +35,8 @@ def coded(base: Run, method: str, uplink: str, downlink: str, **client: Any) -> 
 def products(experiment: Run, state: State, rank: int | None = None) -> State:
     """s B A of every module in float64."""
     scaling = scaling_at(experiment, rank)
-    model = experiment.aggregator.client.to_model(state)
+    private = set(experiment.aggregator.private(state))
+    model = experiment.aggregator.client.to_model({n: t for n, t in state.items() if n not in private})
     return {
         pair.module: scaling[pair.module] * model[pair.b].double() @ model[pair.a].double()
         for pair in factor_pairs(model)
@@ -74,6 +75,7 @@ def true_error(fed: RealFederation, before: State, cohort: tuple[int, ...]) -> f
         ("fedavg", "int4", "fp32", 0.05),
         ("fedsvd", "int4:sr", "int8", 0.05),
         ("fedavg", "topk:0.25:ef", "fp32", 0.1),
+        ("dual", "int4", "int8", 0.05),
     ],
 )
 def test_the_reported_error_is_that_to_what_clients_trained(

@@ -61,7 +61,16 @@ def test_an_empty_field_is_named_by_line_or_its_row_left_out(column, line, tmp_p
 
 
 @pytest.mark.parametrize(
-    "extra", ["training.csv", "train-00001.csv", "TRAIN.CSV", "train.tsv", "test_2.csv", "val.part.csv"]
+    "extra",
+    [
+        "training.csv",
+        "train-00001.csv",
+        "TRAIN.CSV",
+        "train.tsv",
+        "test_2.csv",
+        "val.part.csv",
+        "train.csv.gz",
+    ],
 )
 def test_a_second_file_of_a_split_is_an_error_that_names_it(extra, tmp_path):
     write_images(tmp_path, 3)
@@ -75,8 +84,11 @@ def test_a_table_of_no_split_is_named_and_left_alone(tmp_path, caplog):
     write_images(tmp_path, 3)
     for name in ("train", "test", "licences"):
         write_csv(tmp_path / f"{name}.csv", "image,label", ["0.png,cat", "1.png,dog"])
+    (tmp_path / "site b").mkdir()
+    write_csv(tmp_path / "site b" / "train.csv", "image,label", ["../0.png,cat"])
     assert len(load_data("csv", path=str(tmp_path)).train) == 2
     assert "licences.csv" in caplog.text
+    assert "site b/train.csv" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -95,6 +107,11 @@ def test_a_table_of_no_split_is_named_and_left_alone(tmp_path, caplog):
         (f"image,label\n{'x' * 300}.png,cat\n", "line 2"),
         ("image,label\n,cat\n", "line 2 has no image"),
         ("image,label,split\n0.png,cat,\n", "line 2: no split ''"),
+        (
+            "image,label,Split\n0.png,cat,train\n1.png,cat,test\n",
+            "column 'Split', which is not 'split'.*split_column=Split, or null",
+        ),
+        ("image,label\n0.png,cat\n1.png,cat\u200b\n", "differ in blanks, in invisible characters"),
     ],
 )
 def test_a_table_that_would_be_misread_is_refused_with_its_line(content, message, tmp_path):

@@ -127,7 +127,7 @@ def test_training_rows_of_one_class_of_several_are_no_task(tmp_path: Path) -> No
 
 def test_a_client_with_one_pair_has_nothing_to_learn_from(tmp_path: Path) -> None:
     arguments = csv_of(tmp_path / "pairs", ["a cat", "a dog", "a car", "a tree"])
-    with pytest.raises(UserError, match=r"client\w* [\d, ]+ha\w+ one (concept|caption) in all training rows"):
+    with pytest.raises(UserError, match=r"client\w* [\d, ]+ha\w+ one picture in all training rows"):
         check_can_learn(built(*arguments))
     check_can_learn(built(*arguments, "partition.num_clients=2"))
 
@@ -135,6 +135,16 @@ def test_a_client_with_one_pair_has_nothing_to_learn_from(tmp_path: Path) -> Non
 def test_pairs_of_one_caption_are_no_task(tmp_path: Path) -> None:
     arguments = csv_of(tmp_path / "pairs", ["a cat"] * 6)
     with pytest.raises(UserError, match="all training rows have the same caption"):
+        check_can_learn(built(*arguments, "partition.num_clients=1"))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_captions_of_one_picture_are_no_task(split: str, tmp_path: Path) -> None:
+    arguments = csv_of(tmp_path / "pairs", [f"number {i}" for i in range(6)])
+    for file in (tmp_path / "pairs").glob(f"{split}*.png"):
+        Image.new("RGB", (8, 8), "red").save(file)
+    reason = "all training rows have the same picture" if split == "train" else "tested on a single pair, pic"
+    with pytest.raises(UserError, match=reason):
         check_can_learn(built(*arguments, "partition.num_clients=1"))
 
 

@@ -166,3 +166,12 @@ def test_files_of_older_versions_with_nan_are_read(tmp_path: Path) -> None:
     record = read_run(tmp_path)
     assert record.metrics[1]["accuracy"] is None
     assert (record.headline["final"], record.headline["best"]) == (None, 0.5)
+
+
+def test_a_run_whose_clients_could_not_score_themselves_at_the_end_has_no_result(tmp_path: Path) -> None:
+    overrides = [*DIVERGING, "aggregation.name=fedsa", f"output.root={tmp_path}", "output.report=false"]
+    run = run_experiment(load_config("quickstart", overrides))
+    summary = strict((run / "summary.json").read_text(encoding="utf-8"))
+    assert summary["zero_shot"] is not None
+    assert summary["final"] is None
+    assert summary["best"] is None

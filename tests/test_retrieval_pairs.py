@@ -174,6 +174,18 @@ def test_a_run_reports_recall_over_images_and_texts_with_and_without_caches(capt
                 assert metrics[f"{direction}_recall_at_{k}"] == pytest.approx(recall)
 
 
+def test_captions_that_read_alike_are_one_text(tmp_path: Path) -> None:
+    write_images(tmp_path, 4)
+    captions = ["a red  car", "A Red Car", "a\u200b red car", "a dog"]
+    lines = [f"{number}.png,{caption}" for number, caption in enumerate(captions)]
+    for split in ("train", "test"):
+        write_csv(tmp_path / f"{split}.csv", "image,caption", lines)
+    overrides = ["partition.num_clients=1", "partition.local_test_fraction=0"]
+    batch = build_experiment(captioned_config(tmp_path, *overrides)).test_images.batch(range(4))
+    assert len(batch["text"][:3].unique()) == 1
+    assert len(batch["text"].unique()) == 2
+
+
 def test_the_csv_source_knows_concepts_of_a_column(captioned: Path) -> None:
     options = "data.options={concept_column: kind}"
     batch = build_run(captioned_config(captioned, options)).train_images.batch(range(36))

@@ -364,6 +364,8 @@ def evaluated(server: LoRAStrategy, server_round: int = 1) -> list[Message]:
         {"eval_examples": 10**9},
         {"\x1b[2J": 1.0},
         {"accuracy": float("nan")},
+        {"accuracy": 1e6},
+        {"image_to_text_recall_at_5": -0.5},
         {"loss": float("inf")},
         {NUM_EXAMPLES: 0},
         {NUM_EXAMPLES: 10**12},

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from federated.data.batch_order import index_batches, local_index_batches
-from federated.data.names import plain
+from federated.data.names import read_alike
 from federated.data.row_cache import shared_zeros
 from federated.data.sources.folder_scan import DECODE_ERRORS
 from federated.data.splits import IntArray, column_values
@@ -99,7 +99,7 @@ class ImageTensors:
             if column is not None
         }
         if self._captions is not None:
-            texts = np.array([plain(caption) for caption in self._captions])
+            texts = np.array([read_alike(caption) for caption in self._captions])
             self._ids["text"] = torch.from_numpy(np.unique(texts, return_inverse=True)[1])
         self.image_shape = tuple(self._decode(np.zeros(1, dtype=np.int64))[0].shape)
         self._levels = _grey_levels(preprocess)  # (3, 256) or None
@@ -147,7 +147,7 @@ class ImageTensors:
         Returns:
             "pixel_values" (B, 3, H, W), "index" (B,) the rows, and as far as the data has them "labels" (B,),
             "concept", "picture" and "text" (B,) int64 (equal numbers show the same thing, are of the same
-            picture, have the same caption) and "captions", a list of B strings.
+            picture, have captions that read alike) and "captions", a list of B strings.
         """
         rows = np.asarray(indices, dtype=np.int64)
         index = torch.from_numpy(rows)

@@ -20,6 +20,16 @@ def plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
+def visible(text: str) -> str:
+    """Return a plain text without the characters that nobody sees, such as zero-width spaces."""
+    return plain("".join(letter for letter in text if unicodedata.category(letter) != "Cf"))
+
+
+def read_alike(text: str) -> str:
+    """Return what captions that say the same have in common: their visible letters, whatever their case."""
+    return visible(text).casefold()
+
+
 def listed(things: Iterable[object], limit: int = MAX_NAMED) -> str:
     """Name a few of many things: "a, b and 3 more"."""
     names = [str(thing) for thing in things]
@@ -54,9 +64,9 @@ def check_names(names: Sequence[str], where: str) -> None:
     for name in names:
         if (reason := unusable(name)) is not None:
             raise UserError(f"{where}: class name {shortened(name)} {reason}; rename the class")
-        alike[plain(name)].append(name)
+        alike[visible(name)].append(name)
     if doubles := next((group for group in alike.values() if len(group) > 1), None):
         raise UserError(
-            f"{where}: classes {listed(map(shortened, doubles))} differ in blanks or in the form of their "
-            "letters alone; give them one name"
+            f"{where}: classes {listed(map(shortened, doubles))} differ in blanks, in invisible characters "
+            "or in the form of their letters alone; give them one name"
         )

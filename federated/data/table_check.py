@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Image
 
 from federated.data.dataset import load_data
-from federated.data.names import listed
+from federated.data.names import listed, read_alike
 from federated.data.sources.folder_scan import look_alike, look_at_all, of_one_colour
 from federated.data.splits import column_values
 from models.errors import UserError
@@ -50,7 +50,7 @@ def check_table(path: Path, *, allow_outside: bool = False, report: Report = qui
     if data.caption_column is not None:
         of_split = {name: list(rows[data.caption_column][:]) for name, rows in splits.items()}
         captions = [caption for found in of_split.values() for caption in found]
-        counts["captions"] = {name: len(set(found)) for name, found in of_split.items()}
+        counts["captions"] = {name: len(set(map(read_alike, found))) for name, found in of_split.items()}
     if data.class_names is not None:
         names, labels = data.class_names, data.label_column or ""
         of_class = {

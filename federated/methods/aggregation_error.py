@@ -61,11 +61,15 @@ def encoding_loss(
 
     Args:
         aggregator: The rule.
-        trained: The wire state after training.
+        trained: The wire state after training; what is private in it is no part of the global model.
         decoded: The same, with what the server decodes in place of what was sent.
         scaling: Module -> s_k.
     """
-    first, second = aggregator.client.to_model(trained), aggregator.client.to_model(decoded)
+    private = set(aggregator.private(trained))
+    first, second = (
+        aggregator.client.to_model({name: value for name, value in state.items() if name not in private})
+        for state in (trained, decoded)
+    )
     distance = change = 0.0
     for pair in factor_pairs(first):
         one, other = _product(first, pair), _product(second, pair)

@@ -63,8 +63,13 @@ def evaluate_client(run: Run, client_id: int) -> dict[str, float]:
 
 def evaluate_server(run: Run) -> dict[str, float]:
     """Evaluate the model, as it is, on the server's test rows, or on one seeded part of them."""
-    wanted, rows = run.config.evaluation.max_samples, None
-    if wanted is not None and wanted < len(run.test_images):
-        rng = generator(run.config.seed, "test rows")
-        rows = np.sort(rng.choice(len(run.test_images), size=wanted, replace=False))
-    return evaluate_rows(run, run.test_images, rows)
+    return evaluate_rows(run, run.test_images, server_test_rows(run))
+
+
+def server_test_rows(run: Run) -> IntArray | None:
+    """Return the server's test rows that are scored, one seeded part of them; None: all."""
+    wanted, num_rows = run.config.evaluation.max_samples, len(run.test_images)
+    if wanted is None or wanted >= num_rows:
+        return None
+    rng = generator(run.config.seed, "test rows")
+    return np.sort(rng.choice(num_rows, size=wanted, replace=False))

@@ -10,12 +10,14 @@ import logging
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from federated.data.batch_order import steps_per_epoch
-from federated.data.splits import column_values
+from federated.rounds.batches import server_test_rows
 from federated.rounds.run import Run
 from lora.adapters import unwrap
 from models.errors import UserError
+from models.metrics import CONCEPT, PICTURE, TEXT
 from models.tasks import RECALL_CUTOFFS
 
 log = logging.getLogger(__name__)
@@ -111,18 +113,20 @@ def _check_contrast(experiment: Run) -> None:
     """Refuse retrieval where a client has nothing to tell a pair from."""
     if experiment.model.task.name != "retrieval":
         return
-    data = experiment.data
-    for column in filter(None, (data.concept_column, data.caption_column)):
-        shown = [str(value) for value in column_values(data.train, column)]
-        if len(set(shown)) < 2:
+    everything = experiment.train_images.batch(np.arange(len(experiment.train_images)), pixels=False)
+    for what, key in (("concept", CONCEPT), ("picture", PICTURE), ("caption", TEXT)):
+        if key not in everything:
+            continue
+        shown = everything[key].numpy()
+        if len(np.unique(shown)) < 2:
             raise UserError(
-                f"all training rows have the same {column}, so that nothing is to be told apart: give pairs "
-                "of different captions"
+                f"all training rows have the same {what}, so that nothing is to be told apart: give pairs "
+                "of different pictures and captions"
             )
-        shards = [{shown[row] for row in shard.train} for shard in experiment.shards]
-        if alone := [client_id for client_id, found in enumerate(shards) if len(found) < 2]:
+        counts = [len(np.unique(shown[shard.train])) for shard in experiment.shards]
+        if alone := [client_id for client_id, count in enumerate(counts) if count < 2]:
             raise UserError(
-                f"{_clients(alone)} one {column} in all training rows, and retrieval learns from pairs that "
+                f"{_clients(alone)} one {what} in all training rows, and retrieval learns from pairs that "
                 "differ: set partition.num_clients lower, or another partition.name"
             )
 
@@ -158,12 +162,14 @@ def _check_gallery(experiment: Run) -> None:
     """Refuse a gallery of one, and say where a recall is 100 % by construction."""
     if experiment.model.task.name != "retrieval":
         return
-    wanted, num_rows = experiment.config.evaluation.max_samples, len(experiment.test_images)
-    size = num_rows if wanted is None else min(wanted, num_rows)
+    images, rows = experiment.test_images, server_test_rows(experiment)
+    scored = images.batch(np.arange(len(images)) if rows is None else rows, pixels=False)
+    sizes = [len(torch.unique(scored[key])) for key in (PICTURE, TEXT) if key in scored]
+    size = min([len(scored["index"]), *sizes])
     if size < 2:
         raise UserError(
-            "retrieval is tested on a single pair, which is always found: give two test pairs or more, or "
-            "leave out evaluation.max_samples"
+            "retrieval is tested on a single pair, picture or caption, which is always found: give two test "
+            "pairs or more that differ in both, or leave out evaluation.max_samples"
         )
     if certain := [k for k in RECALL_CUTOFFS if k >= size]:
         log.warning("recall at %s over %d test pairs is 100 %% whatever is learnt", certain[0], size)

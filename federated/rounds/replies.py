@@ -27,6 +27,7 @@ from federated.communication.messages import (
 from federated.communication.payload import CONFIG, LARGEST_FP32, METRICS
 from federated.methods import ClientProfile, EncodingLoss, Update
 from federated.methods.client_terms import control_names, split_control
+from federated.results.wording import is_share
 from models.state import Layout, State, add_, layout_of
 
 _UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError, OSError)
@@ -167,7 +168,8 @@ def read_evaluation(content: RecordDict) -> dict[str, float]:
     """Return a client's metrics on its own test rows under their names in ``metrics.jsonl``.
 
     Raises:
-        UnreadableReplyError: There are none, they are no finite numbers, or a name is no metric's.
+        UnreadableReplyError: There are none, they are no finite numbers, a share is outside 0 to 1, or a name
+            is no metric's.
     """
     try:
         metrics = _metrics(content)
@@ -182,6 +184,8 @@ def read_evaluation(content: RecordDict) -> dict[str, float]:
     for name, value in entry.items():
         if not math.isfinite(value):
             raise UnreadableReplyError(f"its {name} is {value}")
+        if is_share(name) and not 0 <= value <= 1:
+            raise UnreadableReplyError(f"its {name} is {value:g}, which is no share of examples")
     return {"eval_examples": num_examples, **entry}
 
 

@@ -237,16 +237,16 @@ def finish(served: Served) -> dict[str, Any]:
     """Write what comes at the end: the adapter, ``summary.json`` and, where that can be done, the report."""
     run, folder = served.run, served.folder
     metric = run.headline_metric
-    values = [line[metric] for line in served.lines if metric in line]
-    last_round = served.lines[-1]["server_round"]
-    save_global(served, "adapter", server_round=last_round, metric=values[-1])
+    first, last = served.lines[0], served.lines[-1]
+    final = last.get(metric, math.nan)  # clients that score themselves may all have failed to
+    save_global(served, "adapter", server_round=last["server_round"], metric=final)
     bandwidth = Bandwidth(run.config.communication.uplink_mbps, run.config.communication.downlink_mbps)
     summary = {
         "headline_metric": metric,
-        "zero_shot": values[0],
-        "final": values[-1],
-        "best": best_value(curve_lines(served.lines), metric, default=values[-1]),
-        "rounds": last_round,
+        "zero_shot": first[metric],
+        "final": final,
+        "best": best_value(curve_lines(served.lines), metric, default=final),
+        "rounds": last["server_round"],
         "seconds": round(time.perf_counter() - served.started, 3),
         "peak_memory_bytes": peak_memory_bytes(),
         "caches": list(run.caches.notes),

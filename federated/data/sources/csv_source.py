@@ -90,7 +90,7 @@ def csv(  # noqa: PLR0913 -- the options of the data section, one by one
     """
     tables = read_tables(Path(path), split_column, delimiter)
     wanted = Columns(image_column, label_column, caption_column, domain_column, concept_column)
-    columns = _columns_there(tables, wanted)
+    columns = _columns_there(tables, wanted, split_column)
     num_listed = sum(len(table) for table in tables.values())
     tables = {split: _complete(table, columns, skip=skip_incomplete) for split, table in tables.items()}
     root = None if image_root is None else Path(image_root)
@@ -139,19 +139,20 @@ def _image_rows(
     return image_dataset(files, labels, class_names, picture=picture_names(files), **texts)
 
 
-def _columns_there(tables: Mapping[str, Sequence[Row]], wanted: Columns) -> Columns:
+def _columns_there(tables: Mapping[str, Sequence[Row]], wanted: Columns, split_column: str | None) -> Columns:
     """The columns that are read; the files of all splits must agree in them."""
     first = tables["train"][0]
     there = listed((column for column in first if column), limit=20)
     for column in (wanted.image, wanted.domain, wanted.concept):
         if column is not None and column not in first:
             raise UserError(f"{file_of(first)} has no column {column!r}; it has {there}")
-    for role, column in wanted.named.items():
+    named = wanted.named if split_column is None else {**wanted.named, "split": split_column}
+    for role, column in named.items():
         alike = [name for name in first if name != column and name.casefold() == column.casefold()]
         if column not in first and alike:
             raise UserError(
                 f"{file_of(first)} has a column {alike[0]!r}, which is not {column!r}; rename it, or set "
-                f"{role}_column={alike[0]}"
+                f"{role}_column={alike[0]}{'' if role == 'image' else ', or null to do without it'}"
             )
     label, caption = (c if c in first else None for c in (wanted.label, wanted.caption))
     if label is None and caption is None:

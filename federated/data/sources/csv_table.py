@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -121,7 +122,7 @@ def _files_by_split(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     unread: list[Path] = []
     for file in sorted(_csv_files(folder)):
-        split = our_split(file.stem) if file.parent == folder else None
+        split = our_split(file.stem)
         if split is None:
             unread.append(file)
         elif split in found:
@@ -138,13 +139,16 @@ def _files_by_split(folder: Path) -> dict[str, Path]:
         )
     if unread:
         logger.warning("not read, since their names are no split's: %s", listed(unread))
+    below = (Path(place) for place, _, _ in os.walk(folder) if Path(place) != folder)
+    if nested := sorted(file for place in below for file in _csv_files(place)):
+        logger.warning("not read, since they lie below %s: %s", folder, listed(nested))
     return found
 
 
 def _csv_files(folder: Path) -> Iterator[Path]:
     for file in folder.iterdir():
-        if file.suffix.lower() in (".csv", ".tsv") and not file.name.startswith("."):
-            yield file
+        if {".csv", ".tsv"} & set(map(str.lower, file.suffixes)) and not file.name.startswith("."):
+            yield file  # a compressed one too, to be named
 
 
 def _split_of(row: Row, split_column: str | None) -> str | None:

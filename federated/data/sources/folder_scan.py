@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from federated.data.names import listed, plain, shortened, unusable
+from federated.data.names import listed, shortened, unusable, visible
 from models.errors import UserError
 from models.image_modes import load_image, rgb_image
 from models.progress import Report
@@ -166,10 +166,10 @@ def scan_classes(folder: Path, inside: Path | None) -> ClassScan:
         )
     alike: dict[str, list[str]] = {}
     for name in classes:
-        alike.setdefault(plain(name), []).append(name)
+        alike.setdefault(visible(name), []).append(name)
     problems.extend(
-        f"class folders {listed(map(shortened, names))} in {folder} differ in blanks or in the form of their "
-        "letters alone; put their images into one"
+        f"class folders {listed(map(shortened, names))} in {folder} differ in blanks, in invisible "
+        "characters or in the form of their letters alone; put their images into one"
         for names in alike.values()
         if len(names) > 1
     )
