@@ -136,6 +136,13 @@ def test_a_folder_with_a_configuration_is_not_yet_a_run(tmp_path: Path) -> None:
         train_centrally(small_config(tmp_path), overwrite=True)
 
 
+def test_a_record_of_the_environment_that_is_nested_too_deep_is_no_runs(tmp_path: Path) -> None:
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "environment.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not a run folder"):
+        run_experiment(small_config(tmp_path), overwrite=True)
+
+
 def test_overwriting_follows_no_link(tmp_path: Path) -> None:
     precious = finished(tmp_path / "elsewhere")
     root = tmp_path / "runs"
@@ -143,6 +150,9 @@ def test_overwriting_follows_no_link(tmp_path: Path) -> None:
     (root / "quickstart").symlink_to(precious)
     with pytest.raises(UserError, match="is a link"):
         run_experiment(small_config(root), overwrite=True)
+    (root / "above").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="above is a link"):
+        run_experiment(small_config(root, overrides=["output.name=above/elsewhere"]), overwrite=True)
     (root / "quickstart").unlink()
     (finished(root / "quickstart") / "adapter").symlink_to(precious)
     with pytest.raises(UserError, match="adapter"):
