@@ -61,8 +61,8 @@ def run_path(root: str, name: str) -> Path:
     for above in path.parents[:-1]:
         if os.path.islink(Path(root) / above):
             raise UserError(
-                f"{Path(root) / above} is a link: a run is not written through one; set output.name=OTHER, or "
-                "output.root to where the link leads"
+                f"{Path(root) / above} is a link: a run is not written through one; set output.name=OTHER, "
+                "or output.root to where the link leads"
             )
     return Path(root) / path
 
