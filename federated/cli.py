@@ -80,10 +80,11 @@ def run(
         from federated.config.schema import load_config
         from federated.engines.simulation import run_experiment
         from federated.results.console import RunDisplay, print_results, print_where
+        from federated.results.lasting_console import lasting_console
         from federated.results.records import read_run
 
     loaded = load_config(config, overrides or [])
-    console = Console()
+    console = lasting_console()
     with _failures_shown_once():
         folder = run_experiment(loaded, overwrite=overwrite, display=RunDisplay(console))
     record = read_run(folder)

@@ -104,6 +104,22 @@ def first_places(ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(distinct).scatter_(0, numbers, places), numbers
 
 
+def check_unicode(texts: Sequence[str], what: str) -> None:
+    """Refuse texts that no tokenizer reads: bytes of a command line or a name that are not UTF-8.
+
+    Raises:
+        UserError: One is none.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{what} {text[:SHOWN_LETTERS]!r} is not UTF-8: give it in UTF-8, in a terminal or locale "
+                "that is (PYTHONUTF8=1 overrules the locale)"
+            ) from error
+
+
 def warn_of_cut(
     tokenize: Callable[[Sequence[str]], dict[str, Tensor]], texts: Sequence[str], what: str
 ) -> None:

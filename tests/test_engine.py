@@ -97,6 +97,24 @@ def _writes_to_the_terminal(message: Message, context: Context) -> object:
     raise RuntimeError("\x1b[2J\x1b]0;title\x07\u202eno\n" + "x" * 10_000_000)
 
 
+class _SpeechlessError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def _raises_without_words(message: Message, context: Context) -> object:
+    raise _SpeechlessError
+
+
+def _answers_what_cannot_be_sent(message: Message, context: Context) -> object:
+    return Message(RecordDict({"config": ConfigRecord({"text": "\udcff"})}), reply_to=message)
+
+
+def _keeps_what_cannot_be_sent(message: Message, context: Context) -> object:
+    context.state["config"] = ConfigRecord({"number": 2**70})
+    return Message(RecordDict(), reply_to=message)
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize(
     ("does", "reason"),
@@ -107,6 +125,9 @@ def _writes_to_the_terminal(message: Message, context: Context) -> object:
         (_returns_records, "this one: RecordDict"),
         (_spoils_its_state, "state: dict"),
         (_writes_to_the_terminal, "RuntimeError: no xxx"),
+        (_raises_without_words, "_SpeechlessError"),
+        (_answers_what_cannot_be_sent, "surrogates not allowed"),
+        (_keeps_what_cannot_be_sent, "ValueError"),
     ],
 )
 def test_whatever_a_client_does_it_alone_has_failed(

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from federated.cli import main
 from federated.engines.simulation import run_experiment
@@ -136,6 +137,13 @@ def test_a_folder_with_a_configuration_is_not_yet_a_run(tmp_path: Path) -> None:
         train_centrally(small_config(tmp_path), overwrite=True)
 
 
+def test_a_record_of_the_environment_that_is_nested_too_deep_is_no_runs(tmp_path: Path) -> None:
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "environment.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not a run folder"):
+        run_experiment(small_config(tmp_path), overwrite=True)
+
+
 def test_overwriting_follows_no_link(tmp_path: Path) -> None:
     precious = finished(tmp_path / "elsewhere")
     root = tmp_path / "runs"
@@ -143,6 +151,9 @@ def test_overwriting_follows_no_link(tmp_path: Path) -> None:
     (root / "quickstart").symlink_to(precious)
     with pytest.raises(UserError, match="is a link"):
         run_experiment(small_config(root), overwrite=True)
+    (root / "above").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="above is a link"):
+        run_experiment(small_config(root, overrides=["output.name=above/elsewhere"]), overwrite=True)
     (root / "quickstart").unlink()
     (finished(root / "quickstart") / "adapter").symlink_to(precious)
     with pytest.raises(UserError, match="adapter"):
@@ -234,6 +245,28 @@ def test_a_character_that_the_terminal_cannot_show_ends_no_command(
     assert b"?" in streams["stdout"].buffer.getvalue()
     assert b"error:" in streams["stderr"].buffer.getvalue()
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("command", ["run", "train"])
+@pytest.mark.parametrize("end", ["full disk", "closed pipe"])
+def test_a_terminal_that_takes_no_more_ends_no_run(
+    command: str, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if end == "full disk":
+        stdout = open("/dev/full", "w")  # noqa: SIM115 -- Python holds its own as long
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        stdout = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    text = yaml.safe_dump(small_config(tmp_path, overrides=["output.report=false"]).model_dump(mode="json"))
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        main([command, str(tmp_path / "a.yaml"), "output.name=run"])
+    assert ended.value.code == 0
+    assert (tmp_path / "run" / "summary.json").is_file()
+    assert [r.message for r in caplog.records if "takes no more" in r.message] != []
+    stdout.close()
 
 
 def test_cleaning_keeps_results() -> None:

@@ -230,12 +230,13 @@ def compare(
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; --output takes a folder")
     console, comparison = Console(), compare_runs(runs, target=target)
+    written = None if output is None else write_comparison(runs, output, target=target)
     for title, table in terminal_tables(comparison.rows).items():
         print_table(console, table, title)
     for note in comparison.notes:
         print_note(console, note)
-    if output is not None:
-        typer.echo(f"written: {write_comparison(runs, output, target=target)}")
+    if written is not None:
+        typer.echo(f"written: {written}")
 
 
 def register(app: typer.Typer) -> None:

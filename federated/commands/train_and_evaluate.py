@@ -15,6 +15,7 @@ from rich.text import Text
 
 from federated.commands.importing import modules_that_stay
 from federated.results.console import BarsDisplay, print_notes, print_where
+from federated.results.lasting_console import lasting_console
 from federated.results.wording import format_metric, format_seconds, metric_label
 from models.progress import progress_bar
 
@@ -47,7 +48,7 @@ def train(
         from federated.tools.central import train_centrally
 
     loaded = load_config(config, overrides or [], name_suffix="-central")
-    console = Console()
+    console = lasting_console()
     with EpochDisplay(console) as display:
         folder = train_centrally(loaded, overwrite=overwrite, display=display)
     console.print(closing_line(folder), highlight=False, soft_wrap=True)

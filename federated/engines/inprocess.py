@@ -32,6 +32,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from federated.communication.byte_counts import wire_bytes
 from federated.communication.foreign_text import shown
 from federated.engines.pipes import Answer, Request
 from federated.engines.workers import Workers
@@ -227,11 +228,12 @@ class InProcessGrid(Grid):
             if not isinstance(reply, Message) or not isinstance(working.state, RecordDict):
                 kinds = f"{type(reply).__name__} (state: {type(working.state).__name__})"
                 raise TypeError(f"a client returns a Message and keeps a RecordDict; this one: {kinds}")
+            wire_bytes(reply), wire_bytes(working.state)  # raises over what Flower could not send
             return Answer(message, reply, working.state)
         except KeyboardInterrupt:  # the user's
             raise
         except BaseException as error:  # the one place where a client's crash becomes an error reply
-            reason, failed = shown(f"{type(error).__name__}: {error}"), {ROUND_FAILURE: client_id}
+            reason, failed = shown(_words_of(error)), {ROUND_FAILURE: client_id}
             log.warning("client %d failed: %s", client_id, reason, extra=failed)
             log.debug("client %d failed", client_id, exc_info=True)
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
@@ -269,6 +271,14 @@ def _warning_at(deadline: float | None, running: Sequence[int]) -> Iterator[None
         if timer is not None:
             timer.cancel()
             timer.join()
+
+
+def _words_of(error: BaseException) -> str:
+    """Return what a client's exception says, and its type alone where it cannot say anything."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return f"{type(error).__name__} (its text cannot be had)"
 
 
 def _client_of(message: Message) -> int:

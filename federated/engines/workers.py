@@ -325,7 +325,8 @@ def _fork(work: Work, others: Sequence[_Worker]) -> _Worker:
     finally:
         error = sys.exc_info()[1]
         if isinstance(error, Exception) and not isinstance(error, BrokenPipeError):
-            log.error("a worker process cannot go on", exc_info=error)  # no client's: the grid catches those
+            log.error("a worker process cannot go on (%s: %s)", type(error).__name__, error)
+            log.debug("a worker process cannot go on", exc_info=error)  # no client's: the grid has those
         os._exit(status)  # nothing of the parent's may run again here: no handlers, no buffers
 
 

@@ -7,7 +7,6 @@ written. What a run replaces is what a run wrote: files of other names, and link
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from models.errors import UserError
 from models.files import sync
+from models.untrusted import read_json
 
 ENVIRONMENT_FILE, LOCK_FILE = "environment.json", "run.lock"
 _WEIGHTS = (
@@ -50,7 +50,7 @@ def run_path(root: str, name: str) -> Path:
         name: ``output.name``, a name or path below it.
 
     Raises:
-        UserError: The name is empty or leads out of the root.
+        UserError: The name is empty, leads out of the root or through a link below it.
     """
     path = Path(name)
     if not root or not path.parts or path.is_absolute() or ".." in path.parts:
@@ -58,6 +58,12 @@ def run_path(root: str, name: str) -> Path:
             f"output.root={ascii(root)} with output.name={ascii(name)} is no place for a run: give a folder "
             "(. for this one) and a name below it, without '..' and a leading '/'"
         )
+    for above in path.parents[:-1]:
+        if os.path.islink(Path(root) / above):
+            raise UserError(
+                f"{Path(root) / above} is a link: a run is not written through one; set output.name=OTHER, "
+                "or output.root to where the link leads"
+            )
     return Path(root) / path
 
 
@@ -204,8 +210,8 @@ def _is_open_as(lock: int, file: Path) -> bool:
 def _is_run(path: Path) -> bool:
     """Whether a folder says that a run of ours made it."""
     try:
-        tree = json.loads((path / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        tree = read_json(path / ENVIRONMENT_FILE)
+    except UserError:
         return False
     return isinstance(tree, dict) and "fedlora" in tree
 

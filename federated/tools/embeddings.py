@@ -18,7 +18,7 @@ from models.errors import CONTROL, UserError, printable
 from models.finite import check_finite
 from models.image_modes import load_image
 from models.progress import Report, quiet
-from models.prompts import warn_of_cut
+from models.prompts import check_unicode, warn_of_cut
 
 MAX_NAMED = 10
 """Corrupt files listed in one message."""
@@ -157,13 +157,14 @@ def embed_texts(
     """Embed texts, (N, D) float32 on the CPU, not normalised.
 
     Raises:
-        UserError: a text is empty, there is none, or embeddings are not finite.
+        UserError: a text is empty or not Unicode, there is none, or embeddings are not finite.
     """
     empty = [number for number, text in enumerate(texts, start=1) if not text.strip()]
     if empty or not texts:
         raise UserError(
             f"text {empty[0]} of {len(texts)} is empty; remove it" if empty else "there is no text"
         )
+    check_unicode(texts, "the text")
     warn_of_cut(model.tokenize, texts, "texts")
     rows: list[Tensor] = []
     for start in range(0, len(texts), options.batch_size):

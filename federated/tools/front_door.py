@@ -155,9 +155,9 @@ def run(
     loaded = config_from(config, **sections)
     display = None
     if show_progress:
-        from rich.console import Console
+        from federated.results.lasting_console import lasting_console
 
-        display = RunDisplay(Console())
+        display = RunDisplay(lasting_console())
     return RunResult(run_experiment(loaded, overwrite=overwrite, display=display))
 
 

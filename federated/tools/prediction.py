@@ -25,7 +25,14 @@ from lora.base_delta_file import BASE_DELTA_FILE
 from lora.named import compare_embeddings
 from models.errors import UserError
 from models.finite import check_finite
-from models.prompts import average_templates, check_classes, class_prompts, encode_in_chunks, warn_of_cut
+from models.prompts import (
+    average_templates,
+    check_classes,
+    check_unicode,
+    class_prompts,
+    encode_in_chunks,
+    warn_of_cut,
+)
 
 _SCORED_AT_ONCE = 4096
 
@@ -116,6 +123,7 @@ def make_classifier(
     wording = model.templates if templates is None else tuple(templates)
     check_classes(len(names), names, wording)
     texts = class_prompts(names, wording)
+    check_unicode(texts, "the class prompt")
     warn_of_cut(model.tokenize, texts, "class prompts")
     with torch.no_grad():
         prompts = encode_in_chunks(model.encode_text, model.tokenize(texts))
