@@ -40,7 +40,7 @@ def check_can_score(experiment: Experiment) -> None:
         UserError: The data has one class, so that every model is right.
     """
     names, model = experiment.data.class_names, unwrap(experiment.model)
-    if model.task.name == "retrieval":
+    if model.task.reads_captions:
         return
     if names is not None and len(names) == 1:
         raise UserError(
@@ -87,7 +87,7 @@ def _check_reach(experiment: Experiment) -> None:
 def _check_classes(experiment: Experiment) -> None:
     """Refuse training rows of one class, and class prompts that nothing can tell apart."""
     data, model = experiment.data, unwrap(experiment.model)
-    if model.task.name == "retrieval":
+    if model.task.reads_captions:
         return
     groups = model.classes_that_read_alike()
     if groups and not any(name.startswith("head.") for name in model.exchanged_names):
@@ -109,7 +109,7 @@ def _check_classes(experiment: Experiment) -> None:
 
 def _check_contrast(experiment: Experiment) -> None:
     """Refuse retrieval where a client has nothing to tell a pair from."""
-    if experiment.model.task.name != "retrieval":
+    if not experiment.model.task.reads_captions:
         return
     data = experiment.data
     for column in filter(None, (data.concept_column, data.caption_column)):
@@ -129,7 +129,7 @@ def _check_contrast(experiment: Experiment) -> None:
 
 def _check_pairs(experiment: Experiment) -> None:
     """Refuse retrieval in batches of one pair, whose loss is always 0, and in parts of a batch."""
-    if experiment.model.task.name != "retrieval":
+    if not experiment.model.task.reads_captions:
         return
     client = experiment.config.client
     for key, size in (("client", client.batch_size), ("evaluation", experiment.config.evaluation.batch_size)):
@@ -156,7 +156,7 @@ def _check_pairs(experiment: Experiment) -> None:
 
 def _check_gallery(experiment: Experiment) -> None:
     """Refuse a gallery of one, and say where a recall is 100 % by construction."""
-    if experiment.model.task.name != "retrieval":
+    if not experiment.model.task.reads_captions:
         return
     wanted, num_rows = experiment.config.evaluation.max_samples, len(experiment.test_images)
     size = num_rows if wanted is None else min(wanted, num_rows)

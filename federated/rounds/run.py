@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from federated.communication.savings import ModelSizes
 from federated.config.augmentation_options import Augmentation
+from federated.config.plugins import load_plugins
 from federated.config.schema import ExperimentConfig, load_config, parse_config
 from federated.config.seeding import generator
 from federated.data.augmented_batches import augment_batch, training_augmentation
@@ -36,13 +37,15 @@ from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.verify import count_parameters
 from models.clip import FederatedCLIPModel
 from models.metrics import CONCEPT, PICTURE, TEXT
+from models.registration import added
 from models.spare_memory import return_freed_memory
 from models.state import Layout, State, layout_of, num_values
 from models.training import Batch, TrainingSettings
 from models.untrusted import parse_yaml
 
-CONFIG_KEY, OVERRIDES_KEY = "config", "overrides"
-"""Keys of Flower's run config: a configuration (name, path or YAML text) and ``key=value`` overrides."""
+CONFIG_KEY, OVERRIDES_KEY, PLUGINS_KEY = "config", "overrides", "plugins"
+"""Keys of Flower's run config: a configuration (name, path or YAML text), ``key=value`` overrides, and plugin
+files, with blanks between."""
 
 BYTES_PER_FP32 = 4
 
@@ -194,12 +197,12 @@ class Experiment:
             kept: The split that the rows of a batch without pixels are from.
         """
         keys: tuple[str, ...] = ("pixel_values", "labels")
-        if self.config.task.name == "retrieval":
+        if self.model.task.reads_captions:
             keys = (*keys, CONCEPT, PICTURE, TEXT)
         tensors = {key: batch[key] for key in keys if key in batch}
         if kept is not None:
             tensors |= self.caches.of_images(kept, batch["index"])
-        if self.config.task.name == "retrieval":
+        if self.model.task.reads_captions:
             tensors |= self.caches.of_texts(batch["captions"])
         return tensors
 
@@ -269,14 +272,16 @@ def experiment_of(run_config: Mapping[str, Any]) -> Experiment:
     Torch's threads follow the configuration here, because Flower's engines call the apps in processes of
     their own, and the number of threads decides the last bits of a result.
     """
-    experiment = _cached_experiment(str(run_config[CONFIG_KEY]), str(run_config.get(OVERRIDES_KEY, "")))
+    load_plugins(str(run_config.get(PLUGINS_KEY, "")).split())
+    config, overrides = str(run_config[CONFIG_KEY]), str(run_config.get(OVERRIDES_KEY, ""))
+    experiment = _cached_experiment(config, overrides, tuple(added().items()))
     if torch.get_num_threads() != experiment.config.engine.threads:
         torch.set_num_threads(experiment.config.engine.threads)
     return experiment
 
 
 @functools.lru_cache(maxsize=1)
-def _cached_experiment(config: str, overrides: str) -> Experiment:
+def _cached_experiment(config: str, overrides: str, plugins: tuple[object, ...]) -> Experiment:
     if "\n" in config:
         parsed = parse_config(parse_yaml(config, "the run config") or {}, source="the run config")
     else:
@@ -312,7 +317,7 @@ def build_experiment(config: ExperimentConfig, data: FederatedData | None = None
     }
     initial_state, scaling = model.get_state(), scalings(model)
     augmentation = training_augmentation(
-        config.client.augmentation, model.preprocess, captions=config.task.name == "retrieval"
+        config.client.augmentation, model.preprocess, captions=model.task.reads_captions
     )
     experiment = Experiment(
         config=config,
