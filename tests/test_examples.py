@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,3 +142,48 @@ def test_the_smoothed_loss_is_the_cross_entropy_with_a_tenth_spread_over_the_cla
     metrics = task.evaluate(Fake(), [always_zero])
     assert metrics["accuracy"] == pytest.approx(4 / 6)
     assert metrics["balanced_accuracy"] == pytest.approx(1 / 3)
+
+
+# ---- the notebook
+
+
+def cells(kind: str) -> list[str]:
+    """Return the text of a kind of cells of the notebook, in order."""
+    notebook = json.loads((EXAMPLES / "tutorial.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def test_the_notebook_keeps_no_outputs() -> None:
+    notebook = json.loads((EXAMPLES / "tutorial.ipynb").read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [(cell["outputs"], cell["execution_count"]) for cell in code] == [([], None)] * len(code)
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+
+
+def test_the_notebook_has_the_steps_of_the_tutorial() -> None:
+    page = (EXAMPLES.parent / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    steps = [line for text in cells("markdown") for line in text.splitlines() if line.startswith("## ")]
+    assert steps == [line for line in page.splitlines() if line.startswith("## ")]
+
+
+def test_every_cell_of_the_notebook_runs_and_plain_peft_finds_what_the_run_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, *others = cells("code")
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert {"OUTPUT", "SETTINGS"} <= names.keys()
+    names["OUTPUT"]["report"] = False
+    names["SETTINGS"] = {
+        "federation": {"rounds": 1},
+        "partition": {"num_clients": 2},
+        "client": {"local_steps": 1},
+        "data": {"max_train_samples": 100, "max_test_samples": 50},
+    }
+    for code in others:
+        exec(code, names)
+    assert abs(names["accuracy"] - names["lora"].summary["final"]) < 0.021  # one image in fifty
+    assert [row.name for row in names["comparison"].rows] == ["lora", "lora_int8", "head"]
+    assert names["lora"]._repr_html_().count("<img") == 2
