@@ -1,5 +1,7 @@
 """Federated fine-tuning in which only LoRA adapters travel: ``run`` a configuration, look at what it left.
 
+The ``register_…`` functions add aggregators, codecs, data sources, partitioners and tasks from outside.
+
 The names are resolved at first use, so that importing the package costs neither torch nor pandas.
 """
 
@@ -10,14 +12,44 @@ from typing import TYPE_CHECKING
 from models.lazy_names import at_first_use
 
 if TYPE_CHECKING:
+    from federated.communication.codings import register_coding
+    from federated.communication.sparsifiers import register_selection
+    from federated.config.plugins import load_plugins
     from federated.config.schema import ExperimentConfig, load_config
+    from federated.data.partitioners import register_partitioner
+    from federated.data.sources.source_registry import register_source
+    from federated.methods.registry import register_aggregator
+    from federated.methods.server_optimizers import register_server_optimizer
     from federated.tools.front_door import RunResult, open_run, run
+    from models.tasks import register_task
 
-__all__ = ["ExperimentConfig", "RunResult", "load_config", "open_run", "run"]
+__all__ = [
+    "ExperimentConfig",
+    "RunResult",
+    "load_config",
+    "load_plugins",
+    "open_run",
+    "register_aggregator",
+    "register_coding",
+    "register_partitioner",
+    "register_selection",
+    "register_server_optimizer",
+    "register_source",
+    "register_task",
+    "run",
+]
 
 _HOMES: dict[str, tuple[str, ...]] = {
-    "config.schema": ("ExperimentConfig", "load_config"),
-    "tools.front_door": ("RunResult", "open_run", "run"),
+    "federated.communication.codings": ("register_coding",),
+    "federated.communication.sparsifiers": ("register_selection",),
+    "federated.config.plugins": ("load_plugins",),
+    "federated.config.schema": ("ExperimentConfig", "load_config"),
+    "federated.data.partitioners": ("register_partitioner",),
+    "federated.data.sources.source_registry": ("register_source",),
+    "federated.methods.registry": ("register_aggregator",),
+    "federated.methods.server_optimizers": ("register_server_optimizer",),
+    "federated.tools.front_door": ("RunResult", "open_run", "run"),
+    "models.tasks": ("register_task",),
 }
 
 __getattr__ = at_first_use(__name__, _HOMES)

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.text import Text
 
 from federated.commands import data, inference, train_and_evaluate
-from federated.commands.importing import modules_that_stay
+from federated.commands.importing import PluginsOption, modules_that_stay
+from federated.config.plugins import load_plugins
 from models.errors import ROUND_FAILURE, UserError, printable
 
 app = typer.Typer(
@@ -71,6 +72,7 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run folder of the same name.")
     ] = False,
+    plugin: PluginsOption = None,
 ) -> None:
     """Run a federated fine-tuning and write its folder.
 
@@ -83,6 +85,7 @@ def run(
         from federated.results.lasting_console import lasting_console
         from federated.results.records import read_run
 
+        load_plugins(plugin or ())
     loaded = load_config(config, overrides or [])
     console = lasting_console()
     with _failures_shown_once():
@@ -100,6 +103,8 @@ def show_config(
         typer.Argument(metavar="CONFIG", help="As for run; without it the shipped ones are listed."),
     ] = None,
     overrides: OverridesArgument = None,
+    *,
+    plugin: PluginsOption = None,
 ) -> None:
     """Print the resolved configuration, defaults included; without CONFIG, which configurations are shipped.
 
@@ -109,6 +114,7 @@ def show_config(
     from federated.results.console import print_table
     from federated.results.tables import TextTable
 
+    load_plugins(plugin or ())
     if config is None:
         rows = tuple(shipped_descriptions().items())
         table = TextTable(("CONFIG", "what it is"), rows, frozenset({0, 1}))
@@ -118,7 +124,9 @@ def show_config(
 
 
 @app.command()
-def info(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+def info(
+    config: ConfigArgument, overrides: OverridesArgument = None, *, plugin: PluginsOption = None
+) -> None:
     """Print parameter counts and the bytes a round will send, without training.
 
     Example: fedlora info clip_lora model.pretrained=false
@@ -128,6 +136,7 @@ def info(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
         from federated.results.console import print_table
         from federated.tools.inspection import describe_run, description_tables
 
+        load_plugins(plugin or ())
     console = Console()
     for title, table in description_tables(describe_run(load_config(config, overrides or []))):
         print_table(console, table, title)

@@ -68,47 +68,47 @@ __all__ = [
 ]
 
 _HOMES: dict[str, tuple[str, ...]] = {
-    "adapter_files": (
+    "lora.adapter_files": (
         "save_full_checkpoint",
         "save_lora_adapters",
     ),
-    "adapters": (
+    "lora.adapters": (
         "get_lora_state_dict",
         "set_lora_state_dict",
     ),
-    "clip_wrapper": ("CLIPLoRAWrapper",),
-    "config": ("LoRAConfig",),
-    "factory": (
+    "lora.clip_wrapper": ("CLIPLoRAWrapper",),
+    "lora.config": ("LoRAConfig",),
+    "lora.factory": (
         "create_model",
         "quick_clip_lora",
     ),
-    "gradient_checkpointing": (
+    "lora.gradient_checkpointing": (
         "disable_gradient_checkpointing",
         "enable_gradient_checkpointing",
     ),
-    "injection": (
+    "lora.injection": (
         "apply_lora_to_text_encoder",
         "inject_lora",
     ),
-    "loading": (
+    "lora.loading": (
         "load_full_checkpoint",
         "load_lora_adapters",
     ),
-    "named": (
+    "lora.named": (
         "compare_embeddings",
         "list_adapters",
         "load_named_adapter",
         "remove_adapter",
         "set_active_adapter",
     ),
-    "switching": (
+    "lora.switching": (
         "disable_lora",
         "enable_lora",
         "merge_and_unload",
         "merge_lora",
         "unmerge_lora",
     ),
-    "verify": (
+    "lora.verify": (
         "check_lora_injection",
         "count_parameters",
         "verify_gradients",

@@ -36,14 +36,14 @@ __all__ = [
 ]
 
 _HOMES: dict[str, tuple[str, ...]] = {
-    "clip": ("STRATEGIES", "FederatedCLIPModel"),
-    "errors": ("UserError",),
-    "images": ("ImageProcessor",),
-    "loading": ("load_clip",),
-    "state": ("State",),
-    "tasks": ("TASKS", "Task"),
-    "towers": ("LoadedCLIP", "Towers"),
-    "training": ("Batch", "LocalTrainer", "TrainingSettings"),
+    "models.clip": ("STRATEGIES", "FederatedCLIPModel"),
+    "models.errors": ("UserError",),
+    "models.images": ("ImageProcessor",),
+    "models.loading": ("load_clip",),
+    "models.state": ("State",),
+    "models.tasks": ("TASKS", "Task"),
+    "models.towers": ("LoadedCLIP", "Towers"),
+    "models.training": ("Batch", "LocalTrainer", "TrainingSettings"),
 }
 
 __getattr__ = at_first_use(__name__, _HOMES)

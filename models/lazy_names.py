@@ -12,13 +12,13 @@ def at_first_use(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[
 
     Args:
         package: Its name.
-        homes: Module inside it -> names that it defines.
+        homes: Module -> names of the package that it defines.
     """
 
     def find(name: str) -> Any:
         for module, names in homes.items():
             if name in names:
-                return getattr(import_module(f"{package}.{module}"), name)
+                return getattr(import_module(module), name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return find

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from models.errors import UserError
 from models.finite import or_not_a_number
 from models.metrics import CONCEPT, PICTURE, TEXT, retrieval_set
+from models.registration import add
 from models.training import Batch, num_examples
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Task:
         uses_head: Whether the model carries a linear head.
         uses_text: Whether the loss reaches the text tower.
         splits_into_micro_batches: Whether the loss of a batch is the mean of its parts' losses.
+        reads_captions: Whether a batch holds the captions of its images, as ``models.features`` reads them;
+            otherwise their labels.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Task:
     uses_head: bool
     uses_text: bool
     splits_into_micro_batches: bool
+    reads_captions: bool = False
 
 
 def _labels(batch: Batch) -> Tensor:
@@ -197,7 +201,20 @@ TASKS: dict[str, Task] = {
             uses_head=False,
             uses_text=True,
             splits_into_micro_batches=False,
+            reads_captions=True,
         ),
     )
 }
 """Task name -> task."""
+
+
+def register_task(task: Task) -> Task:
+    """Add a task under its own name.
+
+    Raises:
+        UserError: It is no task, or the name is taken.
+    """
+    if not isinstance(task, Task):
+        raise UserError(f"register_task takes a Task, not a {type(task).__name__}")
+    add("task", task.name, task, TASKS)
+    return task

@@ -21,12 +21,14 @@ from pydantic import AfterValidator, Field
 
 from federated.communication.codec import codec_from_name
 from federated.communication.codings import CODINGS
+from federated.config.plugins import load_plugins
 from federated.config.schema import ExperimentConfig
 from federated.data.partitioners import PARTITIONERS
 from federated.data.sources.source_registry import SOURCES
 from federated.engines.simulation import run_experiment
 from federated.methods import AGGREGATORS
 from federated.methods.server_optimizers import SERVER_OPTIMIZERS
+from models.registration import added, remove
 from models.state import layout_of
 from models.tasks import TASKS
 from tests.small_run import lines_without_times, small_config
@@ -139,16 +141,18 @@ def test_the_files_that_a_page_names_exist(page: Path) -> None:
     assert not [name for name in named if not (ROOT / name).exists() and not (page.parent / name).exists()]
 
 
-def test_what_the_page_on_extending_adds_takes_part_in_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names: dict[str, Any] = {}
-    for _, code in blocks(DOCS / "extending.md", "python"):
-        exec(code, names)
-    monkeypatch.setitem(AGGREGATORS, "trimmed_mean", names["trimmed_mean"])
-    monkeypatch.setitem(CODINGS, "sign", names["sign"])
-    monkeypatch.setitem(SOURCES, "colours", names["colours"])
-    monkeypatch.setitem(PARTITIONERS, "one_class", names["one_class"])
+@pytest.fixture
+def added_by_the_page(tmp_path: Path) -> Iterator[None]:
+    """The code of the page on extending, loaded as one plugin."""
+    plugin = tmp_path / "page.py"
+    plugin.write_text("\n\n".join(code for _, code in blocks(DOCS / "extending.md", "python")))
+    load_plugins([plugin])
+    yield
+    remove(list(added()))
+
+
+@pytest.mark.usefixtures("added_by_the_page")
+def test_what_the_page_on_extending_adds_takes_part_in_a_run(tmp_path: Path) -> None:
     chosen = (
         "aggregation={name: trimmed_mean, options: {share: 0.3}}",
         "communication.uplink=sign:ef",
@@ -162,14 +166,9 @@ def test_what_the_page_on_extending_adds_takes_part_in_a_run(
     assert sorted(lines[-1]["clients"]) == ["0", "1", "2", "3"]
 
 
-def test_the_codec_of_the_page_on_extending_keeps_signs_and_states_its_bytes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    names: dict[str, Any] = {}
-    (code,) = [code for _, code in blocks(DOCS / "extending.md", "python") if "def sign" in code]
-    exec(code, names)
-    monkeypatch.setitem(CODINGS, "sign", names["sign"])
-    codec = codec_from_name.__wrapped__("sign")
+@pytest.mark.usefixtures("added_by_the_page")
+def test_the_codec_of_the_page_on_extending_keeps_signs_and_states_its_bytes() -> None:
+    codec = codec_from_name("sign")
     state = {"m.lora_A.weight": torch.randn(3, 7, generator=torch.Generator().manual_seed(0))}
     buffer = codec.encode(state, None)
     decoded = codec.decode(buffer, layout_of(state))["m.lora_A.weight"]

@@ -181,7 +181,7 @@ def test_captions_that_read_alike_are_one_text(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_csv(tmp_path / f"{split}.csv", "image,caption", lines)
     overrides = ["partition.num_clients=1", "partition.local_test_fraction=0"]
-    batch = build_experiment(captioned_config(tmp_path, *overrides)).test_images.batch(range(4))
+    batch = build_run(captioned_config(tmp_path, *overrides)).test_images.batch(range(4))
     assert len(batch["text"][:3].unique()) == 1
     assert len(batch["text"].unique()) == 2
 

@@ -1,10 +1,23 @@
-"""Importing torch, transformers and the data libraries without looking for garbage in them."""
+"""Importing: torch and the data libraries without looking for garbage in them; and the option for plugins."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PluginsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE.py",
+        help="Python file that registers aggregators, codecs, data sources, tasks …; repeat for several.",
+    ),
+]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from federated.commands.importing import modules_that_stay
+from federated.commands.importing import PluginsOption, modules_that_stay
+from federated.config.plugins import load_plugins
 from models.errors import UserError
 from models.progress import progress_bar
 
@@ -85,6 +86,7 @@ def predict(  # noqa: PLR0913 - the command's options
     skip_corrupt: SkipCorruptOption = False,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "cpu",
+    plugin: PluginsOption = None,
 ) -> None:
     """Classify an image, or all images of a folder, with a run's model or with class prompts.
 
@@ -99,6 +101,7 @@ def predict(  # noqa: PLR0913 - the command's options
         from federated.tools.prediction import predict as predict_images
         from federated.tools.result_tables import prediction_records, prediction_table
 
+        load_plugins(plugin or ())
     chosen = _format(output_format, output)
     if output is not None:
         check_output(output, overwrite=overwrite)
@@ -134,6 +137,7 @@ def encode(  # noqa: PLR0913 - the command's options
     skip_corrupt: SkipCorruptOption = False,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "cpu",
+    plugin: PluginsOption = None,
 ) -> None:
     """Write the embeddings of a folder of images, or of the lines of a text file, and a manifest beside them.
 
@@ -146,6 +150,7 @@ def encode(  # noqa: PLR0913 - the command's options
         from federated.tools.embeddings import InputOptions, check_no_texts
         from federated.tools.prediction import compare_with_base
 
+        load_plugins(plugin or ())
     if output is None and not compare_base:
         raise UserError("name the file to write with --output FILE.safetensors (or .npy)")
     if output is not None:
@@ -173,7 +178,7 @@ def encode(  # noqa: PLR0913 - the command's options
         )
 
 
-def search(
+def search(  # noqa: PLR0913 - the command's options
     index: Annotated[str, typer.Argument(metavar="INDEX", help="A file that `fedlora encode` wrote.")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="A text, or with --image an image file.")],
     *,
@@ -186,6 +191,7 @@ def search(
     adapter: AdapterOption = None,
     output_format: Annotated[Format, typer.Option("--format", help="How to print the rows.")] = Format.table,
     device: DeviceOption = "cpu",
+    plugin: PluginsOption = None,
 ) -> None:
     """Find the images (or texts) of an encoded folder that are most like a text or an image.
 
@@ -199,6 +205,7 @@ def search(
         from federated.tools.search import open_query_model
         from federated.tools.search import search as search_index
 
+        load_plugins(plugin or ())
     found = read_index(index)
     opened = open_query_model(found, model, adapter=adapter, device=device)
     hits = search_index(found, opened, query, image=image, top_k=top_k)

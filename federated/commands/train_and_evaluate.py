@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from federated.commands.importing import modules_that_stay
+from federated.commands.importing import PluginsOption, modules_that_stay
+from federated.config.plugins import load_plugins
 from federated.results.console import BarsDisplay, print_notes, print_where
 from federated.results.lasting_console import lasting_console
 from federated.results.wording import format_metric, format_seconds, metric_label
@@ -36,6 +37,7 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run folder of the same name.")
     ] = False,
+    plugin: PluginsOption = None,
 ) -> None:
     """Train centrally: one client with all the data, the upper bound of a federated run.
 
@@ -47,6 +49,7 @@ def train(
         from federated.config.schema import load_config
         from federated.tools.central import train_centrally
 
+        load_plugins(plugin or ())
     loaded = load_config(config, overrides or [], name_suffix="-central")
     console = lasting_console()
     with EpochDisplay(console) as display:
@@ -73,6 +76,7 @@ def evaluate(
         Path | None, typer.Option(metavar="FOLDER", help="Where to write; RUN/evaluation_SPLIT by default.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier evaluation.")] = False,
+    plugin: PluginsOption = None,
 ) -> None:
     """Evaluate a trained model: per-class report, confusion matrix, or recalls for retrieval.
 
@@ -83,6 +87,7 @@ def evaluate(
     with modules_that_stay():
         from federated.tools.evaluation import evaluate_source
 
+        load_plugins(plugin or ())
     with progress_bar("images") as report_progress:
         folder, report = evaluate_source(
             source,

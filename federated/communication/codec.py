@@ -40,6 +40,7 @@ from federated.communication.sparsifiers import (
 )
 from lora.adapters import factor_of, is_adapter_part
 from models.errors import UserError, shortened
+from models.registration import added
 from models.state import Layout, State, layout_of, num_values
 
 
@@ -84,13 +85,17 @@ def valid_codec_names() -> str:
     )
 
 
-@functools.lru_cache(maxsize=64)
 def codec_from_name(text: str) -> Codec:
     """Return the codec of that name.
 
     Raises:
         UserError: No such codec; the message lists those that exist.
     """
+    return _codec_from_name(text, (*added("coding").values(), *added("selection").values()))
+
+
+@functools.lru_cache(maxsize=64)
+def _codec_from_name(text: str, plugins: tuple[object, ...]) -> Codec:
     first, plus, stored_as = text.partition("+")
     stem = first.removesuffix(":ef")
     if stem in CODINGS and not plus:

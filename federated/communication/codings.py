@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from federated.communication.payload import LARGEST_FP32
+from models.registration import registering
 
 
 @dataclass(frozen=True)
@@ -175,3 +176,6 @@ CODINGS: dict[str, Callable[[], Coding]] = {
     "int4:sr": lambda: quantised(NIBBLES, stochastic=True),
     "ternary": lambda: quantised(TRITS, stochastic=True),  # to the nearest, most values would become 0
 }
+
+register_coding = registering("coding", CODINGS)
+"""``@register_coding("name")`` adds a function () -> Coding."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from federated.communication.payload import PayloadError
+from models.registration import registering
 
 
 def num_kept(n: int, density: float) -> int:
@@ -31,6 +32,9 @@ def top_k(values: np.ndarray, k: int) -> np.ndarray:
 
 
 SELECTIONS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {"topk": top_k}
+
+register_selection = registering("selection", SELECTIONS, ("values", "k"))
+"""``@register_selection("name")`` adds a function (values, k) -> mask of exactly k of them."""
 
 
 # ---- positions

@@ -70,10 +70,7 @@ def build(
             value; the message begins with the dotted keys.
     """
     if name not in registry:
-        raise UserError(
-            f"{choice.name_key}: no {choice.kind} {name!r}{_nearest(name, registry)}; "
-            f"there are {', '.join(sorted(registry))}"
-        )
+        raise UserError(f"{choice.name_key}: {no_such(choice.kind, name, registry)}")
     function = registry[name]
     parameters = inspect.signature(function).parameters.values()
     known = {
@@ -90,6 +87,13 @@ def build(
         return function(*arguments, **values)
     except UserError as error:
         raise UserError(f"{_keys_meant(str(error), choice, known, options)}: {error}") from error
+
+
+def no_such(kind: str, name: str, names: Iterable[str]) -> str:
+    """Return what to say of a name that is not there: the nearest, and those that are."""
+    known = sorted(names)
+    there = f"there are {', '.join(known)}; --plugin FILE.py brings others"
+    return f"no {kind} {name!r}{_nearest(name, known)}; {there}"
 
 
 def _unknown_option(option: str, choice: Choice, name: str, known: Iterable[str]) -> str:

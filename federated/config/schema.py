@@ -17,10 +17,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from federated.config.augmentation_options import augmentation_from
+from federated.config.choices import no_such
 from federated.config.config_errors import explain
+from federated.config.plugins import load_plugins, load_recorded
 from lora.config import MAX_RANK, LoRAConfig
 from models.errors import UserError, shortened
+from models.registration import added
 from models.untrusted import MOST_YAML_BYTES, PathText, parse_yaml, read_text
+
+TASK_NAMES = ("classification", "zero_shot", "retrieval")
+"""What ``models.tasks`` holds, which imports torch; plugins add others."""
 
 
 class Section(BaseModel):
@@ -52,12 +58,21 @@ class ModelSection(Section):
 class TaskSection(Section):
     """What is learnt and how it is scored."""
 
-    name: Literal["classification", "zero_shot", "retrieval"] = "classification"
-    """Classify with a linear head, classify by class prompts, or match images and captions."""
+    name: str = "classification"
+    """A task of ``models.tasks.TASKS``: classification (by a linear head), zero_shot (by class prompts) or
+    retrieval (match images and captions)."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Prompts around a class name; their text embeddings are averaged."""
     train_head: bool = True
     """Whether the classification head trains and travels beside the adapters."""
+
+    @field_validator("name")
+    @classmethod
+    def _task_is_known(cls, value: str) -> str:
+        known = (*TASK_NAMES, *(name for _, name in added("task")))
+        if value not in known:
+            raise ValueError(no_such("task", value, known))
+        return value
 
 
 class DataSection(Section):
@@ -384,9 +399,12 @@ def load_config(
         name_suffix: Ends the default of ``output.name``, so that two commands do not write one folder.
 
     Raises:
-        UserError: A missing file, YAML that does not parse, an unknown key or a value that does not fit.
+        UserError: A missing file, YAML that does not parse, an unknown key, a value that does not fit, or a
+            plugin that a run was made with and that is not as it was.
     """
     path = find_config(name_or_path)
+    if path.name == "config.yaml":  # of a run
+        load_recorded(path.parent)
     tree = parse_yaml(read_text(path, MOST_YAML_BYTES), path) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
@@ -404,6 +422,7 @@ def parse_config(
         overrides: As in ``load_config``.
         default_name: Becomes ``output.name`` when the tree has none.
     """
+    load_plugins()
     overridden = [_apply_override(tree, override) for override in overrides]
     try:
         config = ExperimentConfig.model_validate(tree)

@@ -21,6 +21,7 @@ from federated.data.sources.form import FederatedData, split_off
 from federated.data.sources.source_registry import SOURCES
 from federated.data.splits import column_values, stratified_choice
 from models.errors import UserError
+from models.tasks import TASKS
 from models.untrusted import checked_name
 
 __all__ = [
@@ -111,12 +112,14 @@ def check_task_data(data: FederatedData, task: str) -> None:
 
     Args:
         data: the data.
-        task: "classification", "zero_shot" or "retrieval".
+        task: a key of ``models.tasks.TASKS``.
 
     Raises:
         UserError: they have no captions, or no labels; says what would help.
     """
-    needed, column = ("captions", "caption_column") if task == "retrieval" else ("labels", "label_column")
+    needed, column = (
+        ("captions", "caption_column") if TASKS[task].reads_captions else ("labels", "label_column")
+    )
     if getattr(data, column) is not None:
         return
     there = ", ".join(name for name in data.train.column_names if name != "picture")

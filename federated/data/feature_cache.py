@@ -164,7 +164,7 @@ def build_feature_caches(
             budget -= rows.max_bytes
     if settings.folder is not None and (parked := park_idle_tower(model, settings.folder)):
         caches.tell(f"text tower: {parked / 1e6:.1f} MB in a file (this run does not read them)")
-    if model.task.name == "retrieval":
+    if model.task.reads_captions:
         _add_captions(caches, model, settings, batch_size, budget)
     return caches
 

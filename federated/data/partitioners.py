@@ -18,6 +18,7 @@ from datasets import Dataset
 
 from federated.data.splits import IntArray, column_values
 from models.errors import UserError
+from models.registration import registering
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
@@ -214,6 +215,9 @@ PARTITIONERS: dict[str, Callable[..., list[IntArray]]] = {
     "square": square,
 }
 """Name -> function (light data set, num_clients, rng, **options) -> rows of each client."""
+
+register_partitioner = registering("partitioner", PARTITIONERS, ("light", "num_clients", "rng"))
+"""``@register_partitioner("name")`` adds a function (light, num_clients, rng, *, options) -> rows of each."""
 
 
 def _flower() -> ModuleType:

@@ -28,6 +28,7 @@ from federated.communication.payload import CONFIG
 from federated.config.schema import ClientSection
 from federated.config.seeding import generator, scoped_torch_rng
 from federated.data.batch_order import steps_per_epoch
+from federated.engines.batched_losses import KNOWN_LOSSES
 from federated.engines.batched_training import JointTrainer
 from federated.methods import ClientRules
 from federated.rounds.batches import local_batches
@@ -64,6 +65,8 @@ def one_by_one_because(run: Run) -> str | None:
         return "client.precision=fp16 scales the loss of one client at a time (bf16 does not)"
     if run.aggregator.client != ClientRules():
         return f"aggregation.name={run.aggregator.name} has rules of its own for clients"
+    if run.model.task.loss not in KNOWN_LOSSES:
+        return f"task.name={run.model.task.name} has a loss of its own"
     return obstacle(run.model)
 
 

@@ -17,8 +17,11 @@ from models.clip import FederatedCLIPModel
 from models.features import CAPTION_ID
 from models.metrics import CONCEPT, PICTURE, TEXT
 from models.prompts import MAX_PROMPTS, average_templates
-from models.tasks import contrastive_loss, positives
+from models.tasks import classification_loss, contrastive_loss, positives, retrieval_loss, zero_shot_loss
 from models.training import Batch, num_examples
+
+KNOWN_LOSSES = (classification_loss, zero_shot_loss, retrieval_loss)
+"""Losses of tasks that ``group_losses`` computes, for several clients at a time."""
 
 
 @dataclass(frozen=True, eq=False)

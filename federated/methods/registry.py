@@ -14,6 +14,7 @@ from federated.methods.protocol import Aggregator
 from federated.methods.redistribution import fedsvd, flexlora
 from federated.methods.residual import fedex, lora_fair
 from federated.methods.stacking import flora
+from models.registration import registering
 
 AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
     "fedavg": fedavg,
@@ -29,6 +30,9 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
     "fed_sb": fed_sb,
     "dual": dual,
 }
+
+register_aggregator = registering("aggregator", AGGREGATORS)
+"""``@register_aggregator("name")`` adds a function (*, options) -> Aggregator."""
 
 AGGREGATOR = Choice("aggregator", "aggregation.name", "aggregation.options")
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from federated.config.choices import Choice, build
 from federated.methods.protocol import Aggregator, ServerState, Update, sorted_state
 from models.errors import UserError
+from models.registration import registering
 from models.state import State
 from models.temperature import within_bound
 
@@ -139,6 +140,9 @@ SERVER_OPTIMIZERS: dict[str, Callable[..., ServerOptimizer]] = {
     "fedyogi": fedyogi,
     "fedadagrad": fedadagrad,
 }
+
+register_server_optimizer = registering("server optimizer", SERVER_OPTIMIZERS)
+"""``@register_server_optimizer("name")`` adds a function (*, options) -> ServerOptimizer."""
 
 SERVER_OPTIMIZER = Choice(
     "server optimizer", "aggregation.server_optimizer.name", "aggregation.server_optimizer"

@@ -1,6 +1,7 @@
 """The folder of a run: everything it leaves behind, written as it happens.
 
-``config.yaml``, ``environment.json`` and ``partition.json`` are written before the first round; a line of
+``config.yaml``, ``environment.json``, ``plugins.json`` (where the run needs plugins) and ``partition.json``
+are written before the first round; a line of
 ``metrics.jsonl``, the rows of ``communication.csv`` and TensorBoard events after each round; ``checkpoint/``
 holds the latest global state, ``adapter_best/`` that of the best round; ``adapter/`` and ``summary.json``
 come at the end. Files appear whole or not at all. Pictures and events are best effort: no run ends for them.
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from federated.config.plugins import PLUGINS_FILE, used_plugins
 from federated.config.schema import ExperimentConfig, dump_config
 from federated.results.run_place import ENVIRONMENT_FILE, claim, release
 from models.files import BestEffort, errors_named, json_text, write_json, write_text
@@ -45,6 +47,8 @@ class RunFolder:
         self._lock: int | None = claim(path, overwrite=overwrite)
         write_json(path / ENVIRONMENT_FILE, describe_environment(config))
         write_text(path / "config.yaml", dump_config(config))
+        if plugins := used_plugins(config):
+            write_json(path / PLUGINS_FILE, plugins)
         write_text(path / "metrics.jsonl", "")
         self._writer: SummaryWriter | None = None
         self._has_events = True

@@ -31,7 +31,7 @@ _PICTURES = ("confusion_matrix.png", "class_performance.png")
 _EVALUATION = ("evaluation_report.txt", "evaluation_results.json", *_PICTURES)
 WRITTEN = (
     *("config.yaml", ENVIRONMENT_FILE, LOCK_FILE, "partition.json", "metrics.jsonl", "communication.csv"),
-    *("summary.json", "report.html", "events.out.tfevents.*"),
+    *("plugins.json", "summary.json", "report.html", "events.out.tfevents.*"),
     *(f"plots/{kind}_*.png" for kind in ("metric_by", "bytes_by", "client")),
     *(f"checkpoint/{name}" for name in ("manifest.json", "state.safetensors", "server.safetensors")),
     *(f"{folder}/{name}" for folder in ("adapter", "adapter_best") for name in _WEIGHTS),

@@ -39,12 +39,12 @@ def model_batch(run: Run, batch: Mapping[str, Any], kept: ImageTensors | None = 
         kept: The split that the rows of a batch without pixels are from.
     """
     keys: tuple[str, ...] = ("pixel_values", "labels")
-    if run.config.task.name == "retrieval":
+    if run.model.task.reads_captions:
         keys = (*keys, CONCEPT, PICTURE, TEXT)
     tensors = {key: batch[key] for key in keys if key in batch}
     if kept is not None:
         tensors |= run.caches.of_images(kept, batch["index"])
-    if run.config.task.name == "retrieval":
+    if run.model.task.reads_captions:
         tensors |= run.caches.of_texts(batch["captions"])
     return tensors
 

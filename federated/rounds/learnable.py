@@ -42,7 +42,7 @@ def check_can_score(experiment: Run) -> None:
         UserError: The data has one class, so that every model is right.
     """
     names, model = experiment.data.class_names, unwrap(experiment.model)
-    if model.task.name == "retrieval":
+    if model.task.reads_captions:
         return
     if names is not None and len(names) == 1:
         raise UserError(
@@ -89,7 +89,7 @@ def _check_reach(experiment: Run) -> None:
 def _check_classes(experiment: Run) -> None:
     """Refuse training rows of one class, and class prompts that nothing can tell apart."""
     data, model = experiment.data, unwrap(experiment.model)
-    if model.task.name == "retrieval":
+    if model.task.reads_captions:
         return
     groups = model.classes_that_read_alike()
     if groups and not any(name.startswith("head.") for name in model.exchanged_names):
@@ -111,7 +111,7 @@ def _check_classes(experiment: Run) -> None:
 
 def _check_contrast(experiment: Run) -> None:
     """Refuse retrieval where a client has nothing to tell a pair from."""
-    if experiment.model.task.name != "retrieval":
+    if not experiment.model.task.reads_captions:
         return
     everything = experiment.train_images.batch(np.arange(len(experiment.train_images)), pixels=False)
     for what, key in (("concept", CONCEPT), ("picture", PICTURE), ("caption", TEXT)):
@@ -133,7 +133,7 @@ def _check_contrast(experiment: Run) -> None:
 
 def _check_pairs(experiment: Run) -> None:
     """Refuse retrieval in batches of one pair, whose loss is always 0, and in parts of a batch."""
-    if experiment.model.task.name != "retrieval":
+    if not experiment.model.task.reads_captions:
         return
     client = experiment.config.client
     for key, size in (("client", client.batch_size), ("evaluation", experiment.config.evaluation.batch_size)):
@@ -160,7 +160,7 @@ def _check_pairs(experiment: Run) -> None:
 
 def _check_gallery(experiment: Run) -> None:
     """Refuse a gallery of one, and say where a recall is 100 % by construction."""
-    if experiment.model.task.name != "retrieval":
+    if not experiment.model.task.reads_captions:
         return
     images, rows = experiment.test_images, server_test_rows(experiment)
     scored = images.batch(np.arange(len(images)) if rows is None else rows, pixels=False)

@@ -137,7 +137,7 @@ def build_run(config: ExperimentConfig, data: FederatedData | None = None) -> Ru
     }
     initial_state, scaling = model.get_state(), scalings(model)
     augmentation = training_augmentation(
-        config.client.augmentation, model.preprocess, captions=config.task.name == "retrieval"
+        config.client.augmentation, model.preprocess, captions=model.task.reads_captions
     )
     run = Run(
         config=config,

@@ -48,6 +48,7 @@ from models.committed_folders import check_committed, current_folder
 from models.errors import UserError
 from models.files import BestEffort, errors_named, write_json, write_text
 from models.progress import Report, quiet
+from models.tasks import TASKS
 from models.training import Batch
 from models.untrusted import read_tensors
 
@@ -114,8 +115,9 @@ def evaluate_source(
     with limited_threads(config.engine.threads):
         data = load_run_data(config)
         check_rows(record, config, data, split)
-        if config.task.name == "classification" or (run is not None and config.task.name == "zero_shot"):
-            data = matched_classes(data, record, needed=config.task.name == "classification")
+        task = TASKS[config.task.name]
+        if task.uses_head or (run is not None and not task.reads_captions):
+            data = matched_classes(data, record, needed=task.uses_head)
         experiment = build_run(one_shard(config), data)
         check_can_score(experiment)
         images = split_images(experiment, split)
@@ -123,7 +125,7 @@ def evaluate_source(
         detailed = evaluate_in_detail(experiment, images, report)
     saw_the_same = split == "test" and not overrides and config.evaluation.max_samples is None
     if run is not None and adapter is None and saw_the_same:
-        compare_with_record(run, detailed)
+        compare_with_record(run, detailed, experiment.headline_metric)
     write_evaluation(folder, detailed, source=str(source), split=split, trained=trained)
     return folder, (folder / REPORT_FILE).read_text(encoding="utf-8")
 
@@ -245,7 +247,7 @@ def load_checkpoint(experiment: Run, folder: Path) -> str:
 def evaluate_in_detail(experiment: Run, images: ImageTensors, report: Report = quiet) -> DetailedMetrics:
     """Evaluate the experiment's model, as it is, on rows."""
     batches = evaluation_batches(experiment, images, report)
-    if experiment.model.task.name == "retrieval":
+    if experiment.model.task.reads_captions:
         found = embed_pairs(experiment.model, batches)
         return describe_retrieval(found, headline_metric=experiment.headline_metric)
     names = experiment.data.class_names
@@ -262,14 +264,14 @@ def evaluation_batches(experiment: Run, images: ImageTensors, report: Report) ->
         report(done, len(images))
 
 
-def compare_with_record(run: Path, detailed: DetailedMetrics) -> None:
+def compare_with_record(run: Path, detailed: DetailedMetrics, headline_metric: str) -> None:
     """Warn where the headline metric is not the one that a finished run wrote down."""
     path = run / "summary.json"
     if not path.is_file():
         return
     recorded = read_run_file(path, Summary).get("final")
-    found = detailed.results[detailed.results["headline_metric"]]
-    if isinstance(recorded, float) and abs(found - recorded) > AGREEMENT:
+    found = detailed.results.get(headline_metric)  # a task from outside may have another
+    if isinstance(recorded, float) and found is not None and abs(found - recorded) > AGREEMENT:
         log.warning(
             "%s recorded %.4f, this evaluation finds %.4f: data, base model or libraries have changed since",
             run, recorded, found,

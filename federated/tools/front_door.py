@@ -6,7 +6,7 @@ import base64
 import copy
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from html import escape
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from federated.config.plugins import load_plugins
 from federated.config.schema import ExperimentConfig, load_config, parse_config
 from federated.results.records import RunRecord, read_run
 from federated.results.wording import format_bytes, format_metric
@@ -133,6 +134,7 @@ def run(
     *,
     overwrite: bool = False,
     show_progress: bool = True,
+    plugins: Sequence[str | Path] = (),
     **sections: Any,
 ) -> RunResult:
     """Run a federated fine-tuning in this process and return what it left.
@@ -141,17 +143,19 @@ def run(
         config: The name of a shipped configuration, a YAML file, a mapping of sections, or a configuration.
         overwrite: Replace an earlier run's folder of the same name.
         show_progress: Show bars and a line a round.
+        plugins: Python files that register what the configuration names; they stay loaded in this process.
         **sections: What differs from ``config``, by section: ``client={"learning_rate": 1e-3}, seed=1``.
 
     Returns:
         The run: its metrics and ledger as pandas frames, its adapter, its model.
 
     Raises:
-        UserError: The configuration, the data or the model is unusable, or the folder exists.
+        UserError: The configuration, a plugin, the data or the model is unusable, or the folder exists.
     """
     from federated.engines.simulation import run_experiment
     from federated.results.console import RunDisplay
 
+    load_plugins(plugins)
     loaded = config_from(config, **sections)
     display = None
     if show_progress:

@@ -32,6 +32,7 @@ from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.clip import FederatedCLIPModel
 from models.committed_folders import check_committed, current_folder
 from models.errors import UserError
+from models.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ def check_names(run: Path, config: ExperimentConfig, names: tuple[str, ...] | No
     Raises:
         UserError: It does not; the data's classes may have changed since.
     """
-    if names is None and config.task.name == "classification":
+    if names is None and TASKS[config.task.name].uses_head:
         raise UserError(f"{run / 'partition.json'} is missing, which names the classes; copy the whole run")
 
 

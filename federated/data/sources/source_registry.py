@@ -22,6 +22,7 @@ from federated.data.sources.folder_scan import ClassFiles, scan_folder
 from federated.data.sources.form import FederatedData, image_dataset, readable_images, split_off
 from federated.data.sources.hub_source import hub
 from models.errors import UserError
+from models.registration import registering
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,9 @@ SOURCES: dict[str, Source] = {
     "hub": hub,
 }
 """Name -> function (rng, **options) -> FederatedData."""
+
+register_source = registering("data source", SOURCES, ("rng",))
+"""``@register_source("name")`` adds a function (rng, *, options) -> FederatedData."""
 
 
 def _flatten(classes: ClassFiles) -> tuple[list[Path], np.ndarray]:
