@@ -22,8 +22,9 @@ from federated.config.schema import ExperimentConfig, load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.methods import NEVER, BaseDelta, Downlink
 from federated.rounds.build import training_settings
-from federated.rounds.client import HELD, LocalTraining, client_app, recall
+from federated.rounds.client import LocalTraining, client_app
 from federated.rounds.client_ranks import scaling_at
+from federated.rounds.client_state import HELD, recall
 from federated.rounds.compatibility import build_aggregator
 from federated.rounds.global_model import load_global_state
 from federated.rounds.local_training import Assignment, LocalResult, train_locally
@@ -136,8 +137,8 @@ class RealFederation:
         self._watch(monkeypatch)
 
     def _watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        original_take, original_encode = (
-            getattr(federated.rounds.client, name) for name in ("take_in", "encode")
+        original_receive, original_encode = (
+            getattr(federated.rounds.client, name) for name in ("receive_message", "encode")
         )
         original_unpack, original_read = (
             federated.rounds.client.unpack_downlink,
@@ -150,11 +151,11 @@ class RealFederation:
             self.broadcasts.append((shared, {name: tensor.clone() for name, tensor in shared.items()}))
             return shared
 
-        def take_in(experiment: Run, message: Message, context: Any, rank: int | None) -> Any:
+        def receive_message(experiment: Run, message: Message, context: Any) -> Any:
             current[0] = int(context.node_config["partition-id"])
-            result = original_take(experiment, message, context, rank)
-            self.held[current[0]] = result[0]
-            return result
+            assignment, held = original_receive(experiment, message, context)
+            self.held[current[0]] = held
+            return assignment, held
 
         def unpack_downlink(*arguments: Any) -> Downlink:
             downlink = original_unpack(*arguments)
@@ -170,7 +171,7 @@ class RealFederation:
             self.uplinks.append((assignment.client_id, delta))
             return original_encode(experiment, delta, context, assignment)
 
-        for name, function in (("take_in", take_in), ("encode", encode)):
+        for name, function in (("receive_message", receive_message), ("encode", encode)):
             monkeypatch.setattr(federated.rounds.client, name, function)
         monkeypatch.setattr(federated.rounds.client, "read_broadcast", read_broadcast)
         monkeypatch.setattr(federated.rounds.client, "unpack_downlink", unpack_downlink)

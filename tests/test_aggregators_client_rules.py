@@ -14,6 +14,7 @@ from federated.methods import (
     Downlink,
     FreshDraw,
     InBasis,
+    LocalStart,
     cut_to_rank,
     fed_sb,
     fedavg,
@@ -35,7 +36,7 @@ def test_other_rules_ask_nothing_of_the_client():
     assert client.to_model(state) is state
     assert client.to_wire(state, {}) is state
     assert client.bases(state) == {}
-    assert client.penalty is None
+    assert client.terms == ()
     assert client.next_rank(state, state, 4) == 4
 
 
@@ -49,9 +50,8 @@ def test_the_tail_penalty_is_the_product_of_the_tails_norms():
         for m in SHAPES
     )
     torch.testing.assert_close(tail_penalty(state, gamma=0.5), naive)
-    penalty = hetlora(gamma=0.5, penalty_weight=0.1).client.penalty
-    assert penalty is not None
-    torch.testing.assert_close(penalty(state), 0.1 * naive)
+    (term,) = hetlora(gamma=0.5, penalty_weight=0.1).client.terms
+    torch.testing.assert_close(term(LocalStart(state)).value(), 0.1 * naive)
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -67,13 +67,13 @@ def test_the_tail_penalty_has_a_finite_gradient_also_at_zero(trained):
 
 def test_descending_the_penalty_shrinks_the_tail_until_the_rank_is_pruned():
     rule = hetlora(gamma=0.75, penalty_weight=0.1, min_rank=2)
-    assert rule.client.penalty is not None
+    (term,) = rule.client.terms
     before = adapter(rank=4, trained=True)
     live = {name: tensor.clone().requires_grad_() for name, tensor in before.items()}
     optimizer = torch.optim.SGD(live.values(), lr=0.1)
     for _ in range(5):
         optimizer.zero_grad()
-        rule.client.penalty(live).backward()
+        term(LocalStart(live)).value().backward()
         optimizer.step()
     trained = {name: tensor.detach() for name, tensor in live.items()}
     assert rule.client.next_rank(before, trained, 4) == 3

@@ -34,7 +34,7 @@ from federated.communication.messages import read_state
 from federated.engines.simulation import run_experiment
 from federated.methods import ClientRules
 from federated.rounds.checkpoint import ServerCheckpoint, load_server_checkpoint, save_server_checkpoint
-from federated.rounds.client import CODEC_MEMORY, recall
+from federated.rounds.client_state import CODEC_MEMORY, recall
 from federated.rounds.compatibility import build_aggregator
 from federated.rounds.global_model import load_global_state
 from federated.rounds.local_training import Assignment, train_locally
@@ -347,7 +347,7 @@ def test_hetloras_penalty_acts_on_a_clients_own_components() -> None:
     experiment = replace(
         built, initial_state={**built.initial_state, **{n: t for n, t in state.items() if "_B." in n}}
     )
-    no_penalty = replace(experiment.aggregator.client, penalty=None)
+    no_penalty = replace(experiment.aggregator.client, terms=())
     free = replace(experiment, aggregator=replace(experiment.aggregator, client=no_penalty))
     held = experiment.wire_state(2)
     with_tail, without = (

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 from real_federation import NUM_CLIENTS, RealFederation, same, small_config, with_method
 
 from federated.rounds.base_weights import BaseWeights
-from federated.rounds.client import MERGED, MERGED_VERSION
+from federated.rounds.client_state import MERGED, MERGED_VERSION
 from federated.rounds.local_training import Assignment, LocalResult, train_locally
 from federated.rounds.run import Run, build_run
 from models.state import State

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,17 +12,21 @@ import torch
 from real_federation import RealFederation, distance, same, small_config, with_method
 from torch import nn
 
-from federated.methods.client_terms import (
-    ControlVariates,
-    DriftCorrection,
-    control_names,
-    next_control,
-    proximal_term,
-    split_control,
-    sum_of_terms,
+import federated.rounds.client
+from federated.methods import (
+    Aggregator,
+    LocalStart,
+    LossTerm,
+    ServerState,
+    Update,
+    join_auxiliary,
+    split_auxiliary,
 )
-from federated.rounds.client import VARIATE, recall
-from federated.rounds.local_training import Assignment, train_locally
+from federated.methods.fedprox import proximal_term
+from federated.methods.protocol import with_loss_term
+from federated.methods.scaffold import ControlVariates, DriftCorrection, control_of, next_control
+from federated.rounds.client_state import METHOD_MEMORY, recall
+from federated.rounds.local_training import Assignment, sum_of_terms, train_locally
 from federated.rounds.run import Run, build_run
 from models.state import State
 
@@ -115,7 +120,7 @@ def test_terms_add_up_and_none_is_none() -> None:
 
 def test_variates_travel_under_names_of_their_own() -> None:
     state = {"m.lora_A.weight": torch.ones(1), "head.bias": torch.zeros(2)}
-    others, control = split_control(state | control_names(state))
+    others, control = split_auxiliary(join_auxiliary(state, state))
     assert same(others, state)
     assert same(control, state)
 
@@ -159,11 +164,11 @@ def scaffold(experiment: Run, method: str = "fedavg", **changes: Any) -> Run:
 def test_equal_variates_correct_nothing(base: Run) -> None:
     held = base.wire_state()
     variate = {n: torch.full_like(t, 0.01) for n, t in held.items()}
-    assignment = Assignment(0, 1, variates=ControlVariates(variate, variate))
+    assignment = Assignment(0, 1, auxiliary=variate, memory=variate)
     plain = train_locally(base, Assignment(0, 1), held)
     corrected = train_locally(scaffold(base), assignment, held)
     assert distance(corrected.state, plain.state) < 1e-6
-    assert corrected.own_variate is not None
+    assert corrected.auxiliary.keys() == variate.keys()
     assert corrected.train_loss == pytest.approx(plain.train_loss, abs=1e-6)
 
 
@@ -179,8 +184,8 @@ def test_the_servers_variate_stays_the_mean_of_all_clients(uplink: str, base: Ru
         for server_round, cohort in enumerate(((0, 1), (1, 2)), start=1):
             fed.play(server_round, cohort)
             assert not fed.strategy.record.failed
-        _, control = split_control(fed.strategy.server_state.memory)
-        own = [recall(fed.grid.context(i), VARIATE) for i in range(3)]
+        control = control_of(fed.strategy.server_state)
+        own = [recall(fed.grid.context(i), METHOD_MEMORY) for i in range(3)]
     assert any(value.any() for value in control.values())
     for name, value in control.items():
         mean = sum(variate[name] for variate in own) / fed.experiment.num_clients
@@ -230,3 +235,47 @@ def test_a_sparse_uplink_brings_the_same_update_with_variates_beside_it(uplink: 
     assert distance(states[0], start) > 1e-4
     assert distance(states[1], states[0]) < 1e-6
     assert payloads[2] == payloads[3] == 2 * payloads[0] == 2 * payloads[1]
+
+
+# ---- any method of this kind
+
+
+def counting(method: Aggregator) -> Aggregator:
+    """A method whose clients say that they trained, and remember how often; it adds nothing to their loss."""
+
+    def auxiliary(server: ServerState) -> State:
+        return {"trainings": server.memory.get("trainings", torch.zeros(1))}
+
+    def apply(server: ServerState, updates: Sequence[Update]) -> ServerState:
+        told = sum(update.auxiliary["trainings"] for update in updates)
+        memory = {"trainings": auxiliary(server)["trainings"] + told}
+        return replace(method.apply(server, updates), memory=memory)
+
+    def term(start: LocalStart) -> LossTerm:
+        return LossTerm(lambda: torch.zeros((), requires_grad=True), lambda: {"trainings": torch.ones(1)})
+
+    def remember(memory: State, sent: State) -> State:
+        return {name: value + memory.get(name, 0.0) for name, value in sent.items()}
+
+    counted = with_loss_term(method, term)
+    client = replace(counted.client, remember=remember)
+    return replace(counted, auxiliary=auxiliary, apply=apply, client=client)
+
+
+def test_what_a_method_sends_beside_the_model_and_remembers_is_its_own_affair(base: Run) -> None:
+    """Server and clients carry it without knowing what it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        fed = RealFederation(replace(base, aggregator=counting(base.aggregator)), patch)
+        for server_round, cohort in enumerate(((0, 1), (1, 2), (1,)), start=1):
+            fed.play(server_round, cohort)
+            assert not fed.strategy.record.failed
+        assert float(fed.strategy.server_state.memory["trainings"]) == 5.0
+        own = [recall(fed.grid.context(i), METHOD_MEMORY) for i in range(3)]
+    assert [float(memory["trainings"]) for memory in own] == [1.0, 3.0, 1.0]
+
+
+def test_neither_the_server_nor_the_client_names_a_method() -> None:
+    rounds = Path(federated.rounds.client.__file__).parent
+    for module in ("strategy", "server", "replies", "client", "client_state", "local_training"):
+        text = (rounds / f"{module}.py").read_text(encoding="utf-8").lower()
+        assert not [name for name in ("scaffold", "fedprox", "proximal", "hetlora") if name in text], module

@@ -28,7 +28,8 @@ from federated.communication.sparsifiers import (
     positions_num_bytes,
     top_k,
 )
-from federated.rounds.client import CODEC_MEMORY, encode, recall
+from federated.rounds.client import encode
+from federated.rounds.client_state import CODEC_MEMORY, recall
 from federated.rounds.local_training import Assignment
 from models.errors import UserError
 from models.state import State, layout_of

@@ -31,6 +31,7 @@ from federated.communication.messages import (
 from federated.communication.payload import ARRAYS, CONFIG, FLAT, METRICS
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.methods import aggregator_from_name
+from federated.methods.scaffold import with_scaffold
 from federated.rounds.replies import ShardSizes, read_answer
 from federated.rounds.strategy import LoRAStrategy, Ranks, sample_cohort
 from models.state import State, num_values
@@ -45,8 +46,10 @@ def _flower_process() -> None:
     InProcessGrid(lambda message, context: message, NUM_CLIENTS)  # type: ignore[arg-type]
 
 
-def strategy(name: str = "fedavg", **options: object) -> LoRAStrategy:
+def strategy(name: str = "fedavg", *, scaffold: bool = False, **options: object) -> LoRAStrategy:
     aggregator = aggregator_from_name(name, {})
+    if scaffold:
+        aggregator = with_scaffold(aggregator, NUM_CLIENTS)
     return LoRAStrategy(
         aggregator=aggregator,
         server_state=aggregator.init(adapter(dtype=torch.float32), scaling_of(4)),

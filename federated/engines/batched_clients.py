@@ -32,7 +32,7 @@ from federated.engines.batched_losses import KNOWN_LOSSES
 from federated.engines.batched_training import JointTrainer
 from federated.methods import ClientRules
 from federated.rounds.batches import local_batches
-from federated.rounds.client import take_in
+from federated.rounds.client import receive_message
 from federated.rounds.local_training import Assignment, LocalResult, train_locally
 from federated.rounds.run import Run
 from lora.batched import obstacle
@@ -164,14 +164,14 @@ class GroupTraining:
         return take
 
     def _held(self) -> list[State]:
-        """Take every member's message in; a broadcast once, where clients hold nothing of their own."""
+        """Receive every member's message; a broadcast once, where clients hold nothing of their own."""
         run = self.run
         held: list[State] = []
         taken: dict[int, State] = {}
         for place, member in enumerate(self.members):
             key = place if run.aggregator.clients_remember else id(member.message.content)
             if key not in taken:
-                taken[key], _ = take_in(run, member.message, member.context, None)
+                _, taken[key] = receive_message(run, member.message, member.context)
             held.append(taken[key])
         return held
 
@@ -226,7 +226,7 @@ def split_evenly(members: Sequence[Member], most: int) -> list[Sequence[Member]]
 
 
 def _member(message: Message, context: Context) -> Member:
-    """Note a message; what taking it in changes must not reach the client's own context."""
+    """Note a message; what receiving it changes must not reach the client's own context."""
     config = message.content.config_records[CONFIG]
     client_id = int(cast(int, context.node_config["partition-id"]))
     copy = Context(

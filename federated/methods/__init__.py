@@ -3,12 +3,18 @@
 from federated.methods.aggregation_error import EncodingLoss, Known, aggregation_error, encoding_loss
 from federated.methods.base_delta import BaseDelta, BaseUpdate
 from federated.methods.checks import Refusal, check_ranks, check_updates, run_round
-from federated.methods.downlinks import pack_downlink, receive, unpack_downlink
+from federated.methods.downlinks import (
+    join_auxiliary,
+    pack_downlink,
+    receive,
+    split_auxiliary,
+    unpack_downlink,
+)
 from federated.methods.factor_averaging import dual, fedavg, fedsa, ffa, rolora
 from federated.methods.fed_sb import InBasis, fed_sb, spectral_start
 from federated.methods.fresh import fresh_factors
 from federated.methods.hetlora import cut_to_rank, hetlora
-from federated.methods.plausibility import DEFAULT_LIMITS, Limits, absurd_norms, whole_norm
+from federated.methods.plausibility import DEFAULT_LIMITS, Limits
 from federated.methods.protocol import (
     NEVER,
     Aggregator,
@@ -16,6 +22,8 @@ from federated.methods.protocol import (
     ClientRules,
     Downlink,
     FreshDraw,
+    LocalStart,
+    LossTerm,
     ServerState,
     Update,
     skip_round,
@@ -41,10 +49,11 @@ __all__ = [
     "InBasis",
     "Known",
     "Limits",
+    "LocalStart",
+    "LossTerm",
     "Refusal",
     "ServerState",
     "Update",
-    "absurd_norms",
     "aggregation_error",
     "aggregator_from_name",
     "check_ranks",
@@ -62,6 +71,7 @@ __all__ = [
     "flora",
     "fresh_factors",
     "hetlora",
+    "join_auxiliary",
     "load_server",
     "lora_fair",
     "pack_downlink",
@@ -71,6 +81,6 @@ __all__ = [
     "save_server",
     "skip_round",
     "spectral_start",
+    "split_auxiliary",
     "unpack_downlink",
-    "whole_norm",
 ]

@@ -19,6 +19,7 @@ from federated.methods.factor_averaging import fedavg
 from federated.methods.plausibility import (
     DEFAULT_LIMITS,
     Limits,
+    absurd_auxiliary,
     absurd_updates,
     fault_of_aggregate,
     whole_norm,
@@ -113,7 +114,8 @@ def check_updates(
             accepted.append(first)
         else:
             refused.append((client_id, fault))
-    absurd = absurd_updates(server, accepted, limits)
+    absurd = absurd_auxiliary(expected.rule.auxiliary(server), accepted, limits)
+    absurd |= absurd_updates(server, [u for u in accepted if u.client_id not in absurd], limits)
     refused = sorted([*refused, *absurd.items()], key=lambda refusal: refusal[0])
     return [update for update in accepted if update.client_id not in absurd], refused
 

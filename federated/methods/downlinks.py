@@ -128,11 +128,29 @@ def send_truncated(server: ServerState, client: ClientProfile) -> Downlink:
 # ---- the two ends of the wire
 
 _VERSION, _SEED = "version", "fresh-seed"
+_AUXILIARY = "control/"
+"""Begins the names under which auxiliary arrays travel."""
+
+
+def join_auxiliary(state: State, auxiliary: State) -> State:
+    """Return a state with the arrays that travel beside it, under names of their own."""
+    beside = {_AUXILIARY + name: tensor for name, tensor in auxiliary.items()}
+    return {**state, **beside} if beside else state
+
+
+def split_auxiliary(state: State) -> tuple[State, State]:
+    """Undo ``join_auxiliary``."""
+    if not any(name.startswith(_AUXILIARY) for name in state):
+        return state, {}
+    others = {name: t for name, t in state.items() if not name.startswith(_AUXILIARY)}
+    beside = {name.removeprefix(_AUXILIARY): t for name, t in state.items() if name.startswith(_AUXILIARY)}
+    return others, beside
 
 
 def pack_downlink(downlink: Downlink) -> tuple[State, dict[str, int]]:
     """Return a downlink as one state and a few numbers for the message's config."""
     state = sorted_state({**downlink.state, **updates_to_state(downlink.base_updates)})
+    state = join_auxiliary(state, downlink.auxiliary)
     meta = {_VERSION: downlink.version}
     if downlink.fresh is not None:
         meta[_SEED] = downlink.fresh.seed
@@ -145,10 +163,11 @@ def unpack_downlink(state: Mapping[str, Tensor], meta: Mapping[str, object]) -> 
     Raises:
         UserError: A number of ``meta`` or a base update is none.
     """
-    values, updates = split_updates(state)
+    values, auxiliary = split_auxiliary(state)
+    values, updates = split_updates(values)
     version = _whole(meta, _VERSION, at_least=0 if _SEED in meta else NEVER)
     fresh = FreshDraw(_whole(meta, _SEED, at_least=0), version) if _SEED in meta else None
-    return Downlink(values, version, updates, fresh)
+    return Downlink(values, version, updates, fresh, auxiliary)
 
 
 def _whole(meta: Mapping[str, object], key: str, *, at_least: int) -> int:

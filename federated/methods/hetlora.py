@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -27,11 +28,14 @@ from federated.methods.lowrank import LowRank, product_norm
 from federated.methods.protocol import (
     Aggregator,
     ClientRules,
+    LocalStart,
+    LossTerm,
     ServerState,
     Update,
     everything,
     head_names,
     nothing,
+    with_loss_term,
 )
 from lora.adapters import FactorPair, factor_pairs
 from models.errors import UserError
@@ -64,14 +68,7 @@ def hetlora(*, gamma: float = 0.99, penalty_weight: float = 5e-3, min_rank: int 
             "give 0 < gamma <= 1, penalty_weight >= 0 and min_rank >= 1"
         )
 
-    def penalty(factors: Mapping[str, Tensor]) -> Tensor:
-        return penalty_weight * tail_penalty(factors, gamma)
-
-    rules = ClientRules(
-        penalty=penalty if penalty_weight else None,
-        next_rank=partial(pruned_rank, gamma=gamma, min_rank=min_rank),
-    )
-    return Aggregator(
+    method = Aggregator(
         name="hetlora",
         init=begin_with_adapters,
         downlink=send_truncated,
@@ -81,8 +78,12 @@ def hetlora(*, gamma: float = 0.99, penalty_weight: float = 5e-3, min_rank: int 
         apply=_apply,
         exact=False,
         allows_mixed_ranks=True,
-        client=rules if gamma < 1 else ClientRules(),
     )
+    if gamma == 1:
+        return method
+    prunes = ClientRules(next_rank=partial(pruned_rank, gamma=gamma, min_rank=min_rank))
+    method = replace(method, client=prunes)
+    return with_tail_penalty(method, penalty_weight, gamma) if penalty_weight else method
 
 
 def _apply(server: ServerState, updates: Sequence[Update]) -> ServerState:
@@ -120,6 +121,18 @@ def norm_weights(updates: Sequence[Update], pair: FactorPair) -> list[float]:
 
 
 # ---- the client's side
+
+
+def with_tail_penalty(method: Aggregator, weight: float, gamma: float) -> Aggregator:
+    """Return the method with ``weight`` times ``tail_penalty`` in its clients' loss."""
+
+    def term(start: LocalStart) -> LossTerm:
+        factors, rank = start.parameters, start.rank
+        return LossTerm(
+            lambda: weight * tail_penalty(factors if rank is None else cut_to_rank(factors, rank), gamma)
+        )
+
+    return with_loss_term(method, term)
 
 
 def tail_penalty(factors: Mapping[str, Tensor], gamma: float) -> Tensor:

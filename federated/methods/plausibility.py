@@ -79,6 +79,21 @@ def absurd_updates(server: ServerState, updates: Sequence[Update], limits: Limit
     return {**absurd_norms(norms, server.state, limits), **_absurd_weights(updates, limits)}
 
 
+def absurd_auxiliary(reference: State, updates: Sequence[Update], limits: Limits) -> dict[int, str]:
+    """Return, for each client whose auxiliary arrays are too large to be meant, the reason.
+
+    Args:
+        reference: The server's own auxiliary arrays.
+        updates: One a client.
+        limits: How far a client may be from its cohort.
+    """
+    if not reference or not updates:
+        return {}
+    norms = {update.client_id: whole_norm(update.auxiliary) for update in updates}
+    reasons = absurd_norms(norms, reference, limits)
+    return {client_id: f"beside its update: {reason}" for client_id, reason in reasons.items()}
+
+
 def absurd_norms(norms: Mapping[int, float], reference: State, limits: Limits) -> dict[int, str]:
     """Return, for each client whose values are too large to be meant, the reason.
 

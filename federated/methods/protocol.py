@@ -40,6 +40,7 @@ class Update:
         rank: The client's rank where ranks differ (a module's rank is the smaller of this and the server's);
             None: the server's own ranks.
         start: The values of the same names before local training, as the server knows them.
+        auxiliary: What the method sends beside them, by the names of ``Aggregator.auxiliary``.
     """
 
     client_id: int
@@ -48,6 +49,7 @@ class Update:
     scaling: Mapping[str, float]
     rank: int | None = None
     start: State = field(default_factory=dict)
+    auxiliary: State = field(default_factory=dict)
 
     @functools.cached_property
     def delta(self) -> State:
@@ -100,18 +102,20 @@ class Downlink:
         version: What the client holds once it has taken this in.
         base_updates: Module -> what it folds into its frozen base weight (``base_delta.fold``).
         fresh: How to draw the factors that are not in ``state``; None when all others stay as they are.
+        auxiliary: What the method sends beside the model to clients that train.
     """
 
     state: State
     version: int
     base_updates: Mapping[str, BaseUpdate] = field(default_factory=dict)
     fresh: FreshDraw | None = None
+    auxiliary: State = field(default_factory=dict)
 
     @property
     def num_values(self) -> int:
         """Numbers to send before any codec."""
         base = sum(update.num_values for update in self.base_updates.values())
-        return base + sum(tensor.numel() for tensor in self.state.values())
+        return base + sum(t.numel() for state in (self.state, self.auxiliary) for t in state.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +135,42 @@ class ServerState:
     server_round: int = 0
     base_delta: Mapping[str, BaseDelta] = field(default_factory=dict)
     memory: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class LocalStart:
+    """What a method sees of a client whose local training begins.
+
+    Attributes:
+        parameters: The live parameters of what travels, by wire name; those that train require a gradient.
+        private: The names among them that stay with the client.
+        rank: The client's adapter rank; None: the model's own.
+        auxiliary: What came beside the model (``Aggregator.auxiliary``).
+        memory: What the method has kept of this client (``ClientRules.remember``); empty at first.
+    """
+
+    parameters: Mapping[str, Tensor]
+    private: frozenset[str] = frozenset()
+    rank: int | None = None
+    auxiliary: State = field(default_factory=dict)
+    memory: State = field(default_factory=dict)
+
+
+def _no_arrays(*_: object) -> State:
+    return {}
+
+
+@dataclass(frozen=True, eq=False)
+class LossTerm:
+    """What a method adds to the loss of one client's local steps.
+
+    Attributes:
+        value: Gives the term; called at every step when the gradient of the data's loss is complete.
+        auxiliary: Gives what the client sends beside its update; called after the last step.
+    """
+
+    value: Callable[[], Tensor]
+    auxiliary: Callable[[], State] = _no_arrays
 
 
 def _as_received(held: State) -> State:
@@ -158,15 +198,17 @@ class ClientRules:
         to_wire: (the model's values after training, wire state held) -> wire state; ``uplink`` picks from it.
         bases: Wire state held -> model name -> basis Q; that parameter trains as Q @ core
             (``fed_sb.InBasis``).
-        penalty: (live factors by name) -> scalar that is added to the loss; None: no penalty.
+        terms: What is added to the loss, each a function of where the local training starts.
         next_rank: (values before training, after it, rank) -> the rank the client goes on with.
+        remember: (what was kept, auxiliary arrays sent, as the server decodes them) -> what is kept.
     """
 
     to_model: Callable[[State], State] = _as_received
     to_wire: Callable[[State, State], State] = _as_trained
     bases: Callable[[State], State] = _unconstrained
-    penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    terms: tuple[Callable[[LocalStart], LossTerm], ...] = ()
     next_rank: Callable[[State, State, int], int] = _same_rank
+    remember: Callable[[State, State], State] = _no_arrays
 
     @property
     def changes_ranks(self) -> bool:
@@ -199,6 +241,8 @@ class Aggregator:
             still hold. Where every value is new in every round there is nothing to remember.
         merges_into_base: Whether part of what is learnt goes into the base weights, so that the adapter alone
             is not the model.
+        auxiliary: Server -> arrays that travel beside the model to clients that train. These send arrays of
+            the same names and shapes beside their updates: SCAFFOLD's control variates.
         client: The client's side.
     """
 
@@ -215,7 +259,13 @@ class Aggregator:
     has_global_model: bool = True
     clients_remember: bool = False
     merges_into_base: bool = False
+    auxiliary: Callable[[ServerState], State] = _no_arrays
     client: ClientRules = ClientRules()
+
+
+def with_loss_term(method: Aggregator, term: Callable[[LocalStart], LossTerm]) -> Aggregator:
+    """Return the method with a further term, before its own, in its clients' loss."""
+    return replace(method, client=replace(method.client, terms=(term, *method.client.terms)))
 
 
 def everything(names: Iterable[str], server_round: int = 0) -> Names:

@@ -1,18 +1,16 @@
-"""The ClientApp: decode, local steps, encode. One client's part of a round, on any engine.
+"""The ClientApp: receive, train, send what changed. One client's part of a round, on any engine.
 
-A message carries what this client lacks of the global state; the client takes it in, trains from it
-(``federated.rounds.local_training``) and answers with the difference. Nothing of one client stays behind in
-the shared model for the next: what a method wants a client to remember goes into its ``Context.state``.
+A message carries what this client lacks of the global state; the client receives it, trains from it
+(``federated.rounds.local_training``) and replies with the change. Nothing of one client stays behind in the
+shared model for the next: what it is to remember goes into its ``Context.state``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import cast
 
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from federated.communication.codec import codec_from_name
@@ -30,19 +28,35 @@ from federated.communication.messages import (
 )
 from federated.communication.payload import CONFIG, METRICS, MetaValue
 from federated.config.seeding import generator
-from federated.methods import NEVER, BaseDelta, Downlink, encoding_loss, receive, unpack_downlink
-from federated.methods.client_terms import ControlVariates, control_names, split_control, zero_variates
+from federated.methods import (
+    NEVER,
+    BaseDelta,
+    Downlink,
+    encoding_loss,
+    join_auxiliary,
+    receive,
+    split_auxiliary,
+    unpack_downlink,
+)
 from federated.rounds.batches import evaluate_client
 from federated.rounds.client_ranks import scaling_at
+from federated.rounds.client_state import (
+    CODEC_MEMORY,
+    HELD,
+    MERGED,
+    MERGED_VERSION,
+    METHOD_MEMORY,
+    VERSION,
+    check_version,
+    client_id_of,
+    held_version,
+    keep,
+    keep_version,
+    recall,
+)
 from federated.rounds.local_training import Assignment, LocalResult, load_into_model, train_locally
 from federated.rounds.run import Run
-from models.errors import UserError
 from models.state import State, layout_of, subtract_
-
-HELD, VERSION, CODEC_MEMORY, VARIATE = "held", "version", "codec-memory", "variate"
-MERGED, MERGED_VERSION = "merged", "merged-version"
-"""Keys in ``Context.state``: the wire state a client holds, its version, what its codec still owes and its
-control variate; what has been merged into each base weight, as one sum, and the version of that."""
 
 LocalTraining = Callable[[Run, Assignment, State], LocalResult]
 """(run, who trains, the wire state it holds) -> what local training gives."""
@@ -73,48 +87,29 @@ def client_app(run: Run, train: LocalTraining = train_locally) -> ClientApp:
 
 
 def train_client(run: Run, message: Message, context: Context, train: LocalTraining) -> Message:
-    """Answer a training message with this client's update."""
-    assignment = _assignment(message, context)
-    held, server_variate = take_in(run, message, context, assignment.rank)
-    variates = None
-    if run.config.client.scaffold:
-        own = recall(context, VARIATE) or zero_variates(server_variate)
-        variates = ControlVariates(server_variate, own)
-        assignment = replace(assignment, variates=variates)
+    """Reply to a training message: receive the global state, train from it, send what changed."""
+    assignment, held = receive_message(run, message, context)
     result = train(run, assignment, held)
-    uplink = run.aggregator.uplink(held, assignment.server_round)
-    delta = subtract_(result.state, held, uplink)
-    if variates is not None and result.own_variate is not None:
-        change = control_names({n: new - variates.own[n] for n, new in result.own_variate.items()})
-        delta = {**delta, **change}
-    private = run.aggregator.private(held)
-    if private:
-        keep(context, HELD, {**held, **{name: result.state[name] for name in private}})
-    metrics: dict[str, int | float | list[int] | list[float]] = {
+    change = subtract_(result.state, held, run.aggregator.uplink(held, assignment.server_round))
+    update = join_auxiliary(change, result.auxiliary)
+    reply = encode(run, update, context, assignment)
+    decoded, sent = split_auxiliary(as_decoded(run, reply, update))
+    remember(run, context, held, result, sent)
+    told: dict[str, int | float | list[int] | list[float]] = {
         CLIENT_ID: assignment.client_id,
         NUM_EXAMPLES: result.num_examples,
         TRAIN_LOSS: result.train_loss,
         RANK: result.next_rank or 0,
     }
-    content = encode(run, delta, context, assignment)
-    reports_loss = _reports_loss(run, assignment.server_round)
-    if variates is not None or reports_loss:
-        decoded, change = split_control(_as_decoded(run, content, delta))
-        if variates is not None:  # what the server decodes, so that c stays the mean of all c_k
-            keep(context, VARIATE, {name: variates.own[name] + value for name, value in change.items()})
-        if reports_loss:
-            trained, known = ({**held, **{n: held[n] + d[n] for n in uplink}} for d in (delta, decoded))
-            scaling = scaling_at(run, assignment.rank)
-            loss = encoding_loss(run.aggregator, trained, known, scaling)
-            metrics[ENCODING_LOSS] = [loss.squared_distance, loss.squared_size_change]
-    content[METRICS] = MetricRecord(metrics)
-    return Message(content, reply_to=message)
+    if _reports_loss(run, assignment.server_round):
+        told[ENCODING_LOSS] = lost_in_encoding(run, assignment, held, change, decoded)
+    reply[METRICS] = MetricRecord(told)
+    return Message(reply, reply_to=message)
 
 
 def evaluate(run: Run, message: Message, context: Context) -> Message:
-    """Answer an evaluation message with the metrics on this client's own test samples."""
-    assignment = _assignment(message, context)
-    held, _ = take_in(run, message, context, assignment.rank)
+    """Reply to an evaluation message with the metrics on this client's own test samples."""
+    assignment, held = receive_message(run, message, context)
     load_into_model(run, held, assignment.rank)
     metrics = evaluate_client(run, assignment.client_id)
     reply = {CLIENT_ID: assignment.client_id, NUM_EXAMPLES: int(metrics.pop("num_examples"))}
@@ -123,26 +118,40 @@ def evaluate(run: Run, message: Message, context: Context) -> Message:
 
 def identify(message: Message, context: Context) -> Message:
     """Tell the server which client this node is (Flower's own engines give nodes random ids)."""
-    reply = MetricRecord({CLIENT_ID: _client_id(context)})
+    reply = MetricRecord({CLIENT_ID: client_id_of(context)})
     return Message(RecordDict({METRICS: reply}), reply_to=message)
 
 
-def take_in(run: Run, message: Message, context: Context, rank: int | None) -> tuple[State, State]:
-    """Return the wire state that this client holds once it has received a downlink, and SCAFFOLD's c.
+# ---- receiving
 
-    What the downlink left out is what the client held before; what it brings for the base model is merged.
-    Private values are taken once: a server that never saw this client's answer may send them again.
+
+def receive_message(run: Run, message: Message, context: Context) -> tuple[Assignment, State]:
+    """Return what a client is to do, and the wire state that it holds once it has received a message.
 
     Raises:
-        UserError: The downlink leaves out what this client should hold and does not.
+        UserError: The message leaves out what this client should hold and does not.
     """
     config = cast(Mapping[str, int], message.content[CONFIG])
     codec = codec_from_name(run.config.communication.downlink)
     received = read_broadcast(message.content, codec, run.downlink_layout)
-    values, server_variate = split_control(received)
-    downlink = unpack_downlink(values, config)
-    since = int(config.get(SINCE, NEVER))
-    _check_version(context, VERSION, since)
+    downlink = unpack_downlink(received, config)
+    assignment = Assignment(
+        client_id=client_id_of(context),
+        server_round=int(config[SERVER_ROUND]),
+        rank=int(config.get(RANK, 0)) or None,
+        auxiliary=downlink.auxiliary,
+        memory=recall(context, METHOD_MEMORY),
+    )
+    return assignment, _take_over(run, downlink, int(config.get(SINCE, NEVER)), context, assignment.rank)
+
+
+def _take_over(run: Run, downlink: Downlink, since: int, context: Context, rank: int | None) -> State:
+    """Return the wire state after a downlink, and keep what is to be kept of it.
+
+    What the downlink left out is what the client held before; what it brings for the base model is merged.
+    Private values are taken once: a server that never saw this client's reply may send them again.
+    """
+    check_version(context, VERSION, since)
     before = recall(context, HELD)
     held = receive(downlink, before or run.wire_state(rank))
     if private := run.aggregator.private(before):
@@ -151,8 +160,8 @@ def take_in(run: Run, message: Message, context: Context, rank: int | None) -> t
         _merge(run, context, downlink, since)
     if run.aggregator.clients_remember:
         keep(context, HELD, held)
-        _keep_version(context, VERSION, downlink.version)
-    return held, server_variate
+        keep_version(context, VERSION, downlink.version)
+    return held
 
 
 def _merge(run: Run, context: Context, downlink: Downlink, since: int) -> None:
@@ -160,41 +169,63 @@ def _merge(run: Run, context: Context, downlink: Downlink, since: int) -> None:
 
     The process may be new to this message or have run other clients meanwhile, at other versions: all that
     the base becomes is made of what this client keeps. Where the server is in this process, its base serves.
-
-    Raises:
-        UserError: The downlink leaves out what this client should keep and does not.
     """
-    _check_version(context, MERGED_VERSION, since)
-    held_version = _version(context, MERGED_VERSION)
+    check_version(context, MERGED_VERSION, since)
+    version = held_version(context, MERGED_VERSION)
     run.base.check(downlink.base_updates)
     merged = {module: BaseDelta(dense=total) for module, total in recall(context, MERGED).items()}
     for module, update in downlink.base_updates.items():
-        merged[module] = merged.get(module, BaseDelta()).received(update, held_version)
+        merged[module] = merged.get(module, BaseDelta()).received(update, version)
     run.base.hold(merged)
     keep(context, MERGED, {module: delta.total() for module, delta in merged.items()})
-    _keep_version(context, MERGED_VERSION, downlink.version)
+    keep_version(context, MERGED_VERSION, downlink.version)
 
 
-def encode(run: Run, delta: State, context: Context, assignment: Assignment) -> RecordDict:
+# ---- sending
+
+
+def encode(run: Run, update: State, context: Context, assignment: Assignment) -> RecordDict:
     """Encode an update; with error feedback, what the codec loses now is added to the next update.
 
-    Changes of control variates are left out of that: each is the way from what the server has decoded so far
-    to where the variate should be, so that what was lost is in the next change already.
+    Auxiliary arrays are left out of that: what was lost of them, a method finds in its next ones.
     """
     codec = codec_from_name(run.config.communication.uplink)
     key = assignment.server_round, assignment.client_id
     rng = generator(run.config.seed, "codec", *key) if codec.draws else None
     meta: dict[str, MetaValue] = {SERVER_ROUND: assignment.server_round}
     if not codec.error_feedback:
-        return write_state(delta, codec, rng, meta)
+        return write_state(update, codec, rng, meta)
     memory = recall(context, CODEC_MEMORY)
-    owed = {name: value + memory.get(name, 0.0) for name, value in delta.items()}
+    owed = {name: value + memory.get(name, 0.0) for name, value in update.items()}
     content = write_state(owed, codec, rng, meta)
-    sent = _as_decoded(run, content, owed)
-    update, _ = split_control(owed)
-    lost = {name: value - sent[name] for name, value in update.items()}
+    sent = as_decoded(run, content, owed)
+    change, _ = split_auxiliary(owed)
+    lost = {name: value - sent[name] for name, value in change.items()}
     keep(context, CODEC_MEMORY, {**memory, **lost})
     return content
+
+
+def as_decoded(run: Run, content: RecordDict, state: State) -> State:
+    """Return a state as the server will decode it."""
+    codec = codec_from_name(run.config.communication.uplink)
+    return state if codec.lossless else read_state(content, codec, layout_of(state))
+
+
+def remember(run: Run, context: Context, held: State, result: LocalResult, sent: State) -> None:
+    """Keep what stays with the client: its private values, and what the method remembers.
+
+    Args:
+        run: Says which.
+        context: The client's.
+        held: The wire state that it started from.
+        result: Of its local training.
+        sent: Its auxiliary arrays, as the server decodes them.
+    """
+    if private := run.aggregator.private(held):
+        keep(context, HELD, {**held, **{name: result.state[name] for name in private}})
+    if result.auxiliary:
+        memory = recall(context, METHOD_MEMORY)
+        keep(context, METHOD_MEMORY, run.aggregator.client.remember(memory, sent))
 
 
 def _reports_loss(run: Run, server_round: int) -> bool:
@@ -204,48 +235,12 @@ def _reports_loss(run: Run, server_round: int) -> bool:
     return bool(measured) and not codec_from_name(run.config.communication.uplink).lossless
 
 
-def _as_decoded(run: Run, content: RecordDict, state: State) -> State:
-    """Return a state as the server will decode it."""
-    codec = codec_from_name(run.config.communication.uplink)
-    return read_state(content, codec, layout_of(state))
-
-
-def keep(context: Context, key: str, state: State) -> None:
-    """Store named arrays in the client's own state; they reach it again with its next message."""
-    context.state[key] = ArrayRecord({name: Array(tensor.numpy()) for name, tensor in state.items()})
-
-
-def recall(context: Context, key: str) -> State:
-    """Return what ``keep`` stored under ``key``; empty when this client has stored nothing yet."""
-    if key not in context.state:
-        return {}
-    record = cast(Mapping[str, Array], context.state[key])
-    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
-
-
-def _check_version(context: Context, key: str, since: int) -> None:
-    """Raise UserError if a downlink holds only what changed since a version that this client never had."""
-    if since > (version := _version(context, key)):
-        raise UserError(
-            f"client {_client_id(context)} has lost its state: it was sent what changed since round {since}, "
-            f"and holds round {version}; the server's next message to it will bring everything"
-        )
-
-
-def _version(context: Context, key: str) -> int:
-    if key not in context.state:
-        return NEVER
-    return int(cast(Mapping[str, int], context.state[key])[key])
-
-
-def _keep_version(context: Context, key: str, version: int) -> None:
-    context.state[key] = ConfigRecord({key: version})
-
-
-def _assignment(message: Message, context: Context) -> Assignment:
-    config = cast(Mapping[str, int], message.content[CONFIG])
-    return Assignment(_client_id(context), int(config[SERVER_ROUND]), int(config.get(RANK, 0)) or None)
-
-
-def _client_id(context: Context) -> int:
-    return int(cast(int, context.node_config["partition-id"]))
+def lost_in_encoding(
+    run: Run, assignment: Assignment, held: State, change: State, decoded: State
+) -> list[float]:
+    """Return the two numbers of ``EncodingLoss`` for a change that the server decodes to another one."""
+    trained, known = (
+        {**held, **{name: held[name] + delta[name] for name in change}} for delta in (change, decoded)
+    )
+    loss = encoding_loss(run.aggregator, trained, known, scaling_at(run, assignment.rank))
+    return [loss.squared_distance, loss.squared_size_change]

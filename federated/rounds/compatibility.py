@@ -9,6 +9,8 @@ from federated.communication.codec import Codec, codec_from_name
 from federated.communication.sparsifiers import SELECTIONS
 from federated.config.schema import ExperimentConfig
 from federated.methods import Aggregator, ServerState, aggregator_from_name, check_ranks
+from federated.methods.fedprox import with_fedprox
+from federated.methods.scaffold import with_scaffold
 from federated.methods.server_optimizers import (
     SERVER_OPTIMIZERS,
     server_optimizer_from_name,
@@ -24,8 +26,6 @@ _SET_ELSEWHERE = {
     **{name: f"aggregation.server_optimizer.name={name}" for name in SERVER_OPTIMIZERS},
 }
 """What is often called an aggregator, and goes with one here -> what sets it."""
-
-_EXAMPLE_NAMES = ("m.lora_A.weight", "m.lora_B.weight", "head.bias")
 
 
 def build_aggregator(config: ExperimentConfig) -> Aggregator:
@@ -51,7 +51,21 @@ def build_aggregator(config: ExperimentConfig) -> Aggregator:
         aggregator = with_server_optimizer(aggregator, server_optimizer_from_name(name, options))
     for check in _CHECKS:
         check(config, aggregator)
-    return aggregator
+    return _with_client_terms(config, aggregator)
+
+
+def _with_client_terms(config: ExperimentConfig, aggregator: Aggregator) -> Aggregator:
+    """Return the aggregator with what the client section adds to its clients' loss."""
+    if config.client.proximal_mu:
+        aggregator = with_fedprox(aggregator, config.client.proximal_mu)
+    if not config.client.scaffold:
+        return aggregator
+    if config.client.precision == "fp16":
+        raise UserError("client.scaffold=true needs unscaled gradients: set client.precision=fp32 or bf16")
+    try:
+        return with_scaffold(aggregator, config.partition.num_clients)
+    except UserError as error:
+        raise UserError(f"client.scaffold=true: {error}") from error
 
 
 def check_client_ranks(config: ExperimentConfig, aggregator: Aggregator, server: ServerState) -> None:
@@ -127,21 +141,6 @@ def _check_evaluation(config: ExperimentConfig, aggregator: Aggregator) -> None:
         )
 
 
-def _check_scaffold(config: ExperimentConfig, aggregator: Aggregator) -> None:
-    if not config.client.scaffold:
-        return
-    uplinks = [aggregator.uplink(_EXAMPLE_NAMES, server_round) for server_round in (1, 2)]
-    always = uplinks[0] == uplinks[1] and set(uplinks[0]) <= set(aggregator.trains(_EXAMPLE_NAMES, 1))
-    if not aggregator.keeps_basis or not always:
-        raise UserError(
-            f"client.scaffold=true: {aggregator.name} does not train the same parameters in the same basis "
-            "in every round, so gradients of different rounds cannot be compared; take fedavg, ffa, fedsa or "
-            "dual"
-        )
-    if config.client.precision == "fp16":
-        raise UserError("client.scaffold=true needs unscaled gradients: set client.precision=fp32 or bf16")
-
-
 def _warn_of_lost_exactness(config: ExperimentConfig, aggregator: Aggregator) -> None:
     """Say so where a rule that is exact averages what a codec has changed."""
     codecs = {f"communication.{way}": getattr(config.communication, way) for way in ("uplink", "downlink")}
@@ -161,6 +160,5 @@ _CHECKS: tuple[Callable[[ExperimentConfig, Aggregator], None], ...] = (
     _check_base_precision,
     _check_adapters,
     _check_evaluation,
-    _check_scaffold,
     _warn_of_lost_exactness,
 )

@@ -9,18 +9,18 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 from torch.nn.utils import parametrize
 
 from federated.config.seeding import generator, scoped_torch_rng
-from federated.methods import InBasis, cut_to_rank
-from federated.methods.client_terms import ControlVariates, DriftCorrection, proximal_term, sum_of_terms
+from federated.methods import InBasis, LocalStart, cut_to_rank
 from federated.rounds.batches import local_batches
 from federated.rounds.client_ranks import mixed_ranks, scaling_at
 from federated.rounds.run import Run
-from lora.adapters import factor_pairs, owner_of, set_scaling, unwrap
+from lora.adapters import factor_pairs, owner_of, set_scaling
 from models.state import State
 
 
@@ -32,13 +32,15 @@ class Assignment:
         client_id: The client.
         server_round: The round.
         rank: Its adapter rank; None: the model's own.
-        variates: SCAFFOLD's control variates; None where ``client.scaffold`` is off.
+        auxiliary: What the method sent beside the model.
+        memory: What the method has kept of this client.
     """
 
     client_id: int
     server_round: int
     rank: int | None = None
-    variates: ControlVariates | None = None
+    auxiliary: State = field(default_factory=dict)
+    memory: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +52,14 @@ class LocalResult:
         train_loss: Mean loss over the local steps.
         num_examples: Rows of its shard that it trains on.
         next_rank: The rank it goes on with.
-        own_variate: The client's next control variate; None without SCAFFOLD.
+        auxiliary: What the method sends beside the update.
     """
 
     state: State
     train_loss: float
     num_examples: int
     next_rank: int | None
-    own_variate: State | None = None
+    auxiliary: State = field(default_factory=dict)
 
 
 def train_locally(run: Run, assignment: Assignment, held: State) -> LocalResult:
@@ -67,11 +69,17 @@ def train_locally(run: Run, assignment: Assignment, held: State) -> LocalResult:
     rng = generator(run.config.seed, "client", assignment.server_round, assignment.client_id)
     load_into_model(run, held, assignment.rank)
     trains = run.aggregator.trains(held, assignment.server_round)
-    shared = _shared_parameters(run, held)
-    drift = _drift_correction(run, assignment.variates)
+    start = LocalStart(
+        run.model.exchanged_parameters,
+        frozenset(run.aggregator.private(held)),
+        assignment.rank,
+        assignment.auxiliary,
+        assignment.memory,
+    )
     with _only_these_train(run, trains), _in_bases(run, rules.bases(held)):
-        terms = _extra_loss(run, assignment.rank, shared, drift)
-        model.start_training(run.training_settings, num_steps, extra_loss=terms)
+        terms = [term(start) for term in rules.terms]
+        extra_loss = sum_of_terms([term.value for term in terms])
+        model.start_training(run.training_settings, num_steps, extra_loss=extra_loss)
         batches = local_batches(
             run, assignment.client_id, num_steps, rng, server_round=assignment.server_round
         )
@@ -87,7 +95,7 @@ def train_locally(run: Run, assignment: Assignment, held: State) -> LocalResult:
         train_loss=statistics.fmean(losses),
         num_examples=run.num_examples(assignment.client_id),
         next_rank=None if rank is None else rules.next_rank(before, trained, rank),
-        own_variate=None if drift is None else drift.mean_gradient(),
+        auxiliary={name: value for term in terms for name, value in term.auxiliary().items()},
     )
 
 
@@ -148,32 +156,8 @@ def _in_bases(run: Run, bases: Mapping[str, Tensor]) -> Iterator[None]:
             run.model.set_exchanged(run.model.exchanged_names)
 
 
-# ---- what is added to the loss
-
-
-def _shared_parameters(run: Run, held: State) -> list[nn.Parameter]:
-    """Return the live parameters that are not private to the client."""
-    private = set(run.aggregator.private(held))
-    return [p for name, p in run.model.exchanged_parameters.items() if name not in private]
-
-
-def _drift_correction(run: Run, variates: ControlVariates | None) -> DriftCorrection | None:
-    if variates is None:
-        return None
-    parameters = run.model.exchanged_parameters
-    return DriftCorrection({name: parameters[name] for name in variates.server}, variates)
-
-
-def _extra_loss(
-    run: Run, rank: int | None, shared: Sequence[nn.Parameter], drift: DriftCorrection | None
-) -> Callable[[], Tensor] | None:
-    """Return what aggregator and configuration add to a client's loss; call it when training is set up."""
-    terms: list[Callable[[], Tensor]] = [] if drift is None else [drift]
-    if mu := run.config.client.proximal_mu:
-        trained = {id(p) for p in unwrap(run.model).parameters() if p.requires_grad}
-        terms.append(proximal_term([p for p in shared if id(p) in trained], mu))
-    penalty = run.aggregator.client.penalty
-    if penalty is not None:
-        factors: dict[str, Tensor] = dict(run.model.exchanged_parameters)
-        terms.append(lambda: penalty(factors if rank is None else cut_to_rank(factors, rank)))
-    return sum_of_terms(terms)
+def sum_of_terms(terms: Sequence[Callable[[], Tensor]]) -> Callable[[], Tensor] | None:
+    """Return the sum of loss terms as one function; None when there are none."""
+    if len(terms) < 2:
+        return terms[0] if terms else None
+    return lambda: torch.stack([term() for term in terms]).sum()

@@ -25,8 +25,7 @@ from federated.communication.messages import (
     read_state,
 )
 from federated.communication.payload import CONFIG, LARGEST_FP32, METRICS
-from federated.methods import ClientProfile, EncodingLoss, Update
-from federated.methods.client_terms import control_names, split_control
+from federated.methods import ClientProfile, EncodingLoss, Update, join_auxiliary, split_auxiliary
 from federated.results.wording import is_share
 from models.state import Layout, State, add_, layout_of
 
@@ -53,18 +52,18 @@ class Start:
         profile: Its rank and scaling.
         state: The values of the names that travel up.
         scaling: Module -> s_k.
-        control: SCAFFOLD's c, by parameter; empty without it.
+        auxiliary: What the method sent beside them; the client answers with arrays of the same names.
     """
 
     profile: ClientProfile
     state: State
     scaling: Mapping[str, float]
-    control: State
+    auxiliary: State
 
     @functools.cached_property
     def answer_layout(self) -> Layout:
         """Names and shapes of what the client answers with."""
-        return layout_of({**self.state, **control_names(self.control)})
+        return layout_of(join_auxiliary(self.state, self.auxiliary))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +74,12 @@ class Answer:
         update: What goes into the aggregator.
         train_loss: Mean loss of its local steps.
         next_rank: The rank that it goes on with; None where all have the server's.
-        variate_change: What it adds to its control variate; empty without SCAFFOLD.
         encoding_loss: What its codec lost, as it says; None where it does not.
     """
 
     update: Update
     train_loss: float
     next_rank: int | None
-    variate_change: State
     encoding_loss: EncodingLoss | None = None
 
 
@@ -144,7 +141,7 @@ def read_answer(client_id: int, content: RecordDict, codec: Codec, start: Start)
         UnreadableReplyError: The payload does not fit what was asked for, or the metrics do not.
     """
     try:
-        delta, variate_change = split_control(read_state(content, codec, start.answer_layout))
+        delta, auxiliary = split_auxiliary(read_state(content, codec, start.answer_layout))
         metrics = _metrics(content)
         num_examples, train_loss = int(metrics[NUM_EXAMPLES]), float(metrics[TRAIN_LOSS])
         next_rank = _checked_rank(start.profile, int(metrics[RANK]))
@@ -160,8 +157,9 @@ def read_answer(client_id: int, content: RecordDict, codec: Codec, start: Start)
         scaling=start.scaling,
         rank=start.profile.rank,
         start=start.state,
+        auxiliary=auxiliary,
     )
-    return Answer(update, train_loss, next_rank, variate_change, loss)
+    return Answer(update, train_loss, next_rank, loss)
 
 
 def read_evaluation(content: RecordDict) -> dict[str, float]:

@@ -143,7 +143,6 @@ def build_strategy(run: Run, clients: Mapping[int, int], display: Display | None
         uplink=config.communication.uplink,
         downlink=config.communication.downlink,
         ranks=Ranks(partial(rank_of, run), partial(scaling_at, run)) if mixed_ranks(run) else Ranks(),
-        scaffold=config.client.scaffold,
         limits=Limits(config.aggregation.max_update_ratio, config.aggregation.max_examples_ratio),
         shard_sizes=ShardSizes(run.num_examples, lambda client_id: len(run.shards[client_id].test)),
         error_every=config.evaluation.aggregation_error_every,

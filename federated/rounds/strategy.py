@@ -34,16 +34,13 @@ from federated.methods import (
     Limits,
     ServerState,
     Update,
-    absurd_norms,
     aggregation_error,
     cut_to_rank,
     pack_downlink,
     receive,
     run_round,
     unpack_downlink,
-    whole_norm,
 )
-from federated.methods.client_terms import control_names, next_control, split_control, zero_variates
 from federated.results.round_record import Failure, RoundRecord
 from federated.rounds.cohort import sample_cohort
 from federated.rounds.held_states import HeldStates
@@ -87,7 +84,6 @@ class LoRAStrategy(FedAvg):
         uplink: Name of the codec of the clients' updates.
         downlink: Name of the codec of what the server sends.
         ranks: The clients' ranks where they differ.
-        scaffold: Whether control variates travel beside the updates.
         limits: How far one client may be from its cohort.
         shard_sizes: The most examples that a client can have used.
         error_every: Rounds between measurements of the aggregation error; 0: never.
@@ -106,7 +102,6 @@ class LoRAStrategy(FedAvg):
         uplink: str = "fp32",
         downlink: str = "fp32",
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
-        scaffold: bool = False,
         limits: Limits = DEFAULT_LIMITS,
         shard_sizes: ShardSizes = ShardSizes(),  # noqa: B008 - frozen
         error_every: int = 1,
@@ -115,7 +110,7 @@ class LoRAStrategy(FedAvg):
     ) -> None:
         super().__init__(min_train_nodes=1, min_evaluate_nodes=0, min_available_nodes=len(clients))
         self.aggregator = aggregator
-        self.server_state = _with_variates(aggregator, server_state) if scaffold else server_state
+        self.server_state = server_state
         self.record = RoundRecord(server_round=0)
         self.versions: dict[int, int] = {}
         self.current_ranks: dict[int, int] = {}
@@ -127,7 +122,6 @@ class LoRAStrategy(FedAvg):
         self._downlink: Codec = codec_from_name(downlink)
         self._full_layout = layout_of(server_state.state)
         self._ranks = ranks
-        self._scaffold = scaffold
         self._limits = limits
         self._shard_sizes = shard_sizes
         self._error_every = error_every if aggregator.has_global_model else 0
@@ -154,7 +148,7 @@ class LoRAStrategy(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode the updates in client order, refuse what cannot be used, apply the aggregator."""
         decoded = [self._decode(reply) for reply in self._sort_out(replies)]
-        answers = self._with_usable_variates([answer for answer in decoded if answer is not None])
+        answers = [answer for answer in decoded if answer is not None]
         before, updates = self.server_state, [answer.update for answer in answers]
         after, accepted, refused = run_round(self.aggregator, before, updates, self._limits)
         self.server_state = after
@@ -184,22 +178,6 @@ class LoRAStrategy(FedAvg):
             error = self._aggregation_error(before, accepted, answers)
             if error is not None and math.isfinite(error):
                 self.record.metrics["aggregation_error"] = error
-        if self._scaffold:
-            _, control = split_control(before.memory)
-            changes = [answer.variate_change for answer in answers]
-            new = control_names(next_control(control, changes, len(self._nodes)))
-            self.server_state = replace(self.server_state, memory={**self.server_state.memory, **new})
-
-    def _with_usable_variates(self, answers: list[Answer]) -> list[Answer]:
-        """Return the answers whose control variates can be meant; name the others' clients."""
-        if not self._scaffold or not answers:
-            return answers
-        _, control = split_control(self.server_state.memory)
-        norms = {answer.update.client_id: whole_norm(answer.variate_change) for answer in answers}
-        absurd = absurd_norms(norms, control, self._limits)
-        for client_id, reason in absurd.items():
-            self._refuse(client_id, f"its control variate: {reason}")
-        return [answer for answer in answers if answer.update.client_id not in absurd]
 
     def _aggregation_error(
         self, before: ServerState, accepted: Sequence[Update], answers: Sequence[Answer]
@@ -290,15 +268,16 @@ class LoRAStrategy(FedAvg):
             messages.append(Message(contents[key], self._nodes[client_id], message_type, group_id=group))
             self._sent[client_id] = messages[-1].metadata
             if self._held is not None:
-                values, _ = split_control(read_broadcast(contents[key], self._downlink, self._full_layout))
+                values = read_broadcast(contents[key], self._downlink, self._full_layout)
                 config = cast(Mapping[str, int], contents[key][CONFIG])
                 self._held.sent(client_id, unpack_downlink(values, config))
         return messages
 
     def _downlink_content(self, server_round: int, profile: ClientProfile, message_type: str) -> RecordDict:
-        state, meta = pack_downlink(self.aggregator.downlink(self.server_state, profile))
-        if self._scaffold and message_type == MessageType.TRAIN:
-            state = {**state, **control_names(split_control(self.server_state.memory)[1])}
+        downlink = self.aggregator.downlink(self.server_state, profile)
+        if message_type == MessageType.TRAIN:
+            downlink = replace(downlink, auxiliary=self.aggregator.auxiliary(self.server_state))
+        state, meta = pack_downlink(downlink)
         if profile.version != NEVER:  # it leaves out what the client should still hold
             meta[SINCE] = profile.version
         rng = generator(self._seed, "downlink", server_round) if self._downlink.draws else None
@@ -385,15 +364,8 @@ class LoRAStrategy(FedAvg):
             profile=profile,
             state=flat({name: state[name] for name in uplink}),
             scaling=profile.scaling or server.scaling,
-            control=split_control(server.memory)[1],
+            auxiliary=self.aggregator.auxiliary(server),
         )
 
     def _client_of(self, message: Message) -> int:
         return self._clients[message.metadata.src_node_id]
-
-
-def _with_variates(aggregator: Aggregator, server_state: ServerState) -> ServerState:
-    """Return a server's state with SCAFFOLD's variates in its memory: zeros, unless it has some already."""
-    names = aggregator.uplink(server_state.state, server_state.server_round + 1)
-    zeros = zero_variates({name: server_state.state[name] for name in names})
-    return replace(server_state, memory={**control_names(zeros), **server_state.memory})

@@ -13,8 +13,7 @@ import torch
 
 from federated.communication.codec import codec_from_name
 from federated.config.schema import ExperimentConfig
-from federated.methods import ClientProfile
-from federated.methods.client_terms import control_names
+from federated.methods import ClientProfile, join_auxiliary
 from federated.results.tables import TextTable
 from federated.results.wording import format_bytes, format_percent
 from federated.rounds.build import build_model, load_run_data
@@ -62,11 +61,10 @@ def describe_run(config: ExperimentConfig) -> RunDescription:
     aggregator = build_aggregator(config)
     server = aggregator.init(state, scalings(model))
     check_client_ranks(config, aggregator, server)
-    received = aggregator.downlink(server, ClientProfile()).state
-    sent = {name: server.state[name] for name in aggregator.uplink(server.state, 1)}
-    if config.client.scaffold:
-        variates = control_names(sent)
-        received, sent = {**received, **variates}, {**sent, **variates}
+    auxiliary = aggregator.auxiliary(server)
+    received = join_auxiliary(aggregator.downlink(server, ClientProfile()).state, auxiliary)
+    changed = {name: server.state[name] for name in aggregator.uplink(server.state, 1)}
+    sent = join_auxiliary(changed, auxiliary)
     down, up = layout_of(received), layout_of(sent)
     return RunDescription(
         config=config,
