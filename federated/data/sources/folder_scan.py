@@ -336,7 +336,7 @@ def _class_differences(root: Path, files: Mapping[str, ClassFiles]) -> Iterator[
             if twin := twins.pop(read_alike(name), None):
                 classes = classes - {name} | {twin}
                 yield (
-                    f"class {twin!a} of {root / 'train'} is written {name!a} in {root / split}, which differs "
+                    f"class {twin!a} of {root / 'train'} is written {name!a} in {root / split}: they differ "
                     "in case, blanks, invisible characters or the form of letters alone; give it one name"
                 )
         for name in sorted(train - classes):
