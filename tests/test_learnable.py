@@ -220,4 +220,4 @@ def test_a_run_that_was_trained_in_fp16_is_evaluated_on_a_cpu(
 def test_recall_that_cannot_miss_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     arguments = csv_of(tmp_path / "pairs", ["a cat", "a dog", "a car", "a tree"], num_test=4)
     check_can_learn(built(*arguments, "partition.num_clients=1"))
-    assert "recall at 5 over 4 test pairs is 100 %" in caplog.text
+    assert "recall at 5 among 4 test pictures or captions is always 100 %" in caplog.text

@@ -199,3 +199,15 @@ def test_classes_are_matched_by_name_and_only_prompts_take_others(caplog: pytest
         matched_classes(data, other, needed=True)
     assert matched_classes(data, other, needed=False) is data
     assert "others than run was trained on" in caplog.text
+
+
+def test_classes_whose_names_differ_in_the_form_of_their_letters_are_the_same() -> None:
+    names = ("cafe\u0301 ", "cat")  # as some file systems write "café"
+    data = FederatedData(
+        *(rows([0, 1, 1], names), None, rows([1, 0], names)),
+        *(names, "label", "image", None, None, "test"),
+    )
+    record = TrainedRecord(Path("run"), class_names=("cat", "caf\u00e9"))
+    found = matched_classes(data, record, needed=True)
+    assert found.class_names == record.class_names
+    assert (list(found.train["label"]), list(found.test["label"])) == ([1, 0, 0], [0, 1])

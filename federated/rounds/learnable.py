@@ -172,7 +172,7 @@ def _check_gallery(experiment: Run) -> None:
             "pairs or more that differ in both, or leave out evaluation.max_samples"
         )
     if certain := [k for k in RECALL_CUTOFFS if k >= size]:
-        log.warning("recall at %s over %d test pairs is 100 %% whatever is learnt", certain[0], size)
+        log.warning("recall at %s among %d test pictures or captions is always 100 %%", certain[0], size)
 
 
 def _clients(ids: list[int]) -> str:

@@ -20,6 +20,7 @@ from datasets import ClassLabel, Dataset
 
 from federated.config.schema import DataSection, ExperimentConfig
 from federated.data.dataset import FederatedData
+from federated.data.names import visible
 from federated.data.splits import column_values
 from models.errors import UserError
 
@@ -120,6 +121,8 @@ def check_rows(record: TrainedRecord, config: ExperimentConfig, data: FederatedD
 def matched_classes(data: FederatedData, record: TrainedRecord, *, needed: bool) -> FederatedData:
     """Return the data with the trained model's classes: every row's class number is that of its name.
 
+    Names are the same that differ in blanks, invisible characters or the form of their letters alone.
+
     Args:
         data: As loaded, with an order of classes of its own.
         record: Of the training.
@@ -132,7 +135,10 @@ def matched_classes(data: FederatedData, record: TrainedRecord, *, needed: bool)
     known, found, label = record.class_names, data.class_names, data.label_column
     if known is None or found is None or label is None or known == found:
         return data
-    unknown = [name for name in found if name not in known]
+    numbers_of = {visible(name): number for number, name in enumerate(known)}
+    numbers_of |= {name: number for number, name in enumerate(known)}
+    places = [numbers_of.get(name, numbers_of.get(visible(name))) for name in found]
+    unknown = [name for name, place in zip(found, places, strict=True) if place is None]
     if unknown and needed:
         raise UserError(
             f"the data has {_plural(len(unknown), 'class', 'classes')} that {record.source} was not trained "
@@ -142,7 +148,7 @@ def matched_classes(data: FederatedData, record: TrainedRecord, *, needed: bool)
     if unknown:
         log.warning("the classes are the data's, others than %s was trained on", record.source)
         return data
-    numbers = np.array([known.index(name) for name in found])
+    numbers = np.array(places)
 
     def renumbered(rows: Dataset) -> Dataset:
         return _renumbered(rows, label, numbers, known)

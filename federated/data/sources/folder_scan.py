@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from federated.data.names import listed, shortened, unusable, visible
+from federated.data.names import listed, read_alike, shortened, unusable, visible
 from models.errors import UserError
 from models.image_modes import load_image, rgb_image
 from models.progress import Report
@@ -331,6 +331,14 @@ def _class_differences(root: Path, files: Mapping[str, ClassFiles]) -> Iterator[
         if not train or split not in files:
             continue
         classes = set(files[split])
+        twins = {read_alike(name): name for name in train - classes}
+        for name in sorted(classes - train):
+            if twin := twins.pop(read_alike(name), None):
+                classes = classes - {name} | {twin}
+                yield (
+                    f"class {twin!a} of {root / 'train'} is written {name!a} in {root / split}: they differ "
+                    "in case, blanks, invisible characters or the form of letters alone; give it one name"
+                )
         for name in sorted(train - classes):
             yield f"class {name!r} is in {root / 'train'} but not in {root / split}; add it or remove it"
         for name in sorted(classes - train):
