@@ -8,25 +8,24 @@ Source: Yin et al. 2018, "Byzantine-Robust Distributed Learning" (arXiv:1803.014
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from federated import register_aggregator
 from federated.methods.averaging import advance, begin, of_one_rank
 from federated.methods.downlinks import send_changed
 from federated.methods.protocol import Aggregator, ServerState, Update, everything, nothing
-from models.errors import UserError
 
 
 @register_aggregator("trimmed_mean")
-def trimmed_mean(*, share: float = 0.2) -> Aggregator:
+def trimmed_mean(*, share: Annotated[float, Field(ge=0, lt=0.5)] = 0.2) -> Aggregator:
     """Every value <- mean of the clients' values without the largest and the smallest ``share`` of them.
 
     Args:
         share: Part of the clients that is left out at each end, below 0.5.
     """
-    if not 0 <= share < 0.5:
-        raise UserError(f"share is {share}; it must be at least 0 and below 0.5")
 
     def apply(server: ServerState, updates: Sequence[Update]) -> ServerState:
         ordered = of_one_rank(server, updates, "trimmed_mean")

@@ -31,7 +31,7 @@ def stripes(
         test_fraction: Share of the images for the test split.
     """
     if num_images < 30:
-        raise UserError(f"num_images is {num_images}; give 30 or more")
+        raise UserError(f"num_images is {num_images}; give 30 or more", options=["num_images"])
     labels = [row % len(DIRECTIONS) for row in range(num_images)]
     images = [_draw(label, noise, rng) for label in labels]
     features = Features({"image": Image(), "label": ClassLabel(names=list(DIRECTIONS))})

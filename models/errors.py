@@ -7,6 +7,7 @@ message and ends with exit code 2.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 ROUND_FAILURE = "round_failure"
 """Extra key of log records that a display shows besides: the client whose answer cannot be used, or None
@@ -17,7 +18,16 @@ class UserError(ValueError):
     """Bad input. The message names the file, key or client at fault and the remedy.
 
     It may quote what others wrote: as a text it holds no control characters, wherever it is shown or sent.
+
+    Args:
+        message: As above.
+        options: Arguments that it is about, by the names that they have where it is raised; whoever knows the
+            keys that they were written under puts those in front.
     """
+
+    def __init__(self, message: str = "", *, options: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.options = tuple(options)
 
     def __str__(self) -> str:
         """Return the message, printable."""

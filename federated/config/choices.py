@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
-import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from models.errors import UserError
 
@@ -53,7 +54,8 @@ def build(
     """Call the function called ``name`` with ``arguments`` and ``options``.
 
     Only keyword-only parameters count as options; those without a default are required. Values are brought
-    to the types of the parameters, as YAML's ``1e-3``, which is a string, to a float.
+    to the types of the parameters, as YAML's ``1e-3``, which is a string, to a float. A UserError of the
+    function is told under the keys of the options that it names.
 
     Args:
         registry: Name -> function.
@@ -72,21 +74,34 @@ def build(
     if name not in registry:
         raise UserError(f"{choice.name_key}: {no_such(choice.kind, name, registry)}")
     function = registry[name]
-    parameters = inspect.signature(function).parameters.values()
-    known = {
-        parameter.name: parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    for option in options:
-        if option not in known:
-            raise UserError(_unknown_option(option, choice, name, known))
-    for option, parameter in known.items():
-        if parameter.default is parameter.empty and option not in options:
-            raise UserError(f"{choice.key_of(option)}: {choice.kind} {name!r} needs the option {option!r}")
-    values = _of_their_types(function, options, choice)
     try:
-        return function(*arguments, **values)
+        typed = options_of(function).model_validate(options)
+    except ValidationError as error:
+        raise UserError(_wrong_option(error, choice, name, function, options)) from error
+    try:
+        return function(*arguments, **{option: getattr(typed, option) for option in typed.model_fields_set})
     except UserError as error:
-        raise UserError(f"{_keys_meant(str(error), choice, known, options)}: {error}") from error
+        raise UserError(f"{_keys_meant(error, choice, options)}: {error}") from error
+
+
+@functools.cache
+def options_of(function: Callable[..., Any]) -> type[BaseModel]:
+    """Return the options of a function as a model: its keyword-only parameters, their types and defaults."""
+    parameters = [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
+    named = SimpleNamespace(
+        __annotations__={p.name: Any if p.annotation is p.empty else p.annotation for p in parameters}
+    )
+    names = getattr(inspect.unwrap(function), "__globals__", {})
+    hints = typing.get_type_hints(named, globalns=names, include_extras=True)
+    fields: dict[str, Any] = {
+        p.name: (hints[p.name], ... if p.default is p.empty else p.default) for p in parameters
+    }
+    settings = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    return create_model(f"Options of {function.__name__}", __config__=settings, **fields)
 
 
 def no_such(kind: str, name: str, names: Iterable[str]) -> str:
@@ -110,26 +125,30 @@ def _unknown_option(option: str, choice: Choice, name: str, known: Iterable[str]
     return f"{message}. Options of the configuration's file stay when {choice.name_key} changes: {remedy}"
 
 
-def _of_their_types(
-    function: Callable[..., Any], options: Mapping[str, Any], choice: Choice
-) -> dict[str, Any]:
-    hints = typing.get_type_hints(function)
-    values = {}
-    for option, value in options.items():
-        try:
-            values[option] = TypeAdapter(hints[option]).validate_python(value)
-        except ValidationError as error:
-            wrong = error.errors()[0]["msg"]
-            raise UserError(f"{choice.key_of(option)}: {wrong} (got {value!r})") from error
-    return values
+def _wrong_option(
+    error: ValidationError,
+    choice: Choice,
+    name: str,
+    function: Callable[..., Any],
+    options: Mapping[str, Any],
+) -> str:
+    """Return what is wrong with the options, one thing: an unknown one, a missing one, or a value."""
+    order = {"extra_forbidden": 0, "missing": 1}
+    wrong = min(error.errors(), key=lambda detail: order.get(detail["type"], 2))
+    option = str(wrong["loc"][0])
+    if wrong["type"] == "extra_forbidden":
+        return _unknown_option(option, choice, name, options_of(function).model_fields)
+    if option not in options:
+        return f"{choice.key_of(option)}: {choice.kind} {name!r} needs the option {option!r}"
+    words = wrong["msg"].removeprefix("Value error, ")
+    return f"{choice.key_of(option)}: {words} (got {options[option]!r})"
 
 
-def _keys_meant(message: str, choice: Choice, known: Iterable[str], options: Mapping[str, Any]) -> str:
-    """Return the dotted keys of what a function's message mentions, or else the key it is most about."""
-    candidates = dict.fromkeys([*known, *choice.own_keys])
-    mentioned = [choice.key_of(word) for word in candidates if re.search(rf"\b{word}\b", message)]
+def _keys_meant(error: UserError, choice: Choice, options: Mapping[str, Any]) -> str:
+    """Return the dotted keys of the options that an error is about, or else the key it is most about."""
+    meant = [choice.key_of(option) for option in error.options]
     given = [key for option, key in choice.own_keys.items() if option in options]
-    return ", ".join(mentioned or given or [choice.name_key])
+    return ", ".join(meant or given or [choice.name_key])
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

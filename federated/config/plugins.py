@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from federated.config.choices import options_of
 from models.errors import UserError, shortened
 from models.registration import added, additions_by, remove
 from models.untrusted import MOST_YAML_BYTES, read_bytes, read_json
@@ -156,6 +157,7 @@ def _load_file(path: Path) -> None:
     with additions_by(str(path)) as names, _importing(f"plugin {path}", str(path), "correct it there"):
         sys.modules[module.__name__] = module  # where dataclasses look their annotations up
         exec(compile(data, str(path), "exec", dont_inherit=True), module.__dict__)
+        _read_options()
     _remember(str(path), names, path=str(path), sha256=digest)
 
 
@@ -192,6 +194,7 @@ def _load_entry_point(entry: importlib.metadata.EntryPoint) -> None:
         found = entry.load()
         if callable(found):
             found()
+        _read_options()
     _remember(entry.name, names, entry_point=entry.name, distribution=distribution, version=version)
 
 
@@ -200,6 +203,13 @@ def _remember(key: str, names: Sequence[tuple[str, str]], **about: str) -> None:
     for kind, name in names:
         registers.setdefault(kind, []).append(name)
     _loaded[key] = Recorded(registers=registers, **about)
+
+
+def _read_options() -> None:
+    """Make the models of the options of what was added, so that a wrong annotation comes up now."""
+    for thing in added().values():
+        if callable(thing):
+            options_of(thing)
 
 
 @contextmanager

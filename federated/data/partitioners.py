@@ -79,10 +79,11 @@ def dirichlet(
     if min_samples < 1 or num_clients * min_samples > len(light):
         raise UserError(
             f"min_samples={min_samples} for each of {num_clients} clients cannot be met with {len(light)} "
-            f"samples; set it between 1 and {len(light) // num_clients}, or use fewer clients"
+            f"samples; set it between 1 and {len(light) // num_clients}, or use fewer clients",
+            options=("min_samples",),
         )
     if not alpha > 0:
-        raise UserError(f"alpha is {alpha}; it must be above 0")
+        raise UserError(f"alpha is {alpha}; it must be above 0", options=("alpha",))
     for _ in range(DIRICHLET_ATTEMPTS):
         flower = _flower().DirichletPartitioner(
             num_clients, LABEL, float(alpha), min_samples, seed=_seed(rng)
@@ -93,7 +94,8 @@ def dirichlet(
             logger.info("no Dirichlet split with %d samples a client yet: %s", min_samples, error)
     raise UserError(
         f"no Dirichlet split with alpha={alpha} gave each of {num_clients} clients {min_samples} samples; "
-        "raise alpha, lower min_samples, or use fewer clients"
+        "raise alpha, lower min_samples, or use fewer clients",
+        options=("alpha", "min_samples"),
     )
 
 
@@ -122,7 +124,10 @@ def pathological(
     """
     _need(light, LABEL, "pathological")
     if classes_per_client < 1:
-        raise UserError(f"classes_per_client is {classes_per_client}; it must be at least 1")
+        raise UserError(
+            f"classes_per_client is {classes_per_client}; it must be at least 1",
+            options=("classes_per_client",),
+        )
     return _rows_of(
         _flower().PathologicalPartitioner(
             num_clients,
@@ -160,12 +165,15 @@ def shard(
     """
     _need(light, LABEL, "shard")
     if shards_per_client is not None and shard_size is not None:
-        raise UserError("give shards_per_client or shard_size, not both")
+        raise UserError(
+            "give shards_per_client or shard_size, not both", options=("shards_per_client", "shard_size")
+        )
     per_client = 2 if shards_per_client is None and shard_size is None else shards_per_client
     if per_client is not None and num_clients * per_client > len(light):
         raise UserError(
             f"{num_clients} clients with {per_client} shards need at least {num_clients * per_client} "
-            f"samples and there are {len(light)}; lower shards_per_client or num_clients"
+            f"samples and there are {len(light)}; lower shards_per_client or num_clients",
+            options=("shards_per_client", "num_clients"),
         )
     return _rows_of(
         _flower().ShardPartitioner(
@@ -191,7 +199,8 @@ def natural(light: Dataset, num_clients: int, rng: np.random.Generator) -> list[
     if num_clients % len(names) and len(names) % num_clients:
         raise UserError(
             f"{num_clients} clients do not fit the {len(names)} domains ({', '.join(map(str, names[:10]))}); "
-            f"set num_clients to {len(names)}, to a multiple of it, or to a divisor"
+            f"set num_clients to {len(names)}, to a multiple of it, or to a divisor",
+            options=("num_clients",),
         )
     parts = max(num_clients // len(names), 1)
     ranks = np.empty(len(codes), dtype=np.int64)  # position of a row within its domain

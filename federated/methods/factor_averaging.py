@@ -137,7 +137,10 @@ def dual(*, private_adapter: str = "private") -> Aggregator:
         return begin({name: state[name] for name in shared(state)}, scaling)
 
     if not private_adapter or private_adapter == "default":
-        raise UserError("dual: private_adapter must be a name of its own; 'default' is the shared adapter")
+        raise UserError(
+            "dual: private_adapter must be a name of its own; 'default' is the shared adapter",
+            options=("private_adapter",),
+        )
     return Aggregator(
         name="dual",
         init=init,

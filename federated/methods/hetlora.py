@@ -62,10 +62,12 @@ def hetlora(*, gamma: float = 0.99, penalty_weight: float = 5e-3, min_rank: int 
     Raises:
         UserError: An option is out of range.
     """
-    if not 0 < gamma <= 1 or penalty_weight < 0 or min_rank < 1:
+    wrong = {"gamma": not 0 < gamma <= 1, "penalty_weight": penalty_weight < 0, "min_rank": min_rank < 1}
+    if any(wrong.values()):
         raise UserError(
             f"hetlora: gamma={gamma}, penalty_weight={penalty_weight}, min_rank={min_rank}; "
-            "give 0 < gamma <= 1, penalty_weight >= 0 and min_rank >= 1"
+            "give 0 < gamma <= 1, penalty_weight >= 0 and min_rank >= 1",
+            options=[option for option, is_wrong in wrong.items() if is_wrong],
         )
 
     method = Aggregator(

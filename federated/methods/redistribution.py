@@ -106,7 +106,7 @@ def fedsvd(*, period: int = 1) -> Aggregator:
         UserError: The period is not positive.
     """
     if period < 1:
-        raise UserError(f"fedsvd: period is {period}; give 1 or more rounds")
+        raise UserError(f"fedsvd: period is {period}; give 1 or more rounds", options=("period",))
 
     def changes(names: Iterable[str], server_round: int) -> Names:
         return everything(names) if server_round % period == 0 else second_factor_and_head(names)

@@ -46,7 +46,10 @@ def fedex(*, rank_cap: int | None = None) -> Aggregator:
         UserError: The cap is negative.
     """
     if rank_cap is not None and rank_cap < 0:
-        raise UserError(f"fedex: rank_cap is {rank_cap}; give 0 or more, or none for the exact rule")
+        raise UserError(
+            f"fedex: rank_cap is {rank_cap}; give 0 or more, or none for the exact rule",
+            options=("rank_cap",),
+        )
 
     def apply(server: ServerState, updates: Sequence[Update]) -> ServerState:
         ordered = of_one_rank(server, updates, "fedex")
@@ -90,7 +93,9 @@ def lora_fair(*, regularisation: float = 0.01) -> Aggregator:
         UserError: lambda is negative.
     """
     if regularisation < 0:
-        raise UserError(f"lora_fair: regularisation is {regularisation}; give 0 or more")
+        raise UserError(
+            f"lora_fair: regularisation is {regularisation}; give 0 or more", options=("regularisation",)
+        )
     return Aggregator(
         name="lora_fair",
         init=begin_with_adapters,

@@ -208,10 +208,12 @@ def _recall(memory: State, name: str, like: Tensor) -> Moments:
 def _check(optimizer: str, **positive: float) -> None:
     for option, value in positive.items():
         if not value > 0:
-            raise UserError(f"{optimizer}: {option} is {value}; give a positive number")
+            raise UserError(f"{optimizer}: {option} is {value}; give a positive number", options=(option,))
 
 
 def _check_decay(optimizer: str, **decays: float) -> None:
     for option, value in decays.items():
         if not 0 <= value < 1:
-            raise UserError(f"{optimizer}: {option} is {value}; give 0 or more and less than 1")
+            raise UserError(
+                f"{optimizer}: {option} is {value}; give 0 or more and less than 1", options=(option,)
+            )

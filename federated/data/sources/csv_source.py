@@ -152,13 +152,15 @@ def _columns_there(tables: Mapping[str, Sequence[Row]], wanted: Columns, split_c
         if column not in first and alike:
             raise UserError(
                 f"{file_of(first)} has a column {alike[0]!r}, which is not {column!r}; rename it, or set "
-                f"{role}_column={alike[0]}{'' if role == 'image' else ', or null to do without it'}"
+                f"{role}_column={alike[0]}{'' if role == 'image' else ', or null to do without it'}",
+                options=(f"{role}_column",),
             )
     label, caption = (c if c in first else None for c in (wanted.label, wanted.caption))
     if label is None and caption is None:
         raise UserError(
             f"{file_of(first)} has neither {wanted.label!r} nor {wanted.caption!r}; it has {there}: set "
-            "label_column or caption_column"
+            "label_column or caption_column",
+            options=("label_column", "caption_column"),
         )
     columns = Columns(wanted.image, label, caption, wanted.domain, wanted.concept)
     for row in (table[0] for table in tables.values()):
@@ -184,7 +186,8 @@ def _complete(table: Sequence[Row], columns: Columns, *, skip: bool) -> list[Row
     if gaps and not skip:
         raise UserError(
             f"{len(gaps)} rows are not complete: {listed(gaps)}; fill them in, set skip_incomplete=true to "
-            "leave such rows out, or label_column=null or caption_column=null to do without that column"
+            "leave such rows out, or label_column=null or caption_column=null to do without that column",
+            options=("label_column", "caption_column", "skip_incomplete"),
         )
     if gaps:
         logger.warning("left out %d rows that are not complete: %s", len(gaps), listed(gaps))
@@ -213,12 +216,14 @@ def _image_files(
     if missing:
         raise UserError(
             f"{len(missing)} images do not exist ({listed(missing)}); correct the paths, or set image_root "
-            "to the folder they are relative to"
+            "to the folder they are relative to",
+            options=("image_root",),
         )
     if outside:
         raise UserError(
             f"{len(outside)} images lie outside the folder ({listed(outside)}); move them into it, set "
-            "image_root to a folder that holds them all, or allow_outside=true to read them nevertheless"
+            "image_root to a folder that holds them all, or allow_outside=true to read them nevertheless",
+            options=("image_root", "allow_outside"),
         )
     return files
 

@@ -104,7 +104,8 @@ def _check_header(path: Path, header: Sequence[str], delimiter: str) -> None:
     if others:
         raise UserError(
             f"{path}: its fields seem to be separated by {DELIMITERS[others[0]]} ({header[0]!r}); set "
-            f"delimiter={others[0]!r}, or save it with commas"
+            f"delimiter={others[0]!r}, or save it with commas",
+            options=("delimiter",),
         )
 
 
@@ -170,5 +171,6 @@ def _check_splits(rows: Sequence[Row], split: str, split_column: str | None) -> 
         if said not in (None, split):
             raise UserError(
                 f"{row['']}: column {split_column!r} says {said}, but the file is the {split} split; give "
-                "the files one by one as path, or set split_column=null if the column means something else"
+                "the files one by one as path, or set split_column=null if the column means something else",
+                options=("path", "split_column"),
             )

@@ -266,7 +266,8 @@ def _read_idx(path: Path) -> np.ndarray:
     if not path.exists():
         raise UserError(
             f"{path} is missing: the full Fashion-MNIST comes with `apt install dataset-fashion-mnist`; "
-            "or use the embedded subset (full=False)"
+            "or use the embedded subset (full=False)",
+            options=("full",),
         )
     raw = gzip.decompress(path.read_bytes())
     num_dimensions = raw[3]  # IDX header: two zero bytes, type (8 = unsigned byte), number of dimensions
@@ -286,4 +287,7 @@ def _check_choices(what: str, given: Sequence[Any], available: tuple[str, ...]) 
         raise UserError(f"{what}s must be a list, not the string {given!r}; write ({given!r},)")
     unknown = [value for value in given if value not in available]
     if unknown or not given:
-        raise UserError(f"unknown {what} {unknown}: the embedded data has {', '.join(available)}")
+        options = ("language",) if what == "language" else ()  # vendors may be those to test on
+        raise UserError(
+            f"unknown {what} {unknown}: the embedded data has {', '.join(available)}", options=options
+        )

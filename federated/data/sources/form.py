@@ -145,7 +145,8 @@ def readable_images(paths: Sequence[Path], *, skip_corrupt: bool) -> npt.NDArray
         if not skip_corrupt:
             raise UserError(
                 f"{path} cannot be decoded ({error}); replace or remove it, or set skip_corrupt=true to "
-                "leave corrupt images out"
+                "leave corrupt images out",
+                options=("skip_corrupt",),
             )
         logger.warning("left out %s: it cannot be decoded (%s)", path, error)
         readable[row] = False
@@ -169,11 +170,16 @@ def split_off(
         UserError: the fraction leaves one side empty.
     """
     if not 0.0 < fraction < 1.0:
-        raise UserError(f"the share to split off is {fraction}; it must be between 0 and 1")
+        raise UserError(
+            f"the share to split off is {fraction}; it must be between 0 and 1", options=("test_fraction",)
+        )
     labels = np.zeros(len(dataset)) if label_column is None else column_values(dataset, label_column)
     rest, held_out = split_rows(labels, round(fraction * len(dataset)), rng, groups=groups)
     if len(rest) == 0 or len(held_out) == 0:
-        raise UserError(f"{len(dataset)} samples cannot give up a share of {fraction}; use more data")
+        raise UserError(
+            f"{len(dataset)} samples cannot give up a share of {fraction}; use more data",
+            options=("test_fraction",),
+        )
     return dataset.select(rest), dataset.select(held_out)
 
 

@@ -52,7 +52,8 @@ def complete_rows(rows: Dataset, columns: Sequence[str], where: str, *, skip: bo
     if not skip:
         raise UserError(
             f"{where}: {len(missing)} rows are not complete ({listed(named)}); fill them in, or set "
-            "skip_incomplete=true to leave such rows out"
+            "skip_incomplete=true to leave such rows out",
+            options=("skip_incomplete",),
         )
     logger.warning("%s: left out %d rows that are not complete: %s", where, len(missing), listed(named))
     return rows.select(np.setdiff1d(np.arange(len(rows)), missing))
@@ -145,7 +146,8 @@ def _label_names(rows: Dataset, label_column: str, where: str) -> list[str]:
         raise UserError(
             f"{where}: {label_column!r} has values outside its {len(feature.names)} classes, such as "
             f"{values[wrong]} in row {wrong} (hidden test labels?); choose another split with "
-            "splits={test: ...}"
+            "splits={test: ...}",
+            options=("splits",),
         )
     return [feature.names[value] for value in values]
 

@@ -64,14 +64,18 @@ def hub(  # noqa: PLR0913 -- the options of the data section, one by one
     image = image_column or _only_column(train, Image, "image", path)
     if image is None:
         raise UserError(
-            f"{path} has no image column; set image_column to one of {', '.join(train.column_names)}"
+            f"{path} has no image column; set image_column to one of {', '.join(train.column_names)}",
+            options=("image_column",),
         )
     label = label_column or _only_column(train, ClassLabel, "label", path)
     columns = [c for c in (image, label, caption_column, domain_column, concept_column) if c is not None]
     for split, rows in found.items():
         check_columns(rows, columns, f"{path}, split {split}")
         if not isinstance(rows.features[image], Image):
-            raise UserError(f"{path}, split {split}: {image!r} holds no images; set image_column")
+            raise UserError(
+                f"{path}, split {split}: {image!r} holds no images; set image_column",
+                options=("image_column",),
+            )
     num_listed = sum(map(len, found.values()))
     found = {
         split: complete_rows(rows, columns, f"{path}, split {split}", skip=skip_incomplete)
@@ -126,7 +130,8 @@ def _hub_splits(loaded: DatasetDict, chosen: Mapping[str, str], path: str) -> di
     if unknown or missing:
         raise UserError(
             f"splits {dict(chosen)} do not fit {path}: it has {', '.join(loaded)}, and ours are "
-            f"{', '.join(SPLIT_NAMES)}"
+            f"{', '.join(SPLIT_NAMES)}",
+            options=("splits",),
         )
     found = {split: loaded[name] for split, name in chosen.items()}
     by_name: dict[str, list[str]] = {}
@@ -140,7 +145,8 @@ def _hub_splits(loaded: DatasetDict, chosen: Mapping[str, str], path: str) -> di
         elif len(names) > 1:
             raise UserError(
                 f"{path}: {' and '.join(names)} are both the {split} split; say which with "
-                f"splits={{{split}: ...}}"
+                f"splits={{{split}: ...}}",
+                options=("splits",),
             )
         else:
             found[split] = loaded[names[0]]
@@ -148,7 +154,8 @@ def _hub_splits(loaded: DatasetDict, chosen: Mapping[str, str], path: str) -> di
         logger.warning("%s: splits that are not read: %s", path, listed(unread))
     if "train" not in found:
         raise UserError(
-            f"{path} has no train split; it has {', '.join(loaded)}: say which with splits={{train: ...}}"
+            f"{path} has no train split; it has {', '.join(loaded)}: say which with splits={{train: ...}}",
+            options=("splits",),
         )
     return found
 
@@ -157,5 +164,8 @@ def _only_column(rows: Dataset, kind: type, role: str, path: str) -> str | None:
     """The one column of a feature type, None without one; several are for the user to choose from."""
     columns = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
     if len(columns) > 1:
-        raise UserError(f"{path} has several {role} columns ({', '.join(columns)}); set {role}_column")
+        raise UserError(
+            f"{path} has several {role} columns ({', '.join(columns)}); set {role}_column",
+            options=(f"{role}_column",),
+        )
     return columns[0] if columns else None

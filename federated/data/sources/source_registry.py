@@ -71,7 +71,9 @@ def emoji(
         UserError: an unknown vendor, language or label.
     """
     if label not in ("label", "subgroup"):
-        raise UserError(f"emoji have no label {label!r}; set it to 'label' (the group) or 'subgroup'")
+        raise UserError(
+            f"emoji have no label {label!r}; set it to 'label' (the group) or 'subgroup'", options=("label",)
+        )
     splits = embedded.emoji(vendors, language)
     test = splits["test"] if test_vendors is None else embedded.emoji(test_vendors, language)["test"]
     return FederatedData(
