@@ -281,7 +281,7 @@ def test_an_evaluation_that_cannot_be_read_is_named() -> None:
 @pytest.mark.parametrize("name", ["fp32", "int8", "int4", "ternary", "topk:0.1", "topk:0.25:ef+int8"])
 def test_the_values_of_a_reply_are_those_that_travel(name: str, scaffold: bool) -> None:
     """Values that a sparse codec leaves out are zeros where it is decoded; normal ones are never zero."""
-    server = strategy(uplink=name, scaffold=scaffold)
+    server = strategy(uplink=codec_from_name(name), scaffold=scaffold)
     (request, other) = (ask(server)[i] for i in (0, 1))
     layout = server._start_of(0).answer_layout
     generator = torch.Generator().manual_seed(1)

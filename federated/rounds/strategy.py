@@ -17,7 +17,7 @@ from typing import cast
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import Strategy
 
 from federated.communication.byte_counts import payload_bytes
 from federated.communication.codec import Codec, codec_from_name
@@ -58,6 +58,9 @@ from models.state import flat, layout_of
 
 log = logging.getLogger(__name__)
 
+PLAIN = codec_from_name("fp32")
+"""Sends values as they are."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -72,8 +75,8 @@ class Ranks:
     scaling: Callable[[int | None], Mapping[str, float] | None] = lambda rank: None
 
 
-class LoRAStrategy(FedAvg):
-    """FedAvg's protocol with adapters, codecs and aggregators.
+class LoRAStrategy(Strategy):
+    """Flower's round protocol with adapters, codecs and aggregators.
 
     Args:
         aggregator: How updates are combined.
@@ -81,8 +84,8 @@ class LoRAStrategy(FedAvg):
         clients: Node id of each client id.
         seed: Seed of the run.
         cohort_size: Clients sampled a round.
-        uplink: Name of the codec of the clients' updates.
-        downlink: Name of the codec of what the server sends.
+        uplink: The codec of the clients' updates.
+        downlink: The codec of what the server sends.
         ranks: The clients' ranks where they differ.
         limits: How far one client may be from its cohort.
         shard_sizes: The most examples that a client can have used.
@@ -99,8 +102,8 @@ class LoRAStrategy(FedAvg):
         clients: Mapping[int, int],
         seed: int,
         cohort_size: int,
-        uplink: str = "fp32",
-        downlink: str = "fp32",
+        uplink: Codec = PLAIN,
+        downlink: Codec = PLAIN,
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
         limits: Limits = DEFAULT_LIMITS,
         shard_sizes: ShardSizes = ShardSizes(),  # noqa: B008 - frozen
@@ -108,7 +111,6 @@ class LoRAStrategy(FedAvg):
         evaluates: Callable[[int], list[int]] = lambda server_round: [],
         on_broadcast: Callable[[int, int, str], None] = lambda server_round, num_clients, phase: None,
     ) -> None:
-        super().__init__(min_train_nodes=1, min_evaluate_nodes=0, min_available_nodes=len(clients))
         self.aggregator = aggregator
         self.server_state = server_state
         self.record = RoundRecord(server_round=0)
@@ -118,8 +120,8 @@ class LoRAStrategy(FedAvg):
         self._clients = {node_id: client_id for client_id, node_id in clients.items()}
         self._seed = seed
         self._cohort_size = cohort_size
-        self._uplink: Codec = codec_from_name(uplink)
-        self._downlink: Codec = codec_from_name(downlink)
+        self._uplink = uplink
+        self._downlink = downlink
         self._full_layout = layout_of(server_state.state)
         self._ranks = ranks
         self._limits = limits
@@ -232,7 +234,7 @@ class LoRAStrategy(FedAvg):
 
     def packed_state(self) -> ArrayRecord:
         """Return the global state as Flower passes it along: one flat fp32 array."""
-        content = write_state(self.server_state.state, codec_from_name("fp32"), None, {})
+        content = write_state(self.server_state.state, PLAIN, None, {})
         return content.array_records[ARRAYS]
 
     def num_values(self, reply: Message) -> int:
