@@ -21,7 +21,7 @@ from federated.communication.metered_grid import MeteredGrid
 from federated.config.schema import ExperimentConfig, load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.methods import NEVER, BaseDelta, Downlink
-from federated.rounds.build import training_settings
+from federated.rounds.build import client_settings, training_settings
 from federated.rounds.client import LocalTraining, client_app
 from federated.rounds.client_ranks import scaling_at
 from federated.rounds.client_state import HELD, recall
@@ -92,6 +92,7 @@ def with_method(experiment: Run, method: str, *, trained: bool = False, **client
         config=config,
         aggregator=build_aggregator(config),
         initial_state=state,
+        clients=client_settings(config),
         training_settings=training_settings(config),
     )
 

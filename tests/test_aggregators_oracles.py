@@ -41,9 +41,9 @@ from federated.methods import (
     lora_fair,
     rolora,
 )
+from federated.methods.fedex import averaging_residual
+from federated.methods.flora import stacked
 from federated.methods.lowrank import truncate
-from federated.methods.residual import averaging_residual
-from federated.methods.stacking import stacked
 from lora.adapters import FactorPair
 
 COHORT = [0, 1, 3]

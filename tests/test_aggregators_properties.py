@@ -92,6 +92,11 @@ def test_the_registry_has_every_documented_method():
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
+def test_every_method_stands_in_a_file_of_its_name(name):
+    assert AGGREGATORS[name].__module__ == f"federated.methods.{name}"
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
 def test_every_method_states_its_equation_paper_bytes_and_what_it_preserves(name):
     text = AGGREGATORS[name].__doc__ or ""
     assert any(sign in text.splitlines()[0] for sign in ("<-", "+"))

@@ -33,6 +33,7 @@ from federated.communication.codec import codec_from_name
 from federated.communication.messages import read_state
 from federated.engines.simulation import run_experiment
 from federated.methods import ClientRules
+from federated.rounds.build import client_settings
 from federated.rounds.checkpoint import ServerCheckpoint, load_server_checkpoint, save_server_checkpoint
 from federated.rounds.client_state import CODEC_MEMORY, recall
 from federated.rounds.compatibility import build_aggregator
@@ -394,7 +395,8 @@ def test_hetlora_that_may_prune_nothing_asks_clients_for_nothing() -> None:
 def test_error_feedback_telescopes_over_rounds(codec: str, base: Run) -> None:
     """What was decoded and what is still owed add up to all updates, also after a missed round."""
     communication = base.config.communication.model_copy(update={"uplink": codec})
-    experiment = replace(base, config=base.config.model_copy(update={"communication": communication}))
+    config = base.config.model_copy(update={"communication": communication})
+    experiment = replace(base, config=config, clients=client_settings(config))
     with federation(experiment) as fed:
         sent: dict[int, State] = {}
         original = federated.rounds.client.encode

@@ -482,14 +482,13 @@ class Sender:
 
     def __init__(self, codec: str) -> None:
         self.codec = with_error_feedback(codec_from_name(codec))
-        communication = SimpleNamespace(uplink=self.codec.name)
-        self.experiment = SimpleNamespace(config=SimpleNamespace(seed=0, communication=communication))
+        self.run = SimpleNamespace(clients=SimpleNamespace(seed=0, uplink=self.codec))
         self.context = SimpleNamespace(state=RecordDict())
 
     def send(self, state: State, server_round: int) -> State:
         """Return an update as the server decodes it."""
         assignment = Assignment(client_id=0, server_round=server_round)
-        content = encode(self.experiment, state, self.context, assignment)  # type: ignore[arg-type]
+        content = encode(self.run, state, self.context, assignment)  # type: ignore[arg-type]
         assert payload_bytes(content) == self.codec.num_bytes(layout_of(state))
         return read_state(content, self.codec, layout_of(state))
 

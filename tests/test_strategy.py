@@ -32,7 +32,7 @@ from federated.communication.payload import ARRAYS, CONFIG, FLAT, METRICS
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.methods import aggregator_from_name
 from federated.methods.scaffold import with_scaffold
-from federated.rounds.replies import ShardSizes, read_answer
+from federated.rounds.replies import ShardSizes, read_training_reply
 from federated.rounds.strategy import LoRAStrategy, Ranks, sample_cohort
 from models.state import State, num_values
 
@@ -281,9 +281,9 @@ def test_an_evaluation_that_cannot_be_read_is_named() -> None:
 @pytest.mark.parametrize("name", ["fp32", "int8", "int4", "ternary", "topk:0.1", "topk:0.25:ef+int8"])
 def test_the_values_of_a_reply_are_those_that_travel(name: str, scaffold: bool) -> None:
     """Values that a sparse codec leaves out are zeros where it is decoded; normal ones are never zero."""
-    server = strategy(uplink=name, scaffold=scaffold)
+    server = strategy(uplink=codec_from_name(name), scaffold=scaffold)
     (request, other) = (ask(server)[i] for i in (0, 1))
-    layout = server._start_of(0).answer_layout
+    layout = server._start_of(0).reply_layout
     generator = torch.Generator().manual_seed(1)
     state = {n: torch.randn(shape, generator=generator) for n, shape in layout}
     told = {SERVER_ROUND: 1}
@@ -406,7 +406,7 @@ def test_an_update_knows_what_its_client_changed() -> None:
     server = strategy()
     sent = {name: 0.5 * value for name, value in ones(server).items()}
     content, start = reply(ask(server)[0], sent).content, server._start_of(0)
-    update = read_answer(0, content, codec_from_name("fp32"), start).update
+    update = read_training_reply(0, content, codec_from_name("fp32"), start).update
     for name, change in sent.items():
         torch.testing.assert_close(update.delta[name], change)
         torch.testing.assert_close(update.state[name], start.state[name] + change)

@@ -177,7 +177,7 @@ class GroupTraining:
 
     def _train(self) -> dict[int, LocalResult]:
         run, clients = self.run, [member.assignment for member in self.members]
-        num_steps = [run.config.client.local_steps] * len(clients)
+        num_steps = [run.clients.local_steps] * len(clients)
         try:
             held = self._held()
             trains = run.aggregator.trains(held[0], clients[0].server_round)
@@ -199,13 +199,13 @@ class GroupTraining:
 
 def client_batches(run: Run, assignment: Assignment) -> Iterable[Batch]:
     """Return the very batches that ``train_locally`` would give this client."""
-    rng = generator(run.config.seed, "client", assignment.server_round, assignment.client_id)
+    rng = generator(run.clients.seed, "client", assignment.server_round, assignment.client_id)
     with scoped_torch_rng(rng):  # draws from rng first, as it does there
         pass
     return local_batches(
         run,
         assignment.client_id,
-        run.config.client.local_steps,
+        run.clients.local_steps,
         rng,
         server_round=assignment.server_round,
     )
@@ -214,7 +214,7 @@ def client_batches(run: Run, assignment: Assignment) -> Iterable[Batch]:
 def batch_rows(run: Run, client_id: int) -> int:
     """Return the most rows that a local step of this client sees."""
     num_rows = run.num_examples(client_id)
-    return math.ceil(num_rows / steps_per_epoch(num_rows, run.config.client.batch_size))
+    return math.ceil(num_rows / steps_per_epoch(num_rows, run.clients.batch_size))
 
 
 def split_evenly(members: Sequence[Member], most: int) -> list[Sequence[Member]]:

@@ -10,10 +10,18 @@ from federated.methods.downlinks import (
     split_auxiliary,
     unpack_downlink,
 )
-from federated.methods.factor_averaging import dual, fedavg, fedsa, ffa, rolora
+from federated.methods.dual import dual
 from federated.methods.fed_sb import InBasis, fed_sb, spectral_start
+from federated.methods.fedavg import fedavg
+from federated.methods.fedex import fedex
+from federated.methods.fedsa import fedsa
+from federated.methods.fedsvd import fedsvd
+from federated.methods.ffa import ffa
+from federated.methods.flexlora import flexlora
+from federated.methods.flora import flora
 from federated.methods.fresh import fresh_factors
 from federated.methods.hetlora import cut_to_rank, hetlora
+from federated.methods.lora_fair import lora_fair
 from federated.methods.plausibility import DEFAULT_LIMITS, Limits
 from federated.methods.protocol import (
     NEVER,
@@ -28,11 +36,9 @@ from federated.methods.protocol import (
     Update,
     skip_round,
 )
-from federated.methods.redistribution import fedsvd, flexlora
 from federated.methods.registry import AGGREGATORS, aggregator_from_name
-from federated.methods.residual import fedex, lora_fair
+from federated.methods.rolora import rolora
 from federated.methods.server_state_file import load_server, save_server
-from federated.methods.stacking import flora
 
 __all__ = [
     "AGGREGATORS",

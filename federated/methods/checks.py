@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from federated.methods.averaging import in_groups
-from federated.methods.factor_averaging import fedavg
+from federated.methods.fedavg import fedavg
 from federated.methods.plausibility import (
     DEFAULT_LIMITS,
     Limits,

@@ -7,13 +7,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from federated.config.choices import Choice, build
-from federated.methods.factor_averaging import dual, fedavg, fedsa, ffa, rolora
+from federated.methods.dual import dual
 from federated.methods.fed_sb import fed_sb
+from federated.methods.fedavg import fedavg
+from federated.methods.fedex import fedex
+from federated.methods.fedsa import fedsa
+from federated.methods.fedsvd import fedsvd
+from federated.methods.ffa import ffa
+from federated.methods.flexlora import flexlora
+from federated.methods.flora import flora
 from federated.methods.hetlora import hetlora
+from federated.methods.lora_fair import lora_fair
 from federated.methods.protocol import Aggregator
-from federated.methods.redistribution import fedsvd, flexlora
-from federated.methods.residual import fedex, lora_fair
-from federated.methods.stacking import flora
+from federated.methods.rolora import rolora
 from models.registration import registering
 
 AGGREGATORS: dict[str, Callable[..., Aggregator]] = {

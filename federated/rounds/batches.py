@@ -20,11 +20,11 @@ def local_batches(
     run: Run, client_id: int, num_steps: int, rng: np.random.Generator, *, server_round: int
 ) -> Iterator[Batch]:
     """Yield the batches of a client's local steps in a round, augmented where the configuration says."""
-    images, batch_size = run.train_images, run.config.client.batch_size
+    images, batch_size = run.train_images, run.clients.batch_size
     kept = run.caches.serves_images(images, training=True)
     batches = images.local_batches(run.shards[client_id].train, batch_size, num_steps, rng, pixels=not kept)
     if run.augmentation.changes_anything:
-        augment_rng = generator(run.config.seed, "augment", server_round, client_id)
+        augment_rng = generator(run.clients.seed, "augment", server_round, client_id)
         batches = (augment_batch(batch, run.augmentation, augment_rng) for batch in batches)
     for batch in batches:
         yield model_batch(run, batch, images if kept else None)

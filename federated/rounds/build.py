@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from federated.communication.codec import Codec, codec_from_name
 from federated.config.schema import ExperimentConfig
 from federated.config.seeding import generator
 from federated.data.dataset import FederatedData, check_task_data, load_data
@@ -112,6 +113,39 @@ def training_settings(config: ExperimentConfig) -> TrainingSettings:
         clip_norm=client.clip_norm,
         micro_batch_size=client.micro_batch_size,
         precision=client.precision,
+    )
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """What clients need of a configuration beside ``TrainingSettings``.
+
+    Attributes:
+        seed: Of the run.
+        local_steps: Optimizer steps a round.
+        batch_size: Rows a step.
+        uplink: Encodes what clients send.
+        downlink: Decodes what they receive.
+        error_every: Rounds between measurements of the aggregation error; 0: never.
+    """
+
+    seed: int
+    local_steps: int
+    batch_size: int
+    uplink: Codec
+    downlink: Codec
+    error_every: int
+
+
+def client_settings(config: ExperimentConfig) -> ClientSettings:
+    """Return the settings of the run's clients."""
+    return ClientSettings(
+        seed=config.seed,
+        local_steps=config.client.local_steps,
+        batch_size=config.client.batch_size,
+        uplink=codec_from_name(config.communication.uplink),
+        downlink=codec_from_name(config.communication.downlink),
+        error_every=config.evaluation.aggregation_error_every,
     )
 
 

@@ -13,7 +13,6 @@ from typing import cast
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from federated.communication.codec import codec_from_name
 from federated.communication.messages import (
     CLIENT_ID,
     ENCODING_LOSS,
@@ -132,8 +131,7 @@ def receive_message(run: Run, message: Message, context: Context) -> tuple[Assig
         UserError: The message leaves out what this client should hold and does not.
     """
     config = cast(Mapping[str, int], message.content[CONFIG])
-    codec = codec_from_name(run.config.communication.downlink)
-    received = read_broadcast(message.content, codec, run.downlink_layout)
+    received = read_broadcast(message.content, run.clients.downlink, run.downlink_layout)
     downlink = unpack_downlink(received, config)
     assignment = Assignment(
         client_id=client_id_of(context),
@@ -189,9 +187,9 @@ def encode(run: Run, update: State, context: Context, assignment: Assignment) ->
 
     Auxiliary arrays are left out of that: what was lost of them, a method finds in its next ones.
     """
-    codec = codec_from_name(run.config.communication.uplink)
+    codec = run.clients.uplink
     key = assignment.server_round, assignment.client_id
-    rng = generator(run.config.seed, "codec", *key) if codec.draws else None
+    rng = generator(run.clients.seed, "codec", *key) if codec.draws else None
     meta: dict[str, MetaValue] = {SERVER_ROUND: assignment.server_round}
     if not codec.error_feedback:
         return write_state(update, codec, rng, meta)
@@ -207,7 +205,7 @@ def encode(run: Run, update: State, context: Context, assignment: Assignment) ->
 
 def as_decoded(run: Run, content: RecordDict, state: State) -> State:
     """Return a state as the server will decode it."""
-    codec = codec_from_name(run.config.communication.uplink)
+    codec = run.clients.uplink
     return state if codec.lossless else read_state(content, codec, layout_of(state))
 
 
@@ -230,9 +228,9 @@ def remember(run: Run, context: Context, held: State, result: LocalResult, sent:
 
 def _reports_loss(run: Run, server_round: int) -> bool:
     """Whether the server measures the aggregation error of a round and cannot know what the codec lost."""
-    every = run.config.evaluation.aggregation_error_every
+    every = run.clients.error_every
     measured = run.aggregator.has_global_model and every and server_round % every == 0
-    return bool(measured) and not codec_from_name(run.config.communication.uplink).lossless
+    return bool(measured) and not run.clients.uplink.lossless
 
 
 def lost_in_encoding(

@@ -65,8 +65,8 @@ class LocalResult:
 def train_locally(run: Run, assignment: Assignment, held: State) -> LocalResult:
     """Take a client's local steps from the wire state it holds."""
     model, rules = run.model, run.aggregator.client
-    num_steps = run.config.client.local_steps
-    rng = generator(run.config.seed, "client", assignment.server_round, assignment.client_id)
+    num_steps = run.clients.local_steps
+    rng = generator(run.clients.seed, "client", assignment.server_round, assignment.client_id)
     load_into_model(run, held, assignment.rank)
     trains = run.aggregator.trains(held, assignment.server_round)
     start = LocalStart(

@@ -1,4 +1,4 @@
-"""Reading what clients answer: a reply becomes an update, or a reason why it cannot be one.
+"""Reading what clients send: a reply becomes an update, or a reason why it cannot be one.
 
 Here a reply only has to be readable; whatever a client sends in its place, the round goes on.
 """
@@ -52,7 +52,7 @@ class Start:
         profile: Its rank and scaling.
         state: The values of the names that travel up.
         scaling: Module -> s_k.
-        auxiliary: What the method sent beside them; the client answers with arrays of the same names.
+        auxiliary: What the method sent beside them; the client sends back arrays of the same names.
     """
 
     profile: ClientProfile
@@ -61,13 +61,13 @@ class Start:
     auxiliary: State
 
     @functools.cached_property
-    def answer_layout(self) -> Layout:
-        """Names and shapes of what the client answers with."""
+    def reply_layout(self) -> Layout:
+        """Names and shapes of what the client replies with."""
         return layout_of(join_auxiliary(self.state, self.auxiliary))
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class TrainingReply:
     """A client's reply to a training message, decoded.
 
     Attributes:
@@ -83,7 +83,7 @@ class Answer:
     encoding_loss: EncodingLoss | None = None
 
 
-def check_answers(reply: Message, sent: Metadata, server_round: int) -> None:
+def check_origin(reply: Message, sent: Metadata, server_round: int) -> None:
     """Refuse a reply to anything but the message that its client was sent in this round.
 
     Args:
@@ -134,14 +134,14 @@ def _check_examples(verb: str, told: float, known: int | None) -> None:
         )
 
 
-def read_answer(client_id: int, content: RecordDict, codec: Codec, start: Start) -> Answer:
+def read_training_reply(client_id: int, content: RecordDict, codec: Codec, start: Start) -> TrainingReply:
     """Turn a reply into an update; the client's new values are written over its delta.
 
     Raises:
         UnreadableReplyError: The payload does not fit what was asked for, or the metrics do not.
     """
     try:
-        delta, auxiliary = split_auxiliary(read_state(content, codec, start.answer_layout))
+        delta, auxiliary = split_auxiliary(read_state(content, codec, start.reply_layout))
         metrics = _metrics(content)
         num_examples, train_loss = int(metrics[NUM_EXAMPLES]), float(metrics[TRAIN_LOSS])
         next_rank = _checked_rank(start.profile, int(metrics[RANK]))
@@ -159,7 +159,7 @@ def read_answer(client_id: int, content: RecordDict, codec: Codec, start: Start)
         start=start.state,
         auxiliary=auxiliary,
     )
-    return Answer(update, train_loss, next_rank, loss)
+    return TrainingReply(update, train_loss, next_rank, loss)
 
 
 def read_evaluation(content: RecordDict) -> dict[str, float]:

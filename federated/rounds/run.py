@@ -19,7 +19,15 @@ from federated.data.feature_cache import FeatureCaches, build_feature_caches
 from federated.data.partition import Partition, partition
 from federated.methods import Aggregator, ServerState, cut_to_rank
 from federated.rounds.base_weights import BaseWeights
-from federated.rounds.build import Shard, build_model, load_run_data, split_shards, training_settings
+from federated.rounds.build import (
+    ClientSettings,
+    Shard,
+    build_model,
+    client_settings,
+    load_run_data,
+    split_shards,
+    training_settings,
+)
 from federated.rounds.compatibility import build_aggregator, check_client_ranks
 from federated.rounds.trained_record import notes_of
 from lora.adapters import scalings, unwrap
@@ -47,7 +55,8 @@ class Run:
         aggregator: How updates are combined, and what follows from that for clients.
         base: The base weights, for aggregators that merge into them.
         scaling: Module -> s, the factor in front of B @ A at the model's rank.
-        training_settings: How clients train.
+        clients: What clients draw, decode and encode with.
+        training_settings: How their optimizers step.
         augmentation: What is done to the images and captions that clients train on.
         caches: What of the frozen towers is computed once.
     """
@@ -64,6 +73,7 @@ class Run:
     aggregator: Aggregator
     base: BaseWeights
     scaling: Mapping[str, float]
+    clients: ClientSettings
     training_settings: TrainingSettings
     augmentation: Augmentation
     caches: FeatureCaches
@@ -152,6 +162,7 @@ def build_run(config: ExperimentConfig, data: FederatedData | None = None) -> Ru
         aggregator=aggregator,
         base=BaseWeights(model),
         scaling=scaling,
+        clients=client_settings(config),
         training_settings=training_settings(config),
         augmentation=augmentation,
         caches=build_feature_caches(

@@ -17,7 +17,7 @@ from typing import cast
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import Strategy
 
 from federated.communication.byte_counts import payload_bytes
 from federated.communication.codec import Codec, codec_from_name
@@ -45,18 +45,21 @@ from federated.results.round_record import Failure, RoundRecord
 from federated.rounds.cohort import sample_cohort
 from federated.rounds.held_states import HeldStates
 from federated.rounds.replies import (
-    Answer,
     ShardSizes,
     Start,
+    TrainingReply,
     UnreadableReplyError,
-    check_answers,
-    read_answer,
+    check_origin,
     read_evaluation,
+    read_training_reply,
 )
 from models.errors import ROUND_FAILURE
 from models.state import flat, layout_of
 
 log = logging.getLogger(__name__)
+
+PLAIN = codec_from_name("fp32")
+"""Sends values as they are."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ class Ranks:
     scaling: Callable[[int | None], Mapping[str, float] | None] = lambda rank: None
 
 
-class LoRAStrategy(FedAvg):
-    """FedAvg's protocol with adapters, codecs and aggregators.
+class LoRAStrategy(Strategy):
+    """Flower's round protocol with adapters, codecs and aggregators.
 
     Args:
         aggregator: How updates are combined.
@@ -81,8 +84,8 @@ class LoRAStrategy(FedAvg):
         clients: Node id of each client id.
         seed: Seed of the run.
         cohort_size: Clients sampled a round.
-        uplink: Name of the codec of the clients' updates.
-        downlink: Name of the codec of what the server sends.
+        uplink: The codec of the clients' updates.
+        downlink: The codec of what the server sends.
         ranks: The clients' ranks where they differ.
         limits: How far one client may be from its cohort.
         shard_sizes: The most examples that a client can have used.
@@ -99,8 +102,8 @@ class LoRAStrategy(FedAvg):
         clients: Mapping[int, int],
         seed: int,
         cohort_size: int,
-        uplink: str = "fp32",
-        downlink: str = "fp32",
+        uplink: Codec = PLAIN,
+        downlink: Codec = PLAIN,
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
         limits: Limits = DEFAULT_LIMITS,
         shard_sizes: ShardSizes = ShardSizes(),  # noqa: B008 - frozen
@@ -108,7 +111,6 @@ class LoRAStrategy(FedAvg):
         evaluates: Callable[[int], list[int]] = lambda server_round: [],
         on_broadcast: Callable[[int, int, str], None] = lambda server_round, num_clients, phase: None,
     ) -> None:
-        super().__init__(min_train_nodes=1, min_evaluate_nodes=0, min_available_nodes=len(clients))
         self.aggregator = aggregator
         self.server_state = server_state
         self.record = RoundRecord(server_round=0)
@@ -118,8 +120,8 @@ class LoRAStrategy(FedAvg):
         self._clients = {node_id: client_id for client_id, node_id in clients.items()}
         self._seed = seed
         self._cohort_size = cohort_size
-        self._uplink: Codec = codec_from_name(uplink)
-        self._downlink: Codec = codec_from_name(downlink)
+        self._uplink = uplink
+        self._downlink = downlink
         self._full_layout = layout_of(server_state.state)
         self._ranks = ranks
         self._limits = limits
@@ -148,8 +150,8 @@ class LoRAStrategy(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Decode the updates in client order, refuse what cannot be used, apply the aggregator."""
         decoded = [self._decode(reply) for reply in self._sort_out(replies)]
-        answers = [answer for answer in decoded if answer is not None]
-        before, updates = self.server_state, [answer.update for answer in answers]
+        read = [reply for reply in decoded if reply is not None]
+        before, updates = self.server_state, [reply.update for reply in read]
         after, accepted, refused = run_round(self.aggregator, before, updates, self._limits)
         self.server_state = after
         self.record.failed += [Failure(client_id, reason) for client_id, reason in refused]
@@ -157,38 +159,40 @@ class LoRAStrategy(FedAvg):
         if not accepted:
             self.record.skipped = True
             return None, None
-        of_client = {answer.update.client_id: answer for answer in answers}
+        of_client = {reply.update.client_id: reply for reply in read}
         self._close(before, accepted, [of_client[update.client_id] for update in accepted])
         return self.packed_state(), MetricRecord(dict(self.record.metrics))
 
-    def _close(self, before: ServerState, accepted: Sequence[Update], answers: Sequence[Answer]) -> None:
+    def _close(
+        self, before: ServerState, accepted: Sequence[Update], replies: Sequence[TrainingReply]
+    ) -> None:
         """Take over what else came with the accepted updates, and write down the round's figures."""
-        for answer in answers:
-            update = answer.update
+        for reply in replies:
+            update = reply.update
             self.record.clients[update.client_id] = {
-                "train_loss": answer.train_loss,
+                "train_loss": reply.train_loss,
                 "num_examples": update.num_examples,
             }
-            if answer.next_rank is not None:
-                self.current_ranks[update.client_id] = answer.next_rank
+            if reply.next_rank is not None:
+                self.current_ranks[update.client_id] = reply.next_rank
         weights = [update.num_examples for update in accepted]
-        losses = [answer.train_loss for answer in answers]
+        losses = [reply.train_loss for reply in replies]
         self.record.metrics["train_loss"] = float(np.average(losses, weights=weights))
         if self._error_every and self.record.server_round % self._error_every == 0:
-            error = self._aggregation_error(before, accepted, answers)
+            error = self._aggregation_error(before, accepted, replies)
             if error is not None and math.isfinite(error):
                 self.record.metrics["aggregation_error"] = error
 
     def _aggregation_error(
-        self, before: ServerState, accepted: Sequence[Update], answers: Sequence[Answer]
+        self, before: ServerState, accepted: Sequence[Update], replies: Sequence[TrainingReply]
     ) -> float | None:
         """Return the round's aggregation error; None where a client's loss is not known."""
         known = {}
-        for answer in answers:
-            loss = EncodingLoss() if self._uplink.lossless else answer.encoding_loss
+        for reply in replies:
+            loss = EncodingLoss() if self._uplink.lossless else reply.encoding_loss
             if loss is None:
                 return None
-            client_id = answer.update.client_id
+            client_id = reply.update.client_id
             held = None if self._held is None else self._held.started_from(client_id)
             known[client_id] = Known(held, loss)
         return aggregation_error(self.aggregator, before, self.server_state, accepted, known)
@@ -232,7 +236,7 @@ class LoRAStrategy(FedAvg):
 
     def packed_state(self) -> ArrayRecord:
         """Return the global state as Flower passes it along: one flat fp32 array."""
-        content = write_state(self.server_state.state, codec_from_name("fp32"), None, {})
+        content = write_state(self.server_state.state, PLAIN, None, {})
         return content.array_records[ARRAYS]
 
     def num_values(self, reply: Message) -> int:
@@ -243,7 +247,7 @@ class LoRAStrategy(FedAvg):
         num_bytes, client_id = payload_bytes(reply), self._client_of(reply)
         if not num_bytes:
             return 0
-        layout = self._start_of(client_id).answer_layout
+        layout = self._start_of(client_id).reply_layout
         return self._uplink.num_sent(layout) if num_bytes == self._uplink.num_bytes(layout) else 0
 
     # ---- both directions
@@ -311,7 +315,7 @@ class LoRAStrategy(FedAvg):
         for reply in asked:
             client_id = self._client_of(reply)
             try:
-                check_answers(reply, self._sent[client_id], self.record.server_round)
+                check_origin(reply, self._sent[client_id], self.record.server_round)
             except UnreadableReplyError as error:
                 self._refuse(client_id, str(error))
                 continue
@@ -328,16 +332,16 @@ class LoRAStrategy(FedAvg):
                     self._held.answered(client_id)
         return answered
 
-    def _decode(self, reply: Message) -> Answer | None:
-        """Return a client's answer; None (and a named failure) when it cannot be read."""
+    def _decode(self, reply: Message) -> TrainingReply | None:
+        """Return a client's reply, read; None (and a named failure) when it cannot be read."""
         client_id = self._client_of(reply)
         try:
-            answer = read_answer(client_id, reply.content, self._uplink, self._start_of(client_id))
-            self._shard_sizes.check_train(client_id, answer.update.num_examples)
+            read = read_training_reply(client_id, reply.content, self._uplink, self._start_of(client_id))
+            self._shard_sizes.check_train(client_id, read.update.num_examples)
         except UnreadableReplyError as error:
             self._refuse(client_id, str(error))
             return None
-        return answer
+        return read
 
     def _refuse(self, client_id: int, reason: str) -> None:
         failure, values = Failure(client_id, reason), {ROUND_FAILURE: client_id}

@@ -1,4 +1,4 @@
-"""FlexLoRA and FedSVD: the server takes the SVD of the aggregate and hands its leading part out again.
+"""FlexLoRA: the server takes the SVD of the aggregate and hands each client as much of it as its rank holds.
 
 ``init`` and ``apply`` leave the global adapter in SVD form, A = V^T with orthonormal rows and B = U S / s, so
 that the first r_k components are the best rank-r_k adapter. The basis is another one each round: no server
@@ -7,7 +7,7 @@ optimizer, and clients start with fresh moments (as they always do).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,25 +18,21 @@ from federated.methods.averaging import (
     average,
     begin_with_adapters,
     in_client_order,
-    of_one_rank,
     uncovered_share,
     weights_of,
 )
-from federated.methods.downlinks import send_changed, send_truncated
+from federated.methods.downlinks import send_truncated
+from federated.methods.flora import stacked
 from federated.methods.lowrank import LowRank, stack, svd
 from federated.methods.protocol import (
     Aggregator,
-    Names,
     ServerState,
     Update,
     everything,
     head_names,
     nothing,
-    second_factor_and_head,
 )
-from federated.methods.stacking import stacked
 from lora.adapters import factor_pairs
-from models.errors import UserError
 
 
 def flexlora() -> Aggregator:
@@ -86,49 +82,6 @@ def flexlora() -> Aggregator:
         apply=apply,
         exact=False,
         allows_mixed_ranks=True,
-    )
-
-
-def fedsvd(*, period: int = 1) -> Aggregator:
-    """B <- sum_k w_k B_k with A frozen and shared, then A <- V^T, B <- U S of B A every ``period`` rounds.
-
-    Re-factorising loses nothing, and lets A follow the data although clients never train it. Rows of A are
-    orthonormal, which bounds the gradient of B. It is post-processing: free in a privacy budget.
-
-    Source: FedSVD, Lee et al., NeurIPS 2025, arXiv:2505.12805.
-    Bytes: up b r d_o, down b r (d_i + d_o) (b r d_o in rounds without SVD).
-    Preserves: the product, exactly; not the basis.
-
-    Args:
-        period: Rounds from one SVD to the next.
-
-    Raises:
-        UserError: The period is not positive.
-    """
-    if period < 1:
-        raise UserError(f"fedsvd: period is {period}; give 1 or more rounds", options=("period",))
-
-    def changes(names: Iterable[str], server_round: int) -> Names:
-        return everything(names) if server_round % period == 0 else second_factor_and_head(names)
-
-    def apply(server: ServerState, updates: Sequence[Update]) -> ServerState:
-        values = average(of_one_rank(server, updates, "fedsvd"))
-        if (server.server_round + 1) % period == 0:
-            for pair in factor_pairs(server.state):
-                a = server.state[pair.a]
-                values[pair.a], values[pair.b] = refactorised(LowRank(values[pair.b], a), a)
-        return advance(server, values)
-
-    return Aggregator(
-        name="fedsvd",
-        init=begin_with_adapters,
-        downlink=send_changed(changes),
-        trains=second_factor_and_head,
-        uplink=second_factor_and_head,
-        private=nothing,
-        apply=apply,
-        exact=True,
-        clients_remember=period > 1,
     )
 
 

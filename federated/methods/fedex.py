@@ -1,26 +1,15 @@
-"""FedEx-LoRA and LoRA-FAIR: average the factors apart, then deal with the error that this makes.
+"""FedEx-LoRA: average the factors apart, then merge the error that this makes into the base model.
 
-Both start from the averages A, B of ``fedavg`` and from the residual
+The error is the residual of the averages A, B of ``fedavg``,
 
-    R = sum_k w_k B_k A_k - B A = sum_k w_k (B_k - B)(A_k - A),
-
-FedEx merges R (or its best rank-q part) into the base model, LoRA-FAIR moves B to absorb what it can of it.
+    R = sum_k w_k B_k A_k - B A = sum_k w_k (B_k - B)(A_k - A).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
-import torch
-
-from federated.methods.averaging import (
-    advance,
-    average,
-    begin_with_adapters,
-    of_one_rank,
-    weights_of,
-)
+from federated.methods.averaging import advance, average, begin_with_adapters, of_one_rank, weights_of
 from federated.methods.downlinks import send_changed
 from federated.methods.lowrank import LowRank, scaled, stack, truncate
 from federated.methods.protocol import Aggregator, ServerState, Update, everything, nothing
@@ -73,54 +62,6 @@ def fedex(*, rank_cap: int | None = None) -> Aggregator:
         clients_remember=rank_cap != 0,
         merges_into_base=rank_cap != 0,
     )
-
-
-def lora_fair(*, regularisation: float = 0.01) -> Aggregator:
-    """A <- average, B <- average + dB with dB = argmin ||s R - s dB A||_F^2 + ridge, in closed form.
-
-    dB = (R A^T) (A A^T + lambda mean(diag(A A^T)) I)^-1. The residual's part outside the row space of A is
-    lost. The paper minimises a cosine "similarity" by gradient steps on the server; this is the Frobenius
-    version of its objective, solved exactly and without a (d_o, d_i) matrix.
-
-    Source: LoRA-FAIR, Bian et al., ICCV 2025, arXiv:2411.14961.
-    Bytes: up b r (d_i + d_o), down the same.
-    Preserves: the rank; fedavg's A.
-
-    Args:
-        regularisation: lambda, relative to the mean diagonal of A A^T.
-
-    Raises:
-        UserError: lambda is negative.
-    """
-    if regularisation < 0:
-        raise UserError(
-            f"lora_fair: regularisation is {regularisation}; give 0 or more", options=("regularisation",)
-        )
-    return Aggregator(
-        name="lora_fair",
-        init=begin_with_adapters,
-        downlink=send_changed(everything),
-        trains=everything,
-        uplink=everything,
-        private=nothing,
-        apply=partial(_apply_fair, regularisation=regularisation),
-        exact=False,
-    )
-
-
-def _apply_fair(server: ServerState, updates: Sequence[Update], regularisation: float) -> ServerState:
-    ordered = of_one_rank(server, updates, "lora_fair")
-    mean = average(ordered)
-    corrected: dict[str, torch.Tensor] = {}
-    for pair in factor_pairs(server.state):
-        a = mean[pair.a].double()  # (r, d_in)
-        residual = averaging_residual(ordered, mean, pair)
-        target = residual.left.double() @ (residual.right.double() @ a.T)  # R A^T: (d_out, r)
-        gram = a @ a.T
-        ridge = regularisation * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        correction = target @ torch.linalg.pinv(gram + ridge, hermitian=True)
-        corrected[pair.b] = (mean[pair.b].double() + correction).to(mean[pair.b].dtype)
-    return advance(server, {**mean, **corrected})
 
 
 def averaging_residual(updates: Sequence[Update], mean: State, pair: FactorPair) -> LowRank:
