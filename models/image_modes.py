@@ -6,6 +6,7 @@ Used wherever images come in: a run's data, what is predicted or encoded, and th
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageColor, ImageOps
@@ -18,7 +19,7 @@ WHITE = "white"
 _FLOAT_TOLERANCE = 1e-3  # how far rounding may carry a float beyond black and white
 
 
-def load_image(path: Path | str) -> Image.Image:
+def load_image(path: Path | str | BinaryIO) -> Image.Image:
     """Read an image file: its first frame, upright by its EXIF orientation, in the mode of the file.
 
     Raises:

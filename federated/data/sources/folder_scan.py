@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -219,10 +220,10 @@ def leaves(path: Path, folder: Path) -> bool:
     return not path.resolve().is_relative_to(folder.resolve())
 
 
-def image_error(path: Path | str) -> str | None:
+def image_error(file: Path | str | BinaryIO) -> str | None:
     """Say why an image file cannot be decoded and shown; None when it can."""
     try:
-        rgb_image(load_image(path))
+        rgb_image(load_image(file))
     except DECODE_ERRORS as error:
         return str(error) or type(error).__name__
     return None
