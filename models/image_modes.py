@@ -34,6 +34,18 @@ def load_image(path: Path | str | BinaryIO) -> Image.Image:
         return upright
 
 
+def num_frames(path: Path | str) -> int:
+    """Return how many frames or pages an image file has; of those, `load_image` reads the first.
+
+    The second picture in a camera's JPEG (MPO) is a preview or another eye's view, and does not count.
+
+    Raises:
+        OSError, ValueError and others of Pillow's: it cannot be decoded.
+    """
+    with Image.open(path) as image:
+        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+
+
 def rgb_image(image: Image.Image, background: str = WHITE) -> Image.Image:
     """Show an image of any mode in RGB, as a viewer does.
 
