@@ -6,6 +6,7 @@ Used wherever images come in: a run's data, what is predicted or encoded, and th
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageColor, ImageOps
@@ -18,7 +19,7 @@ WHITE = "white"
 _FLOAT_TOLERANCE = 1e-3  # how far rounding may carry a float beyond black and white
 
 
-def load_image(path: Path | str) -> Image.Image:
+def load_image(path: Path | str | BinaryIO) -> Image.Image:
     """Read an image file: its first frame, upright by its EXIF orientation, in the mode of the file.
 
     Raises:
@@ -31,6 +32,18 @@ def load_image(path: Path | str) -> Image.Image:
         upright = ImageOps.exif_transpose(image)
         upright.format = image.format
         return upright
+
+
+def num_frames(path: Path | str) -> int:
+    """Return how many frames or pages an image file has; of those, `load_image` reads the first.
+
+    The second picture in a camera's JPEG (MPO) is a preview or another eye's view, and does not count.
+
+    Raises:
+        OSError, ValueError and others of Pillow's: it cannot be decoded.
+    """
+    with Image.open(path) as image:
+        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
 
 
 def rgb_image(image: Image.Image, background: str = WHITE) -> Image.Image:

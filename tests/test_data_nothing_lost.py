@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PilImage
 
-from federated.data.dataset import load_data
+from federated.data.dataset import image_tensors, load_data
 from federated.data.folders import prepare_folder
 from federated.data.sources.folder_scan import scan_folder
 from federated.data.sources.form import row_groups
@@ -326,6 +327,21 @@ def test_splits_that_number_the_classes_differently_are_mapped_by_name(tmp_path)
     data = load_data("hub", path=str(tmp_path / "set"))
     assert data.labels("train").tolist() == data.labels("test").tolist() == [0, 0, 1]
     assert data.class_names == ("cat", "dog")
+
+
+def test_corrupt_images_of_a_hub_set_are_left_out_when_asked_for_and_named(tmp_path, caplog):
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    good = pictures(3)
+    columns = {"image": [*good, {"bytes": b"no image", "path": None}], "label": [0, 1, 0, 1]}
+    whole = {"image": good, "label": [0, 1, 0]}
+    path = write_hub_folder(tmp_path / "set", features, {"train": columns, "test": whole})
+    data = load_data("hub", path=path, skip_corrupt=True)
+    assert (len(data.train), len(data.test), data.num_skipped) == (3, 3, 1)
+    assert "split train: left out row 3" in caplog.text
+    with pytest.raises(UserError, match=r"\(row 3\) cannot be decoded.*data\.options\.skip_corrupt=true"):
+        image_tensors(load_data("hub", path=path), "train", lambda image: torch.zeros(3, 8, 8)).pixel_values(
+            [3]
+        )
 
 
 @pytest.mark.parametrize(

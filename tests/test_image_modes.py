@@ -22,6 +22,7 @@ from models.errors import UserError
 from models.image_modes import load_image, rgb_image
 from models.images import ImageProcessor
 from tests.command import fedlora
+from tests.test_data_tables import write_csv
 
 SIZE = 8
 
@@ -213,6 +214,29 @@ def test_the_check_names_images_of_one_colour_and_those_that_only_look_alike(gre
     _, shown, _ = fedlora(capsys, "data", "check", tmp_path)
     assert "1 images are of one colour: " in shown
     assert "deep.png = " in shown
+
+
+def test_the_check_of_a_table_names_files_of_several_frames_and_pictures_of_two_splits(
+    grey, tmp_path, capsys
+) -> None:
+    frames = [Image.fromarray(values) for values in (grey, grey.T, grey[::-1])]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "pages.tif", save_all=True, append_images=frames[1:])
+    frames[1].save(tmp_path / "still.png")
+    frames[1].save(tmp_path / "again.png", compress_level=0)
+    frames[0].save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    for split, files in (
+        ("train", ["moving.gif", "pages.tif", "still.png"]),
+        ("test", ["again.png", "phone.jpg"]),
+    ):
+        lines = [f"{file},{name}" for file, name in zip(files, "aba", strict=False)]
+        write_csv(tmp_path / f"{split}.csv", "image,label", lines)
+    _, shown, _ = fedlora(capsys, "data", "check", tmp_path)
+    assert "2 images have several frames, of which the first is read: " in shown
+    assert "phone.jpg" not in shown
+    (leaks,) = (line for line in shown.splitlines() if line.startswith("in more than one split"))
+    assert "still.png = " in leaks
+    assert "again.png" in leaks
 
 
 def test_bytes_of_a_parquet_file_are_shown_as_files_are(grey) -> None:

@@ -125,6 +125,16 @@ def test_training_rows_of_one_class_of_several_are_no_task(tmp_path: Path) -> No
         check_can_learn(experiment)
 
 
+def test_classes_without_a_training_row_are_named_where_a_head_learns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = folder_of(tmp_path, ("cat", "dog", "frog"))
+    for key, said in (("task.name=zero_shot", False), ("task.name=classification", True)):
+        caplog.clear()
+        check_can_learn(built(*arguments, "data.max_train_samples=2", "partition.num_clients=1", key))
+        assert ("no client has a training row of" in caplog.text) == said
+
+
 def test_a_client_with_one_pair_has_nothing_to_learn_from(tmp_path: Path) -> None:
     arguments = csv_of(tmp_path / "pairs", ["a cat", "a dog", "a car", "a tree"])
     with pytest.raises(UserError, match=r"client\w* [\d, ]+ha\w+ one picture in all training rows"):

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +14,10 @@ from rich.console import Console
 from federated.data.names import MAX_NAMED, listed
 from models.errors import UserError
 from models.progress import progress_bar
+
+if TYPE_CHECKING:
+    from federated.data.folders import FolderReport
+    from federated.data.table_check import TableReport
 
 app = typer.Typer(
     help="Check and prepare folders of images, train/ val/ test/<class>/*.",
@@ -64,7 +67,7 @@ def check(
     if report.ignored:
         shown = listed(report.ignored)
         typer.echo(f"not images by their suffix or place, and ignored: {shown}")
-    _name_suspects(report.one_colour, report.look_alike)
+    _name_suspects(report)
     if not report.usable:
         corrupt = [f"{path} cannot be decoded ({error})" for path, error in report.corrupt]
         raise UserError(f"{folder} cannot be used:\n  " + "\n  ".join([*report.problems, *corrupt]))
@@ -134,18 +137,23 @@ def _check_table(path: Path, model: str, *, allow_outside: bool) -> None:
     with progress_bar("images") as report_progress:
         report = check_table(path, allow_outside=allow_outside, report=report_progress)
     print_table(Console(), count_table(report.counts), f"Rows in {path}")
-    _name_suspects(report.one_colour, report.look_alike)
+    if report.leaks:
+        groups = [" = ".join(map(str, group[:MAX_NAMED])) for group in report.leaks]
+        typer.echo(f"in more than one split, so that test results would be too good: {listed(groups)}")
+    _name_suspects(report)
     if report.captions:
         warn_of_cut(load_clip(model).tokenize, report.captions, "captions")
     typer.echo(f"{path} can be used")
 
 
-def _name_suspects(one_colour: Sequence[Path], look_alike: Sequence[Sequence[Path]]) -> None:
-    """Name images that say little, or the same as others."""
-    if one_colour:
-        typer.echo(f"{len(one_colour)} images are of one colour: {listed(one_colour)}")
-    if look_alike:
-        groups = [" = ".join(map(str, group[:MAX_NAMED])) for group in look_alike]
+def _name_suspects(report: FolderReport | TableReport) -> None:
+    """Name images that say little, the same as others, or more than is read."""
+    if report.one_colour:
+        typer.echo(f"{len(report.one_colour)} images are of one colour: {listed(report.one_colour)}")
+    if frames := report.several_frames:
+        typer.echo(f"{len(frames)} images have several frames, of which the first is read: {listed(frames)}")
+    if report.look_alike:
+        groups = [" = ".join(map(str, group[:MAX_NAMED])) for group in report.look_alike]
         typer.echo(f"images that differ as files and are equal as a model is shown them: {listed(groups)}")
 
 

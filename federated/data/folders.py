@@ -21,6 +21,7 @@ from federated.data.sources.folder_scan import (
     look_alike,
     look_at_all,
     of_one_colour,
+    of_several_frames,
     scan_classes,
     scan_folder,
 )
@@ -47,6 +48,7 @@ class FolderReport:
             byte-identical ones aside.
         ignored: files that are not images by their suffix or place.
         one_colour: images whose pixels are all of one colour.
+        several_frames: images of which all frames but the first are not read.
         look_alike: groups of images that differ as files hold them and are equal as a model is shown them.
     """
 
@@ -59,6 +61,7 @@ class FolderReport:
     ignored: tuple[Path, ...]
     one_colour: tuple[Path, ...] = ()
     look_alike: tuple[tuple[Path, ...], ...] = ()
+    several_frames: tuple[Path, ...] = ()
 
     @property
     def usable(self) -> bool:
@@ -115,6 +118,7 @@ def check_folder(path: Path | str, *, allow_outside: bool = False, report: Repor
         ignored=scan.ignored,
         one_colour=of_one_colour(looks),
         look_alike=look_alike(looks),
+        several_frames=of_several_frames(looks),
     )
 
 

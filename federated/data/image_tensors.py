@@ -249,9 +249,8 @@ class ImageTensors:
                 self._shown(self._images[row][self._image_column])
             except DECODE_ERRORS:
                 name = raw[row][self._image_column]["path"] or f"image {row}"
-                return (
-                    f"{name} (row {row}) cannot be decoded ({error}); replace it, or load with skip_corrupt"
-                )
+                remedy = "replace it, or set data.options.skip_corrupt=true"
+                return f"{name} (row {row}) cannot be decoded ({error}); {remedy}"
         return f"an image cannot be decoded: {error}"
 
 

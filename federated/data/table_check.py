@@ -11,7 +11,7 @@ from datasets import Image
 
 from federated.data.dataset import load_data
 from federated.data.names import listed, read_alike
-from federated.data.sources.folder_scan import look_alike, look_at_all, of_one_colour
+from federated.data.sources.folder_scan import Look, look_alike, look_at_all, of_one_colour, of_several_frames
 from federated.data.splits import column_values
 from models.errors import UserError
 from models.progress import Report, quiet
@@ -26,13 +26,17 @@ class TableReport:
             that differ and each class.
         captions: all captions.
         one_colour: images whose pixels are all of one colour.
+        several_frames: images of which all frames but the first are not read.
         look_alike: groups of images that differ as files hold them and are equal as a model is shown them.
+        leaks: groups of files in more than one split that show the same: test results would be too good.
     """
 
     counts: Mapping[str, Mapping[str, int]]
     captions: tuple[str, ...]
     one_colour: tuple[Path, ...]
     look_alike: tuple[tuple[Path, ...], ...]
+    several_frames: tuple[Path, ...] = ()
+    leaks: tuple[tuple[Path, ...], ...] = ()
 
 
 def check_table(path: Path, *, allow_outside: bool = False, report: Report = quiet) -> TableReport:
@@ -61,13 +65,31 @@ def check_table(path: Path, *, allow_outside: bool = False, report: Report = qui
             f"class {class_name}": {name: int(found[number]) for name, found in of_class.items()}
             for number, class_name in enumerate(names)
         }
-    files: dict[Path, None] = {}
-    for rows in splits.values():
+    files: dict[Path, set[str]] = {}  # and the splits they are in
+    for name, rows in splits.items():
         raw = rows.cast_column(data.image_column, Image(decode=False))[data.image_column]
-        files |= {Path(cell["path"]): None for cell in raw}
+        for cell in raw:
+            files.setdefault(Path(cell["path"]), set()).add(name)
     corrupt: list[tuple[Path, str]] = []
     looks = look_at_all(list(files), corrupt, report)
     if corrupt:
         named = listed(f"{file} ({reason})" for file, reason in corrupt)
         raise UserError(f"{path} cannot be used: {len(corrupt)} images cannot be decoded: {named}")
-    return TableReport(counts, tuple(captions), of_one_colour(looks), look_alike(looks))
+    return TableReport(
+        counts,
+        tuple(captions),
+        one_colour=of_one_colour(looks),
+        look_alike=look_alike(looks),
+        several_frames=of_several_frames(looks),
+        leaks=_leaks(files, looks),
+    )
+
+
+def _leaks(splits_of: Mapping[Path, set[str]], looks: Mapping[Path, Look]) -> tuple[tuple[Path, ...], ...]:
+    """Groups of files that show the same and lie in more than one split."""
+    groups: dict[str, list[Path]] = {}
+    for file, look in looks.items():
+        groups.setdefault(look.shown, []).append(file)
+    return tuple(
+        tuple(group) for group in groups.values() if len(set.union(*(splits_of[f] for f in group))) > 1
+    )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from federated.data.batch_order import steps_per_epoch
+from federated.data.names import listed
 from federated.rounds.batches import server_test_rows
 from federated.rounds.run import Run
 from lora.adapters import unwrap
@@ -107,6 +108,9 @@ def _check_classes(experiment: Run) -> None:
             f"all training rows have one class, {name!r}, so that there is nothing to tell apart: give "
             "training rows of two classes or more"
         )
+    if model.task.uses_head and len(found) < len(data.class_names or ()):
+        unseen = [name for number, name in enumerate(data.class_names or ()) if number not in found]
+        log.warning("no client has a training row of %s: the head cannot learn it", listed(map(repr, unseen)))
 
 
 def _check_contrast(experiment: Run) -> None:

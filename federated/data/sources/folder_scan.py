@@ -12,12 +12,13 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
 from federated.data.names import listed, read_alike, shortened, unusable, visible
 from models.errors import UserError
-from models.image_modes import load_image, rgb_image
+from models.image_modes import load_image, num_frames, rgb_image
 from models.progress import Report
 
 SPLITS = ("train", "val", "test")
@@ -219,10 +220,10 @@ def leaves(path: Path, folder: Path) -> bool:
     return not path.resolve().is_relative_to(folder.resolve())
 
 
-def image_error(path: Path | str) -> str | None:
+def image_error(file: Path | str | BinaryIO) -> str | None:
     """Say why an image file cannot be decoded and shown; None when it can."""
     try:
-        rgb_image(load_image(path))
+        rgb_image(load_image(file))
     except DECODE_ERRORS as error:
         return str(error) or type(error).__name__
     return None
@@ -243,11 +244,13 @@ class Look:
             saved twice without loss.
         shown: Hash of size and RGB pixels, as a model is shown them.
         is_one_colour: Whether all of these are equal.
+        has_more_frames: Whether the file has frames or pages after the one that is shown.
     """
 
     pixels: str
     shown: str
     is_one_colour: bool
+    has_more_frames: bool
 
 
 def look_at(path: Path) -> Look:
@@ -264,6 +267,7 @@ def look_at(path: Path) -> Look:
         pixels=hashlib.sha256(f"{is_deep and image.mode} {raw.size}".encode() + raw.tobytes()).hexdigest(),
         shown=hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest(),
         is_one_colour=rgb.getcolors(maxcolors=1) is not None,
+        has_more_frames=num_frames(path) > 1,
     )
 
 
@@ -291,6 +295,11 @@ def look_at_all(images: Sequence[Path], corrupt: list[tuple[Path, str]], report:
 def of_one_colour(looks: Mapping[Path, Look]) -> tuple[Path, ...]:
     """Return the images whose pixels are all of one colour."""
     return tuple(image for image, look in looks.items() if look.is_one_colour)
+
+
+def of_several_frames(looks: Mapping[Path, Look]) -> tuple[Path, ...]:
+    """Return the images of which all frames but the first are not read."""
+    return tuple(image for image, look in looks.items() if look.has_more_frames)
 
 
 def look_alike(looks: Mapping[Path, Look]) -> tuple[tuple[Path, ...], ...]:

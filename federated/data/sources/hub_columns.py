@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, DatasetDict, Features, load_dataset_builder
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset_builder
 from pyarrow import parquet
 
 from federated.data.names import listed, plain, shortened
+from federated.data.sources.folder_scan import image_error
 from federated.data.sources.form import logger, ordered_class_names
 from models.errors import UserError
 
@@ -57,6 +59,31 @@ def complete_rows(rows: Dataset, columns: Sequence[str], where: str, *, skip: bo
         )
     logger.warning("%s: left out %d rows that are not complete: %s", where, len(missing), listed(named))
     return rows.select(np.setdiff1d(np.arange(len(rows)), missing))
+
+
+def readable_rows(rows: Dataset, image_column: str, where: str) -> Dataset:
+    """Return the rows whose image can be decoded; the others are logged.
+
+    Args:
+        rows: one split, no image missing.
+        image_column: its images.
+        where: data set and split, for messages.
+
+    Raises:
+        UserError: no image can be decoded.
+    """
+    raw = rows.select_columns([image_column]).cast_column(image_column, Image(decode=False))
+    good = []
+    for row, cell in enumerate(raw[image_column]):
+        held = cell["bytes"]
+        error = image_error(cell["path"] if held is None else io.BytesIO(held))
+        if error is None:
+            good.append(row)
+        else:
+            logger.warning("%s: left out row %d: its image cannot be decoded (%s)", where, row, error)
+    if not good:
+        raise UserError(f"{where}: none of its images can be decoded; write the data set again")
+    return rows if len(good) == len(rows) else rows.select(good)
 
 
 def with_own_class_names(loaded: DatasetDict, path: str, configuration: str | None) -> DatasetDict:

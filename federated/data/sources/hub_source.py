@@ -16,6 +16,7 @@ from federated.data.sources.hub_columns import (
     check_columns,
     class_names_of,
     complete_rows,
+    readable_rows,
     with_label_numbers,
     with_own_class_names,
 )
@@ -35,6 +36,7 @@ def hub(  # noqa: PLR0913 -- the options of the data section, one by one
     concept_column: str | None = None,
     splits: Mapping[str, str] | None = None,
     test_fraction: float = 0.2,
+    skip_corrupt: bool = False,
     skip_incomplete: bool = False,
 ) -> FederatedData:
     """A data set of the Hugging Face hub by name, or a local folder in the hub's format (parquet files).
@@ -52,6 +54,8 @@ def hub(  # noqa: PLR0913 -- the options of the data section, one by one
         concept_column: rows of equal value show the same thing.
         splits: our split -> the data set's, where they are not found by name, such as ``{test: validation}``.
         test_fraction: share of the rows for testing where there is no test split.
+        skip_corrupt: decode every image once at loading, and leave out, logged and counted, those that cannot
+            be; otherwise an image is decoded when it is needed, and is an error then.
         skip_incomplete: leave rows out that lack image, label, caption, domain or concept, logged and
             counted, instead of stopping.
 
@@ -81,6 +85,8 @@ def hub(  # noqa: PLR0913 -- the options of the data section, one by one
         split: complete_rows(rows, columns, f"{path}, split {split}", skip=skip_incomplete)
         for split, rows in found.items()
     }
+    if skip_corrupt:
+        found = {split: readable_rows(rows, image, f"{path}, split {split}") for split, rows in found.items()}
     class_names = None
     if label is not None:
         class_names = class_names_of(found["train"], label)
