@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from federated.communication.payload import ARRAYS, CONFIG
 from federated.config.schema import load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.engines.workers import check_workers
+from federated.results.run_place import claim
 from federated.rounds.client import client_app
 from federated.rounds.run import build_run
 from federated.rounds.server import build_strategy
@@ -218,6 +220,41 @@ def test_workers_end_with_the_grid() -> None:
     del grid
     gc.collect()
     assert_ended(processes)
+
+
+def test_a_killed_run_leaves_no_worker_and_no_lock_behind(tmp_path: Path) -> None:
+    app, told = ClientApp(), tmp_path / "worker"
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        (tmp_path / "part").write_text(str(os.getpid()))
+        (tmp_path / "part").rename(told)
+        time.sleep(60)
+        return Message(RecordDict(), reply_to=message)
+
+    run = os.fork()
+    if run == 0:
+        claim(tmp_path / "run", overwrite=False)
+        send(InProcessGrid(app, 1, num_workers=2), [0])
+        os._exit(0)
+    while not told.exists():
+        time.sleep(0.01)
+    os.kill(run, signal.SIGKILL)
+    os.waitpid(run, 0)
+    assert_ends(int(told.read_text()))
+    os.close(claim(tmp_path / "run", overwrite=True))
+
+
+def assert_ends(process: int) -> None:
+    for _ in range(500):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":  # nobody has waited for it
+            return
+        time.sleep(0.01)
+    pytest.fail(f"process {process} is still there")
 
 
 def test_clients_beyond_the_timeout_stay_silent() -> None:

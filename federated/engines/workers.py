@@ -13,6 +13,7 @@ deadline, when every worker that still runs one is killed.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import logging
 import math
@@ -42,6 +43,9 @@ from federated.engines.pipes import (
 from models.errors import UserError
 
 log = logging.getLogger(__name__)
+
+_KILL_WITH_PARENT = 1
+"""Linux's PR_SET_PDEATHSIG."""
 
 Work = Callable[[Request], Iterator[Answer]]
 """Runs messages one after another; may end early, at a deadline."""
@@ -304,6 +308,7 @@ def _fork(work: Work, others: Sequence[_Worker]) -> _Worker:
     """Return a new worker; the child stays inside until its parent closes the pipe, or is gone."""
     sys.stdout.flush()
     sys.stderr.flush()
+    parent = os.getpid()
     pipes = [*os.pipe(), *os.pipe()]
     requests_out, requests_in, answers_out, answers_in = pipes
     try:
@@ -318,6 +323,7 @@ def _fork(work: Work, others: Sequence[_Worker]) -> _Worker:
         return _Worker(process_id, requests_in, answers_out)
     status = 1
     try:
+        _end_with(parent)
         for pipe in (requests_in, answers_out, *(pipe for o in others for pipe in (o.requests, o.answers))):
             os.close(pipe)  # else a worker would outlive this process as long as another one does
         _serve(work, requests_out, answers_in)
@@ -328,6 +334,16 @@ def _fork(work: Work, others: Sequence[_Worker]) -> _Worker:
             log.error("a worker process cannot go on (%s: %s)", type(error).__name__, error)
             log.debug("a worker process cannot go on", exc_info=error)  # no client's: the grid has those
         os._exit(status)  # nothing of the parent's may run again here: no handlers, no buffers
+
+
+def _end_with(parent: int) -> None:
+    """Have the system kill this process once its parent has ended, even if that was killed.
+
+    Else a client that sleeps would sleep on, with the lock of the run's folder in its hands.
+    """
+    ctypes.CDLL(None).prctl(_KILL_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
 
 
 def _serve(work: Work, requests: int, answers: int) -> None:
