@@ -23,7 +23,7 @@ from rich.text import Text
 
 from federated.commands import data, inference, train_and_evaluate
 from federated.commands.importing import PluginsOption, modules_that_stay
-from federated.config.plugins import load_plugins
+from federated.config.plugins import load_plugins, plugins_at_fault
 from models.errors import ROUND_FAILURE, UserError, printable
 
 app = typer.Typer(
@@ -207,7 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        app(args=None if arguments is None else list(arguments))
+        with plugins_at_fault():
+            app(args=None if arguments is None else list(arguments))
     except (UserError, OSError) as error:  # of the latter: a name that is too long, a full disk, ...
         message = Text.assemble(("error:", "bold red"), f" {printable(str(error))}")
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)

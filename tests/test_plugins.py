@@ -341,6 +341,17 @@ def test_every_command_that_reads_names_takes_plugins(
     assert "Traceback" not in error
 
 
+def test_what_a_plugin_raises_in_a_run_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails = plugin(tmp_path, RULE.replace("fedavg()", "fedavg(), apply=lambda *state: 1 / 0"))
+    command = ("run", "quickstart", *SMALL, "aggregation.name=own", f"output.root={tmp_path}")
+    status, _, error = fedlora(capsys, *command, "--plugin", fails)
+    assert status == 2
+    assert f"plugin {fails} failed (line 8), ZeroDivisionError" in error.replace("\n", " ")
+    assert "Traceback" not in error
+
+
 def test_looking_for_plugins_does_not_import_torch() -> None:
     code = "import sys, federated; federated.load_plugins(); federated.load_config('quickstart'); "
     done = subprocess.run(

@@ -139,6 +139,32 @@ def _chosen(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
             yield from (("coding", part), ("selection", part))
 
 
+@contextmanager
+def plugins_at_fault() -> Iterator[None]:
+    """Name the plugin, its line and the error where code of a plugin file raised inside the block.
+
+    Raises:
+        UserError: It did.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        frames = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
+        for path in frames & _loaded.keys():
+            raise UserError(f"plugin {path} failed{_in_words(error, path)}; correct it there") from error
+        raise
+
+
+def _in_words(error: BaseException, file: str | None) -> str:
+    """Return an error's line in a file, if it passed there, its kind and its message."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    where = "" if line is None else f" (line {line})"
+    return f"{where}, {type(error).__name__}: {shortened(error)}"
+
+
 # ---- files
 
 
@@ -227,12 +253,6 @@ def _importing(what: str, file: str | None, remedy: str) -> Iterator[None]:
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
     except (Exception, SystemExit) as error:  # it is not our code: anything may come out of it
-        lines = [
-            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file
-        ]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        where = "" if line is None else f" (line {line})"
-        kind = type(error).__name__
-        raise UserError(f"{what} cannot be imported{where}, {kind}: {shortened(error)}; {remedy}") from error
+        raise UserError(f"{what} cannot be imported{_in_words(error, file)}; {remedy}") from error
     if set(added()) == before:
         raise UserError(f"{what} registers nothing: use register_aggregator or another decorator of fedlora")
