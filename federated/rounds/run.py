@@ -27,7 +27,14 @@ from federated.data.partition import Partition, partition, save_partition
 from federated.data.splits import IntArray
 from federated.methods import Aggregator, ServerState, cut_to_rank
 from federated.rounds.base_weights import BaseWeights
-from federated.rounds.build import Shard, build_model, load_run_data, split_shards, training_settings
+from federated.rounds.build import (
+    Shard,
+    build_model,
+    load_run_data,
+    own_options,
+    split_shards,
+    training_settings,
+)
 from federated.rounds.compatibility import build_aggregator, check_client_ranks
 from federated.rounds.trained_record import notes_of
 from lora.adapter_files import save_full_checkpoint, save_lora_adapters
@@ -303,7 +310,7 @@ def build_experiment(config: ExperimentConfig, data: FederatedData | None = None
         seed=config.seed,
         label_column=data.label_column,
         domain_column=data.domain_column,
-        **config.partition.options,
+        **own_options("partition", config.partition.options, partition),
     )
     model = build_model(config, data.class_names)
     images = {
