@@ -19,6 +19,8 @@ Bias = Literal["none", "all", "lora_only"]
 TOWERS = ("vision", "text")
 MAX_RANK = 8192
 """Largest rank: the width of the widest layer of any CLIP, beyond which factors gain nothing."""
+MOST_ALPHA = 1e9
+"""Largest numerator of the scaling: far beyond what trains, and far from what float32 cannot hold."""
 
 
 class TowerOverride(BaseModel):
@@ -34,7 +36,7 @@ class TowerOverride(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     r: int | None = Field(default=None, ge=1, le=MAX_RANK)
-    lora_alpha: int | float | None = Field(default=None, gt=0)
+    lora_alpha: int | float | None = Field(default=None, gt=0, le=MOST_ALPHA)
     lora_dropout: float | None = Field(default=None, ge=0, lt=1)
     layers: list[int] | None = None
 
@@ -63,7 +65,7 @@ class LoRAConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     r: int = Field(default=16, ge=1, le=MAX_RANK)
-    lora_alpha: int | float = Field(default=32, gt=0)
+    lora_alpha: int | float = Field(default=32, gt=0, le=MOST_ALPHA)
     lora_dropout: float = Field(default=0.1, ge=0, lt=1)
     target_modules: list[str] | None = None
     bias: Bias = "none"

@@ -71,3 +71,26 @@ def test_data_without_what_the_task_needs_end_with_code_two_and_leave_nothing(
     assert "error: " in error
     assert "Traceback" not in error
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "train", "evaluate"])
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("data.options={path: /x}", "data.options.path"),
+        ("data.options={seed: 1}", "data.options.seed"),
+        ("data.options={max_train_samples: 3}", "data.options.max_train_samples"),
+        ("partition.options={num_clients: 1}", "partition.options.num_clients"),
+        ("partition.options={dataset: 3}", "partition.options.dataset"),
+        ("model.device=meta", "device 'meta'"),
+    ],
+)
+def test_what_no_run_can_do_is_one_message(command, override, key, tmp_path, capsys):
+    small = ["data.max_train_samples=400", "data.max_test_samples=10", f"output.root={tmp_path / 'runs'}"]
+    if command in ("train", "evaluate") and override.startswith("partition"):
+        pytest.skip("there is one shard")
+    with pytest.raises(SystemExit) as end:
+        main([command, "quickstart", *small, override])
+    assert end.value.code == 2
+    assert key in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

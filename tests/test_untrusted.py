@@ -124,6 +124,7 @@ def test_a_configuration_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         ("lora.r=1000000000", "lora.r"),
         ("lora.r=1e9", "lora.r"),
         ("lora.vision={r: 1000000000}", "lora.vision.r"),
+        ("lora.lora_alpha=1e308", "lora.lora_alpha"),
         ("client.ranks=[4, 1000000000]", "client.ranks"),
         ('output.name="a\\0b"', "output.name"),
         ("output.name=" + "a" * 300, "output.name"),

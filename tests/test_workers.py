@@ -222,6 +222,25 @@ def test_workers_end_with_the_grid() -> None:
     assert_ended(processes)
 
 
+def test_no_more_workers_are_forked_than_there_are_clients() -> None:
+    grid = InProcessGrid(counting_app(), 3, num_workers=1000)
+    assert len(processes_of(send(grid, [0, 1]))) == 2
+    assert len(children_of_this_process()) == 2
+    grid.close()
+
+
+def children_of_this_process() -> list[str]:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_timeout_beyond_all_clocks_is_none(num_workers: int, recwarn: pytest.WarningsRecorder) -> None:
+    grid = InProcessGrid(counting_app(), 2, num_workers=num_workers)
+    assert len(send(grid, [0, 1], timeout=1e300)) == 2
+    assert not [w for w in recwarn if "Exception" in str(w.category)]  # of a thread that ended with one
+    grid.close()
+
+
 def test_a_killed_run_leaves_no_worker_and_no_lock_behind(tmp_path: Path) -> None:
     app, told = ClientApp(), tmp_path / "worker"
 

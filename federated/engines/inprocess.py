@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import threading
 import time
 import uuid
@@ -261,7 +262,8 @@ def _warning_at(deadline: float | None, running: Sequence[int]) -> Iterator[None
                 client_id,
             )
 
-    timer = None if deadline is None else threading.Timer(max(0.0, deadline - time.monotonic()), warn)
+    seconds = math.inf if deadline is None else max(0.0, deadline - time.monotonic())
+    timer = threading.Timer(seconds, warn) if seconds < threading.TIMEOUT_MAX else None
     if timer is not None:
         timer.daemon = True
         timer.start()

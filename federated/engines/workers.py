@@ -44,6 +44,9 @@ from models.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_LONGEST_WAIT = 3600.0
+"""Seconds; the system's calls take no more than some days."""
+
 _KILL_WITH_PARENT = 1
 """Linux's PR_SET_PDEATHSIG."""
 
@@ -107,7 +110,7 @@ class Workers:
             deadline: On the monotonic clock, or None.
         """
         try:
-            self._bring_up_to_date()
+            self._bring_up_to_date(min(self._num_workers, len(messages)))
             busy = self._workers[: len(messages)]
             step = len(busy)
             for first, worker in enumerate(busy):
@@ -121,15 +124,15 @@ class Workers:
         """End the processes; the next batch of messages forks new ones."""
         _end_all(self._workers, self._owner)
 
-    def _bring_up_to_date(self) -> None:
-        """Fork what is missing or has died; all anew where something has changed that they inherited."""
+    def _bring_up_to_date(self, num_needed: int) -> None:
+        """Fork what is missing of so many; all anew where something has changed that they inherited."""
         inherited = self._inherited()
         if inherited != self._forked_with or not all(worker.is_done for worker in self._workers):
             self.close()
         self._forked_with = inherited
         for worker in [worker for worker in self._workers if worker.has_ended()]:
             self._workers.remove(worker)
-        while len(self._workers) < self._num_workers:
+        while len(self._workers) < num_needed:
             self._workers.append(_fork(self._work, self._workers))
 
     def _collect(self, busy: Sequence[_Worker], deadline: float | None) -> Iterator[Answer]:
@@ -183,7 +186,9 @@ class Workers:
 
 def _seconds_until(times: Sequence[float], deadline: float | None) -> float | None:
     """Return the seconds to wait at most; None where there is no deadline."""
-    return None if deadline is None else max(0.0, min([*times, deadline]) - time.monotonic())
+    return (
+        None if deadline is None else min(max(0.0, min([*times, deadline]) - time.monotonic()), _LONGEST_WAIT)
+    )
 
 
 @dataclass(eq=False)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,10 +38,31 @@ def load_run_data(config: ExperimentConfig) -> FederatedData:
         max_train_samples=section.max_train_samples,
         max_validation_samples=section.max_validation_samples,
         max_test_samples=section.max_test_samples,
-        **section.options,
+        **own_options("data", section.options, load_data),
     )
     check_task_data(data, config.task.name)
     return data
+
+
+def own_options(section: str, options: Mapping[str, Any], function: Callable[..., Any]) -> Mapping[str, Any]:
+    """Return the options of a section that are left to the choice which it names.
+
+    Args:
+        section: ``data`` or ``partition``.
+        options: As they are configured.
+        function: What they are given to, beside what it is told in any case.
+
+    Raises:
+        UserError: An option is called as something that the function is told in any case.
+    """
+    for option in options:
+        if option in inspect.signature(function).parameters:
+            key = "seed" if option == "seed" else f"{section}.{option}"
+            raise UserError(
+                f"{section}.options.{option}: {option} is no option of its own here; leave it out, or set "
+                f"{key} if there is such a key"
+            )
+    return options
 
 
 def build_model(
@@ -93,7 +117,7 @@ def usable_device(name: str, remedy: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # meta holds no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {name!r} cannot be used here ({reason}); take {remedy}") from error

@@ -25,6 +25,7 @@ from federated.rounds.build import (
     build_model,
     client_settings,
     load_run_data,
+    own_options,
     split_shards,
     training_settings,
 )
@@ -138,7 +139,7 @@ def build_run(config: ExperimentConfig, data: FederatedData | None = None) -> Ru
         seed=config.seed,
         label_column=data.label_column,
         domain_column=data.domain_column,
-        **config.partition.options,
+        **own_options("partition", config.partition.options, partition),
     )
     model = build_model(config, data.class_names)
     images = {
