@@ -1,14 +1,16 @@
 """Federated fine-tuning in which only LoRA adapters travel: ``run`` a configuration, look at what it left.
 
-The ``register_…`` functions add aggregators, codecs, data sources, partitioners and tasks from outside.
+The ``register_…`` functions add aggregators, codecs, data sources and partitioners from outside
+(``models.tasks.register_task``: tasks).
 
 The names are resolved at first use, so that importing the package costs neither torch nor pandas.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from models.lazy_names import at_first_use
 
 if TYPE_CHECKING:
     from federated.communication.codings import register_coding
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from federated.methods.registry import register_aggregator
     from federated.methods.server_optimizers import register_server_optimizer
     from federated.tools.front_door import RunResult, open_run, run
-    from models.tasks import register_task
 
 __all__ = [
     "ExperimentConfig",
@@ -34,26 +35,19 @@ __all__ = [
     "register_selection",
     "register_server_optimizer",
     "register_source",
-    "register_task",
     "run",
 ]
 
-_HOMES = {
-    "federated.communication.codings": ("register_coding",),
-    "federated.communication.sparsifiers": ("register_selection",),
-    "federated.config.plugins": ("load_plugins",),
-    "federated.config.schema": ("ExperimentConfig", "load_config"),
-    "federated.data.partitioners": ("register_partitioner",),
-    "federated.data.sources.source_registry": ("register_source",),
-    "federated.methods.registry": ("register_aggregator",),
-    "federated.methods.server_optimizers": ("register_server_optimizer",),
-    "federated.tools.front_door": ("RunResult", "open_run", "run"),
-    "models.tasks": ("register_task",),
+_HOMES: dict[str, tuple[str, ...]] = {
+    "communication.codings": ("register_coding",),
+    "communication.sparsifiers": ("register_selection",),
+    "config.plugins": ("load_plugins",),
+    "config.schema": ("ExperimentConfig", "load_config"),
+    "data.partitioners": ("register_partitioner",),
+    "data.sources.source_registry": ("register_source",),
+    "methods.registry": ("register_aggregator",),
+    "methods.server_optimizers": ("register_server_optimizer",),
+    "tools.front_door": ("RunResult", "open_run", "run"),
 }
 
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(module), name)
-    raise AttributeError(f"module 'federated' has no attribute {name!r}")
+__getattr__ = at_first_use(__name__, _HOMES)

@@ -5,8 +5,9 @@ The names are resolved at first use, so that ``lora.config`` does not cost the i
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from models.lazy_names import at_first_use
 
 if TYPE_CHECKING:
     from lora.adapter_files import save_full_checkpoint, save_lora_adapters
@@ -66,7 +67,7 @@ __all__ = [
     "verify_gradients",
 ]
 
-_HOMES = {
+_HOMES: dict[str, tuple[str, ...]] = {
     "adapter_files": (
         "save_full_checkpoint",
         "save_lora_adapters",
@@ -114,9 +115,4 @@ _HOMES = {
     ),
 }
 
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"lora.{module}"), name)
-    raise AttributeError(f"module 'lora' has no attribute {name!r}")
+__getattr__ = at_first_use(__name__, _HOMES)

@@ -50,6 +50,7 @@ from lora.biases import is_bias, trained_in_base
 from lora.config import MAX_RANK, Bias, LoRAConfig
 from lora.input_identity import input_settings
 from lora.peft_settings import check_peft_settings
+from lora.targets import NON_NUMERIC_PARTS
 from models.committed_folders import check_committed, committed_folder, current_folder
 from models.errors import UserError, shortened
 from models.files import json_text
@@ -69,9 +70,12 @@ MAX_PATTERN = 100_000
 
 
 def _pattern(text: str) -> str:
-    """Return a regular expression whose matching takes no exponential time: no group of it is repeated."""
-    if len(text) > MAX_PATTERN or re.search(r"(?<!\\)\)[*+{]", text):
-        raise ValueError("a pattern that is too long, or that repeats a group")
+    """Return a regular expression whose matching takes no exponential time: no group of it is repeated.
+
+    The one exception is ``NON_NUMERIC_PARTS``, whose repetitions cannot overlap.
+    """
+    if len(text) > MAX_PATTERN or re.search(r"(?<!\\)\)[*+{]", text.replace(NON_NUMERIC_PARTS, "")):
+        raise ValueError("a pattern that is too long, or that repeats a group; name the modules one by one")
     try:
         re.compile(text)
     except re.error as error:

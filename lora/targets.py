@@ -91,6 +91,10 @@ def adaptable_modules(clip: nn.Module, prefixes: Sequence[str]) -> Iterator[tupl
             yield name, module
 
 
+NON_NUMERIC_PARTS = r"(?:[^.\d][^.]*\.)*"
+"""The parts of a module's name before its first numeric part; each repetition ends at its own dot."""
+
+
 def target_pattern(
     prefixes: Sequence[str], suffixes: Sequence[str], layers: Sequence[int] | None = None
 ) -> str:
@@ -105,7 +109,7 @@ def target_pattern(
     names = "|".join(re.escape(s) for s in suffixes)
     middle = r"(?:.*\.)?"
     if layers is not None:
-        middle = rf"(?:[^.\d][^.]*\.)*(?:{'|'.join(str(i) for i in layers)})\.{middle}"
+        middle = rf"{NON_NUMERIC_PARTS}(?:{'|'.join(str(i) for i in layers)})\.{middle}"
     pattern = rf"{_any_of(prefixes)}\.{middle}(?:{names})"
     whole = [p for p in prefixes if layers is None and any(p == s or p.endswith(f".{s}") for s in suffixes)]
     return f"{pattern}|{_any_of(whole)}" if whole else pattern

@@ -5,8 +5,9 @@ The names are resolved at first use, so that `models.errors` does not cost the i
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from models.lazy_names import at_first_use
 
 if TYPE_CHECKING:
     from models.clip import STRATEGIES, FederatedCLIPModel
@@ -34,7 +35,7 @@ __all__ = [
     "load_clip",
 ]
 
-_HOMES = {
+_HOMES: dict[str, tuple[str, ...]] = {
     "clip": ("STRATEGIES", "FederatedCLIPModel"),
     "errors": ("UserError",),
     "images": ("ImageProcessor",),
@@ -45,9 +46,4 @@ _HOMES = {
     "training": ("Batch", "LocalTrainer", "TrainingSettings"),
 }
 
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"models.{module}"), name)
-    raise AttributeError(f"module 'models' has no attribute {name!r}")
+__getattr__ = at_first_use(__name__, _HOMES)

@@ -10,18 +10,37 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from models.errors import UserError
 from models.files import errors_named, sync, write_json
+from models.untrusted import checked_name, parse_json, read_bytes
 
 MANIFEST_FILE = "manifest.json"
 MAX_MANIFEST_BYTES = 1_000_000
+
+
+def _name_of_a_file(name: str) -> str:
+    if Path(name).name != checked_name(name):
+        raise ValueError(f"{name!r} is no name of a file in this folder")
+    return name
+
+
+class _Manifest(TypedDict):
+    """``manifest.json``: the files with their SHA-256, and what the run says of them."""
+
+    files: dict[Annotated[str, AfterValidator(_name_of_a_file)], Annotated[str, Field(max_length=64)]]
+    notes: dict[str, Any]
+
+
+_MANIFEST = TypeAdapter(_Manifest)
 
 
 @contextlib.contextmanager
@@ -72,7 +91,10 @@ def current_folder(folder: Path) -> Path:
 
 
 def check_committed(
-    folder: Path, names: Collection[str], *, remedy: str = "copy the whole folder again"
+    folder: Path,
+    names: Collection[str],
+    *,
+    remedy: str = "copy the whole folder again, or remove manifest.json if the change was meant",
 ) -> dict[str, Any]:
     """Make sure that a folder holds the files that it was committed with; return the manifest's notes.
 
@@ -140,17 +162,9 @@ def _settle(folder: Path, names: Collection[str]) -> None:
 def _read_manifest(path: Path, remedy: str) -> dict[str, Any]:
     """Read a manifest: file names of this folder with their SHA-256, and notes."""
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ValueError("too long")
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        files, notes = tree["files"], tree["notes"]
-        if not (isinstance(files, dict) and isinstance(notes, dict)):
-            raise TypeError("files and notes must be mappings")
-        if wrong := [name for name in files if Path(name).name != name or "\0" in name]:
-            raise ValueError(f"{wrong[0]!r} is no file's name")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
-    return {"files": files, "notes": notes}
+        return parse_json(read_bytes(path, MAX_MANIFEST_BYTES), path, _MANIFEST)
+    except UserError as error:
+        raise UserError(f"{error}; the folder is damaged: {remedy}") from error
 
 
 def _sha256(path: Path) -> str:

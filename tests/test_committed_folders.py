@@ -99,9 +99,9 @@ def test_a_writer_killed_at_any_step_leaves_the_old_whole_or_the_new_whole(
         (lambda folder: (folder / "b.txt").write_text("2"), "b.txt is not the file"),
         (lambda folder: (folder / "b.txt").write_text(""), "b.txt is not the file"),
         (lambda folder: (folder / "old.txt").write_text("0"), "old.txt is not in"),
-        (lambda folder: (folder / MANIFEST_FILE).write_text("{"), "manifest.json is damaged"),
+        (lambda folder: (folder / MANIFEST_FILE).write_text("{"), "manifest.json.*damaged"),
         (lambda folder: (folder / MANIFEST_FILE).write_text('{"files": 3, "notes": {}}'), "damaged"),
-        (lambda folder: (folder / MANIFEST_FILE).write_bytes(b"\xff\xfe"), "manifest.json is damaged"),
+        (lambda folder: (folder / MANIFEST_FILE).write_bytes(b"\xff\xfe"), "manifest.json.*damaged"),
         (lambda folder: write_json(folder / MANIFEST_FILE, {"files": {"../x": ""}, "notes": {}}), "damaged"),
     ],
 )

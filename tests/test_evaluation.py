@@ -97,9 +97,12 @@ def test_a_configuration_is_evaluated_untrained_or_with_an_adapter(central: Path
 
 
 def test_a_run_is_not_evaluated_on_another_base_model(federated_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(federated_run, tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("pretrained: true", "pretrained: false"))
     with pytest.raises(UserError, match="other weights"):
-        evaluate_source(federated_run, ["model.pretrained=false"], output=tmp_path)
-    evaluate_source(federated_run, ["model.pretrained=false"], output=tmp_path, any_base=True)
+        evaluate_source(run, output=tmp_path / "refused")
+    evaluate_source(run, output=tmp_path / "any", any_base=True)
 
 
 def test_the_validation_split_is_the_one_that_training_chose_on(central: Path) -> None:

@@ -69,3 +69,17 @@ def test_sections_replace_single_keys_of_whatever_a_configuration_is_given_as(tm
         assert (loaded.client.learning_rate, loaded.client.local_steps) == (1e-5, 2)
     with pytest.raises(UserError, match=r"client\.learningrate"):
         config_from({}, client={"learningrate": 1})
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert len(names["result"].metrics) == 3
+
+
+def test_the_readme_is_short_enough_to_be_read() -> None:
+    assert len((Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")) <= 9000

@@ -32,8 +32,8 @@ from federated.config.schema import config_folder, load_config
 from federated.data.partition import load_partition
 from federated.data.sources.csv_source import csv
 from federated.data.sources.folder_scan import content_hash
-from federated.methods import receive, unpack_downlink
-from federated.methods.base_delta import BaseUpdate, updates_to_state
+from federated.methods import NEVER, receive, unpack_downlink
+from federated.methods.base_delta import BaseDelta, BaseUpdate, updates_to_state
 from federated.methods.lowrank import LowRank
 from federated.methods.protocol import ServerState
 from federated.results.compare import compare_runs, comparison_table
@@ -63,6 +63,7 @@ from lora.base_delta_file import BASE_DELTA_FILE, fitting_base_delta
 from lora.config import LoRAConfig
 from lora.conversion import read_converted
 from lora.injection import inject_lora
+from models.committed_folders import MANIFEST_FILE
 from models.errors import UserError, printable
 from models.state import layout_of
 from tests.fake_run import FakeRun
@@ -138,6 +139,7 @@ def _adapter(folder: Path) -> Target:
     model = small_clip()
     inject_lora(model, LoRAConfig(r=2, target_modules=["q_proj"]))
     save_lora_adapters(model, folder, server_round=3, metrics={"accuracy": 0.5})
+    (folder / MANIFEST_FILE).unlink()  # it would refuse every other file
     (folder / HEAD_FILE).write_bytes(save({"head.weight": torch.ones(2, 3)}, {"server_round": "3"}))
     files = {CONFIG_FILE: mutated_json, ADAPTER_FILE: mutated_safetensors, HEAD_FILE: mutated_safetensors}
     return _one_of(
@@ -150,6 +152,7 @@ def _bare_adapter(folder: Path) -> Target:
     model = small_clip()
     inject_lora(model, LoRAConfig(r=2, target_modules=["q_proj"]))
     save_lora_adapters(model, folder)
+    (folder / MANIFEST_FILE).unlink()  # it would refuse every other file
     tensors = read_adapter(folder).state
     (folder / ADAPTER_FILE).write_bytes(save({f"base_model.model.{n}": t for n, t in tensors.items()}))
     files = {CONFIG_FILE: mutated_json, ADAPTER_FILE: mutated_safetensors}
@@ -158,8 +161,14 @@ def _bare_adapter(folder: Path) -> Target:
     )
 
 
+def _manifest_of_a_commit(folder: Path) -> Target:
+    save_full_checkpoint(small_clip(), folder, server_round=1)
+    return _file(folder / MANIFEST_FILE, mutated_json, lambda: read_full_checkpoint(folder))
+
+
 def _full_checkpoint(folder: Path) -> Target:
     save_full_checkpoint(small_clip(), folder, server_round=1)
+    (folder / MANIFEST_FILE).unlink()  # it would refuse every other file
     return _file(folder / FULL_FILE, mutated_safetensors, lambda: read_full_checkpoint(folder))
 
 
@@ -304,7 +313,8 @@ def _downlink(folder: Path) -> Target:
         downlink = unpack_downlink(received, content["config"])
         receive(downlink, state)
         base.reset()
-        base.fold(downlink.base_updates, held_version=-1, version=downlink.version)
+        base.check(downlink.base_updates)
+        base.hold({m: BaseDelta().received(update, NEVER) for m, update in downlink.base_updates.items()})
         read_state(content, codec, layout_of(sent))
 
     return target
@@ -361,6 +371,7 @@ MAKERS: dict[str, Maker] = {
     "adapter": _adapter,
     "bare adapter": _bare_adapter,
     "full checkpoint": _full_checkpoint,
+    "manifest": _manifest_of_a_commit,
     "base delta": _base_delta,
     "pt": _converted,
     "checkpoint": _checkpoint,

@@ -11,10 +11,8 @@ from federated.config.schema import load_config
 from federated.tools.inspection import describe_run
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BEYOND_AVERAGING = re.findall(
-    r"^\| `([^`]+)` \|", README.partition("### Beyond averaging")[2], flags=re.MULTILINE
-)
-EXAMPLES = [override for override in BEYOND_AVERAGING if "=" in override]
+BEYOND_AVERAGING = README.partition("Beyond averaging")[2].partition("\n\n")[0]
+EXAMPLES = re.findall(r"`'?([a-z_.]+=[^`']+)'?`", BEYOND_AVERAGING)
 
 
 def test_vit_b32_with_q_and_v_in_both_towers_at_rank_8_sends_the_documented_bytes() -> None:

@@ -127,7 +127,7 @@ def test_training_rows_of_one_class_of_several_are_no_task(tmp_path: Path) -> No
 
 def test_a_client_with_one_pair_has_nothing_to_learn_from(tmp_path: Path) -> None:
     arguments = csv_of(tmp_path / "pairs", ["a cat", "a dog", "a car", "a tree"])
-    with pytest.raises(UserError, match=r"client\w* [\d, ]+ha\w+ one concept in all training rows"):
+    with pytest.raises(UserError, match=r"client\w* [\d, ]+ha\w+ one (concept|caption) in all training rows"):
         check_can_learn(built(*arguments))
     check_can_learn(built(*arguments, "partition.num_clients=2"))
 
@@ -160,7 +160,7 @@ def test_classes_that_read_alike_are_refused_without_a_head_and_named_with_one(
     caplog.clear()
     with pytest.raises(UserError, match=r"read alike to the tokenizer.*rename.*task\.templates"):
         check_can_learn(zero_shot)
-    assert not caplog.records
+    assert "read alike" not in caplog.text
 
 
 def test_names_read_alike_when_the_tokens_of_all_their_prompts_are_equal() -> None:

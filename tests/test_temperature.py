@@ -275,6 +275,7 @@ def test_a_refused_load_leaves_a_half_precision_base_as_it_was(tmp_path: Path) -
     inject_lora(model, LoRAConfig(r=2, train_temperature=True))
     save_lora_adapters(model, tmp_path)
     (tmp_path / "base_delta.safetensors").write_bytes(b"no tensors")
+    (tmp_path / "manifest.json").unlink()
     half = small_clip().to(torch.bfloat16)
     with pytest.raises(UserError, match="damaged"):
         load_lora_adapters(half, tmp_path)

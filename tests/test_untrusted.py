@@ -381,7 +381,7 @@ def test_a_base_update_of_another_shape_is_refused_and_not_spread_over_the_weigh
         BaseUpdate(terms=((0, LowRank(torch.ones(10**6, 1), torch.ones(1, 10**6))),)),
     ):
         with pytest.raises(UserError, match=module):
-            base.fold({module: update}, held_version=-1, version=1)
+            base.check({module: update})
     assert torch.equal(base.current()[module], before)
 
 
