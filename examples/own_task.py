@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from federated import register_task
 from models.clip import FederatedCLIPModel
-from models.tasks import Task
+from models.tasks import Task, register_task
 from models.training import Batch
 
 SMOOTHING = 0.1

@@ -1,6 +1,7 @@
 """Federated fine-tuning in which only LoRA adapters travel: ``run`` a configuration, look at what it left.
 
-The ``register_…`` functions add aggregators, codecs, data sources, partitioners and tasks from outside.
+The ``register_…`` functions add aggregators, codecs, data sources and partitioners from outside
+(``models.tasks.register_task``: tasks).
 
 The names are resolved at first use, so that importing the package costs neither torch nor pandas.
 """
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from federated.methods.registry import register_aggregator
     from federated.methods.server_optimizers import register_server_optimizer
     from federated.tools.front_door import RunResult, open_run, run
-    from models.tasks import register_task
 
 __all__ = [
     "ExperimentConfig",
@@ -35,7 +35,6 @@ __all__ = [
     "register_selection",
     "register_server_optimizer",
     "register_source",
-    "register_task",
     "run",
 ]
 

@@ -111,7 +111,7 @@ def test_a_file_is_run_once_and_again_only_when_it_has_changed(tmp_path: Path) -
         (RULE.replace("*, boost", "boost"), ["aggregator 'own'", "options stand behind a '*'"]),
         ("from federated import register_source\nregister_source('s')(3)", ["must be a function", "s(rng"]),
         (RULE.replace("boost: int", "boost: 'Missing'"), ["NameError", "Missing"]),
-        ("from federated import register_task\nregister_task('t')", ["takes a Task, not a str"]),
+        ("from models.tasks import register_task\nregister_task('t')", ["takes a Task, not a str"]),
     ],
 )
 def test_what_cannot_be_loaded_is_one_message_and_adds_nothing(
