@@ -26,23 +26,23 @@ log = logging.getLogger(__name__)
 _NUM_SHOWN = 5
 
 
-def check_can_learn(experiment: Run) -> None:
+def check_can_learn(run: Run) -> None:
     """Refuse a run that could not learn anything, or not on its device.
 
     Raises:
         UserError: Says what is degenerate, and what to set.
     """
     for check in _CHECKS:
-        check(experiment)
+        check(run)
 
 
-def check_can_score(experiment: Run) -> None:
+def check_can_score(run: Run) -> None:
     """Refuse an accuracy over one class, and log which classes the pre-trained model cannot tell apart.
 
     Raises:
         UserError: The data has one class, so that every model is right.
     """
-    names, model = experiment.data.class_names, unwrap(experiment.model)
+    names, model = run.data.class_names, unwrap(run.model)
     if model.task.reads_captions:
         return
     if names is not None and len(names) == 1:
@@ -54,32 +54,32 @@ def check_can_score(experiment: Run) -> None:
         log.warning("%s: they have one embedding, and the pre-trained model can only guess", _read(groups))
 
 
-def _check_precision(experiment: Run) -> None:
-    device = experiment.model.device.type
-    if experiment.config.client.precision == "fp16" and device != "cuda":
+def _check_precision(run: Run) -> None:
+    device = run.model.device.type
+    if run.config.client.precision == "fp16" and device != "cuda":
         raise UserError(
             f"client.precision=fp16 needs a CUDA device, and model.device is {device}: set "
             "client.precision=bf16 or fp32"
         )
 
 
-def _check_shards(experiment: Run) -> None:
-    empty = [k for k in range(experiment.num_clients) if not experiment.num_examples(k)]
+def _check_shards(run: Run) -> None:
+    empty = [k for k in range(run.num_clients) if not run.num_examples(k)]
     if empty:
         raise UserError(f"{_clients(empty)} no training row: set partition.num_clients lower")
-    tested = any(len(shard.test) for shard in experiment.shards)
-    if not experiment.aggregator.has_global_model and not tested:
+    tested = any(len(shard.test) for shard in run.shards)
+    if not run.aggregator.has_global_model and not tested:
         raise UserError(
-            f"{experiment.aggregator.name} is evaluated on its clients' own test rows, and no shard is large "
+            f"{run.aggregator.name} is evaluated on its clients' own test rows, and no shard is large "
             "enough to have one: set partition.num_clients lower, or use more data"
         )
 
 
-def _check_reach(experiment: Run) -> None:
+def _check_reach(run: Run) -> None:
     """Refuse a run in which the loss reaches nothing that trains."""
-    model, task = unwrap(experiment.model), experiment.model.task
+    model, task = unwrap(run.model), run.model.task
     idle = set() if task.uses_text else {"text"}
-    names = {name for name, p in experiment.model.exchanged_parameters.items() if p.requires_grad}
+    names = {name for name, p in run.model.exchanged_parameters.items() if p.requires_grad}
     if all(model.towers.tower_of(name.removeprefix("clip.")) in idle for name in names):
         raise UserError(
             f"task.name={task.name} does not use the text tower, and nothing else trains: set "
@@ -87,9 +87,9 @@ def _check_reach(experiment: Run) -> None:
         )
 
 
-def _check_classes(experiment: Run) -> None:
+def _check_classes(run: Run) -> None:
     """Refuse training rows of one class, and class prompts that nothing can tell apart."""
-    data, model = experiment.data, unwrap(experiment.model)
+    data, model = run.data, unwrap(run.model)
     if model.task.reads_captions:
         return
     groups = model.classes_that_read_alike()
@@ -98,10 +98,10 @@ def _check_classes(experiment: Run) -> None:
             f"{_read(groups)}, so that no training can tell them apart: rename or join these classes, change "
             "task.templates, or let a head learn them (task.name=classification with task.train_head=true)"
         )
-    check_can_score(experiment)
+    check_can_score(run)
     if data.label_column is None:
         return
-    found = np.unique(data.labels()[np.concatenate([shard.train for shard in experiment.shards])])
+    found = np.unique(data.labels()[np.concatenate([shard.train for shard in run.shards])])
     if len(found) < 2:
         name = data.class_names[found[0]] if data.class_names else found[0]
         raise UserError(
@@ -113,11 +113,11 @@ def _check_classes(experiment: Run) -> None:
         log.warning("no client has a training row of %s: the head cannot learn it", listed(map(repr, unseen)))
 
 
-def _check_contrast(experiment: Run) -> None:
+def _check_contrast(run: Run) -> None:
     """Refuse retrieval where a client has nothing to tell a pair from."""
-    if not experiment.model.task.reads_captions:
+    if not run.model.task.reads_captions:
         return
-    everything = experiment.train_images.batch(np.arange(len(experiment.train_images)), pixels=False)
+    everything = run.train_images.batch(np.arange(len(run.train_images)), pixels=False)
     for what, key in (("concept", CONCEPT), ("picture", PICTURE), ("caption", TEXT)):
         if key not in everything:
             continue
@@ -127,7 +127,7 @@ def _check_contrast(experiment: Run) -> None:
                 f"all training rows have the same {what}, so that nothing is to be told apart: give pairs "
                 "of different pictures and captions"
             )
-        counts = [len(np.unique(shown[shard.train])) for shard in experiment.shards]
+        counts = [len(np.unique(shown[shard.train])) for shard in run.shards]
         if alone := [client_id for client_id, count in enumerate(counts) if count < 2]:
             raise UserError(
                 f"{_clients(alone)} one {what} in all training rows, and retrieval learns from pairs that "
@@ -135,18 +135,18 @@ def _check_contrast(experiment: Run) -> None:
             )
 
 
-def _check_pairs(experiment: Run) -> None:
+def _check_pairs(run: Run) -> None:
     """Refuse retrieval in batches of one pair, whose loss is always 0, and in parts of a batch."""
-    if not experiment.model.task.reads_captions:
+    if not run.model.task.reads_captions:
         return
-    client = experiment.config.client
-    for key, size in (("client", client.batch_size), ("evaluation", experiment.config.evaluation.batch_size)):
+    client = run.config.client
+    for key, size in (("client", client.batch_size), ("evaluation", run.config.evaluation.batch_size)):
         if size < 2:
             raise UserError(
                 f"{key}.batch_size=1: retrieval compares the pairs of a batch with each other, and the loss "
                 f"of a single pair is always 0; set {key}.batch_size=2 or more"
             )
-    num_rows = [len(shard.train) for shard in experiment.shards]
+    num_rows = [len(shard.train) for shard in run.shards]
     num_batches = [steps_per_epoch(rows, client.batch_size) for rows in num_rows]
     single = [k for k, rows in enumerate(num_rows) if rows // num_batches[k] < 2]
     if single:
@@ -162,11 +162,11 @@ def _check_pairs(experiment: Run) -> None:
         )
 
 
-def _check_gallery(experiment: Run) -> None:
+def _check_gallery(run: Run) -> None:
     """Refuse a gallery of one, and say where a recall is 100 % by construction."""
-    if not experiment.model.task.reads_captions:
+    if not run.model.task.reads_captions:
         return
-    images, rows = experiment.test_images, server_test_rows(experiment)
+    images, rows = run.test_images, server_test_rows(run)
     scored = images.batch(np.arange(len(images)) if rows is None else rows, pixels=False)
     sizes = [len(torch.unique(scored[key])) for key in (PICTURE, TEXT) if key in scored]
     size = min([len(scored["index"]), *sizes])
