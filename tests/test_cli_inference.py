@@ -288,6 +288,7 @@ def test_skip_corrupt_names_what_is_left_out_and_predicts_the_rest(corrupt_image
         (["search", "{index}", "{images}/green/1.png"], "1.png is an image file, not a text: pass --image"),
         (["search", "{index}", "{tmp}/no.png", "--image"], "no.png"),
         (["search", "{tmp}/none.npy", "red"], "none.npy.json is missing"),
+        (["search", "/", "red"], ".json is missing"),
         (["compare", "{images}"], "not a run folder"),
     ],
 )

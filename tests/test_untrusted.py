@@ -401,6 +401,7 @@ def test_a_base_update_of_another_shape_is_refused_and_not_spread_over_the_weigh
         ("summary.json", '"communication": {', '"communication": 3, "x": {', "communication"),
         ("partition.json", '"class_counts": [', '"class_counts": [1, ', "class_counts"),
         ("partition.json", '"class_names": [', '"class_names": [7, ', "class_names"),
+        ("partition.json", '"class_names": [', r'"class_names": ["\u001b[2J", ', "class_names"),
         ("config.yaml", "partition:\n", "partition: 3\nx:\n", "partition"),
     ],
 )

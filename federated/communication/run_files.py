@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from federated.communication.ledger import MAX_ROUND
 from models.errors import UserError
-from models.untrusted import check, parse_json, read_json
+from models.untrusted import check, checked_name, parse_json, read_json
 
 MAX_COUNT = 10**15
 """Largest count of bytes, parameters or samples: a petabyte."""
@@ -112,7 +112,7 @@ class _Shard(_Part):
 class PartitionFile(_Part):
     """``partition.json``, as the report reads it."""
 
-    class_names: list[str] | None = None
+    class_names: list[Annotated[str, AfterValidator(checked_name)]] | None = None
     clients: list[_Shard] | None = None
 
     @model_validator(mode="after")

@@ -211,7 +211,7 @@ def _write(target: Path, array: Tensor, about: dict[str, Any], opened: OpenedMod
 
 
 def _manifest_path(array_path: Path) -> Path:
-    return array_path.with_name(array_path.name + ".json")
+    return Path(f"{array_path}.json")
 
 
 def _read_manifest(path: Path) -> Manifest:
