@@ -241,7 +241,10 @@ def spoil_class_bytes(root: Path) -> None:
         (spoil_dangling, r"gone\.png is a link to .*nowhere\.png, which does not exist"),
         (spoil_outside, r"far\.png is a link that leaves .*allow_outside=true"),
         (spoil_outside_class, "far is a link that leaves .*allow_outside=true"),
-        (spoil_form, r"class 'caf\\xe9' of .*train is written 'cafe\\u0301' in .*test: they differ .*; give it one name"),
+        (
+            spoil_form,
+            r"class 'caf\\xe9' of .*train is written 'cafe\\u0301' in .*test: they differ .*; give it one name",
+        ),
         (spoil_alike, "class folders 'cat', 'cat ' in .* differ in blanks"),
         (spoil_case, "Train is not read; rename it to .*train"),
         (spoil_part, "train-2 is not read"),
