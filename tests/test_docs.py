@@ -28,9 +28,9 @@ from federated.data.sources.source_registry import SOURCES
 from federated.engines.simulation import run_experiment
 from federated.methods import AGGREGATORS
 from federated.methods.server_optimizers import SERVER_OPTIMIZERS
-from models.registration import added, remove
 from models.state import layout_of
 from models.tasks import TASKS
+from tests.command import forget_plugins
 from tests.small_run import lines_without_times, small_config
 
 ROOT = Path(__file__).parents[1]
@@ -148,7 +148,7 @@ def added_by_the_page(tmp_path: Path) -> Iterator[None]:
     plugin.write_text("\n\n".join(code for _, code in blocks(DOCS / "extending.md", "python")))
     load_plugins([plugin])
     yield
-    remove(list(added()))
+    forget_plugins()
 
 
 @pytest.mark.usefixtures("added_by_the_page")

@@ -22,9 +22,8 @@ from federated.engines.simulation import run_experiment
 from federated.methods import Update, aggregator_from_name
 from lora.loading import load_lora_adapters
 from models.errors import UserError
-from models.registration import added, remove
 from models.tasks import TASKS
-from tests.command import fedlora
+from tests.command import fedlora, forget_plugins
 from tests.small_run import SMALL
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -77,7 +76,7 @@ def plugin(request: pytest.FixtureRequest) -> Iterator[None]:
     """Load a file of examples/ for a test."""
     load_plugins([EXAMPLES / f"{request.param}.py"])
     yield
-    remove(list(added()))
+    forget_plugins()
 
 
 @pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem)
@@ -94,7 +93,7 @@ def test_the_command_at_the_top_of_a_plugin_runs_it(
     assert json.loads((folder / "plugins.json").read_text())[0]["path"] == str(path)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert not [line for line in lines if line.get("failed") or line.get("skipped")]
-    remove(list(added()))
+    forget_plugins()
 
 
 @pytest.mark.parametrize("plugin", ["own_aggregator"], indirect=True)

@@ -23,9 +23,9 @@ from federated.engines.flower_apps import CONFIG_KEY, OVERRIDES_KEY, PLUGINS_KEY
 from federated.methods import AGGREGATORS, aggregator_from_name
 from federated.rounds.run import build_run
 from models.errors import UserError
-from models.registration import added, remove
+from models.registration import added
 from models.tasks import TASKS
-from tests.command import fedlora
+from tests.command import fedlora, forget_plugins
 from tests.small_run import SMALL, small_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -43,15 +43,9 @@ def rule(*, boost: int = 1):
 @pytest.fixture(autouse=True)
 def nothing_added() -> Iterator[None]:
     """Forget plugins before and after, as another process would not know them."""
-    forget()
+    forget_plugins()
     yield
-    forget()
-
-
-def forget() -> None:
-    remove(list(added()))
-    plugins._loaded.clear()
-    plugins.installed.cache_clear()
+    forget_plugins()
 
 
 def plugin(
@@ -181,7 +175,7 @@ def test_an_installed_package_adds_by_its_entry_point(
         "version": "1.2",
         "registers": {"aggregator": ["own"]},
     }
-    forget()
+    forget_plugins()
     (dist / "entry_points.txt").unlink()
     with pytest.raises(UserError, match=r"'theirs' of their-rules 1.2, which is not installed .*--plugin"):
         load_config(folder / "config.yaml")
@@ -204,7 +198,7 @@ def test_a_run_keeps_its_plugin_and_is_evaluated_with_it_again(
     (kept,) = json.loads((folder / "plugins.json").read_text())
     assert kept["path"] == str(path.resolve())
     assert kept["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    forget()
+    forget_plugins()
     assert fedlora(capsys, "evaluate", folder)[0] == 0
     assert aggregator_from_name("own", {}).name == "own0"
     again = ["run", folder / "config.yaml", f"output.root={tmp_path}", f"output.name={folder.name}"]
@@ -223,7 +217,7 @@ def run_of_a_plugin(tmp_path: Path) -> tuple[Path, Path]:
     (folder / "plugins.json").write_text(json.dumps(plugins.used_plugins(config)))
     (folder / "config.yaml").write_text("aggregation: {name: own}")
     (folder / "metrics.jsonl").write_text("")
-    forget()
+    forget_plugins()
     return folder, path
 
 

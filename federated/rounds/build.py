@@ -66,9 +66,14 @@ def own_options(section: str, options: Mapping[str, Any], function: Callable[...
 
 
 def build_model(
-    config: ExperimentConfig, class_names: tuple[str, ...] | None
+    config: ExperimentConfig, class_names: tuple[str, ...] | None, *, weights: bool = True
 ) -> FederatedCLIPModel | CLIPLoRAWrapper:
     """Build the federated model of a configuration, with adapters when it asks for them.
+
+    Args:
+        config: The configuration.
+        class_names: Of the data, if it has classes.
+        weights: False: shapes alone, on torch's meta device, whatever ``model.device`` is.
 
     Raises:
         UserError: The number of classes does not fit the data, or the model cannot be had.
@@ -88,7 +93,7 @@ def build_model(
         strategy="lora" if config.uses_adapters else section.fine_tuning or "full",
         train_head=config.task.train_head,
         pretrained=section.pretrained,
-        device=usable_device(section.device, "model.device=cpu"),
+        device=usable_device(section.device, "model.device=cpu") if weights else torch.device("meta"),
         dtype=getattr(torch, section.dtype),
         seed=config.seed,
     )

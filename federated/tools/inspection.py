@@ -54,7 +54,7 @@ def describe_run(config: ExperimentConfig) -> RunDescription:
     Raises:
         UserError: The model's architecture or the data's number of classes cannot be had offline.
     """
-    model = build_model(*_without_weights(config))
+    model = build_model(*_without_weights(config), weights=False)
     counts: dict[str, Any] = {**count_parameters(model)}
     exchanged = find_parameters(unwrap(model), model.exchanged_names)
     state: State = {name: torch.zeros(parameter.shape) for name, parameter in exchanged.items()}
@@ -81,7 +81,6 @@ def _without_weights(config: ExperimentConfig) -> tuple[ExperimentConfig, tuple[
     class_names = None if config.model.num_classes else load_run_data(config).class_names
     changes = {
         "pretrained": False,
-        "device": "meta",
         "num_classes": config.model.num_classes or len(class_names or ()),
     }
     return config.model_copy(update={"model": config.model.model_copy(update=changes)}), None
