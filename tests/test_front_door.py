@@ -43,6 +43,7 @@ def test_a_run_shows_its_headline_and_two_pictures_in_a_notebook(result: federat
     page = result._repr_html_()
     assert page.count("data:image/svg+xml") == 2
     assert "accuracy" in page
+    assert " in 1 round, " in repr(result)
     assert len(repr(result)) < 300
 
 

@@ -116,9 +116,8 @@ class RunResult:
         values = [format_metric(record.metric, headline[key]) for key in ("zero_shot", "final")]
         sent = format_bytes(record.ledger.total().wire_bytes)
         ending = "" if record.finished else ", not finished"
-        return (
-            f"{record.metric} {values[0]} → {values[1]} in {headline['rounds']} rounds, {sent} sent{ending}"
-        )
+        rounds = f"{headline['rounds']} round{'' if headline['rounds'] == 1 else 's'}"
+        return f"{record.metric} {values[0]} → {values[1]} in {rounds}, {sent} sent{ending}"
 
 
 def _picture(figure: Figure, title: str) -> str:
