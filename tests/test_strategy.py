@@ -178,6 +178,7 @@ def test_a_client_cannot_bring_a_layout_of_its_own() -> None:
         ({"num_examples": -4}, "has -4 training examples"),
         ({"loss": float("nan")}, "the mean loss of its local steps is nan"),
         ({"loss": 1e300}, "the mean loss of its local steps is 1e+300"),
+        ({"loss": -1e30}, "the mean loss of its local steps is -1e+30"),
         ({"num_examples": float("nan")}, "cannot convert float NaN"),
     ],
 )

@@ -24,10 +24,13 @@ from federated.communication.messages import (
     TRAIN_LOSS,
     read_state,
 )
-from federated.communication.payload import CONFIG, LARGEST_FP32, METRICS
+from federated.communication.payload import CONFIG, METRICS
 from federated.methods import ClientProfile, EncodingLoss, Update, join_auxiliary, split_auxiliary
 from federated.results.wording import is_share
 from models.state import Layout, State, add_, layout_of
+
+MAX_LOSS = 1e6
+"""Largest mean training loss that is averaged over a cohort; more would own the figure of the round."""
 
 _UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError, OSError)
 """What decoding nonsense can raise, PayloadError (a ValueError) included."""
@@ -148,7 +151,7 @@ def read_training_reply(client_id: int, content: RecordDict, codec: Codec, start
         loss = _encoding_loss(metrics)
     except _UNREADABLE as error:
         raise UnreadableReplyError(_reason(error)) from error
-    if not abs(train_loss) <= LARGEST_FP32:
+    if not abs(train_loss) <= MAX_LOSS:
         raise UnreadableReplyError(f"the mean loss of its local steps is {train_loss}")
     update = Update(
         client_id=client_id,
