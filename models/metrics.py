@@ -119,32 +119,6 @@ def _recall(
     return _share_found(torch.from_numpy(np.asarray(hits).reshape(nearest.shape)), ks)
 
 
-def recall_at(
-    queries: Tensor,
-    gallery: Tensor,
-    query_concepts: Tensor,
-    gallery_concepts: Tensor,
-    ks: Sequence[int] = (1, 5, 10),
-    *,
-    engine: SearchEngine = "auto",
-) -> dict[int, float]:
-    """Share of queries with at least one right answer among their k nearest gallery entries.
-
-    Args:
-        queries: Normalised embeddings (N, D).
-        gallery: Normalised embeddings (M, D).
-        query_concepts: What each query shows, (N,) int64.
-        gallery_concepts: What each gallery entry shows, (M,); equal to the query's = right answer.
-        ks: The cut-offs; one above M counts the whole gallery.
-        engine: Which exact search to use; "auto" is faiss where installed.
-
-    Returns:
-        Cut-off -> recall in [0, 1].
-    """
-    nearest = nearest_neighbours(queries, gallery, min(max(ks), gallery.shape[0]), engine=engine)  # (N, k)
-    return _share_found(gallery_concepts.cpu()[nearest] == query_concepts.cpu().unsqueeze(1), ks)
-
-
 def _share_found(hits: Tensor, ks: Sequence[int]) -> dict[int, float]:
     """Cut-off -> share of the rows of hits (N, k) with one among the first."""
     found = hits.cumsum(dim=1) > 0

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn import functional as F
 
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
-from models.metrics import nearest_neighbours, recall_at
+from models.metrics import RetrievalSet, nearest_neighbours
 from models.tasks import TASKS, contrastive_loss, positives
 
 ENGINES = [
@@ -25,6 +26,19 @@ ENGINES = [
 
 def _embeddings(rows: int, seed: int, width: int = 8) -> Tensor:
     return F.normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def recall_at(
+    queries: Tensor,
+    gallery: Tensor,
+    left: Tensor,
+    right: Tensor,
+    ks: tuple[int, ...] = (1, 5, 10),
+    engine: str = "auto",
+) -> dict[int, float]:
+    """The recall of queries in a gallery, where equal numbers are right answers."""
+    belongs = csr_array((left[:, None] == right[None, :]).long().numpy())
+    return RetrievalSet(queries, gallery, belongs, len(queries)).recall(ks, engine=engine)["image_to_text"]
 
 
 def _naive_recall(queries: Tensor, gallery: Tensor, left: Tensor, right: Tensor, k: int) -> float:
