@@ -34,7 +34,8 @@ from transformers import CLIPModel
 
 from benchmarks.machine import Row, write_results
 from benchmarks.silent import SilentDisplay
-from federated.config.schema import ExperimentConfig, load_config
+from federated.config.config_files import load_config
+from federated.config.schema import ExperimentConfig
 from federated.config.seeding import generator, scoped_torch_rng
 from federated.data.batch_order import local_index_batches
 from federated.engines.simulation import run_experiment

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.limit import FAST
 from benchmarks.machine import Row, write_results
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.rounds.batches import local_batches
 from federated.rounds.run import build_run
 from lora.adapters import unwrap

@@ -27,7 +27,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from benchmarks.machine import Row, with_earlier, write_results
 from federated.communication.ledger import Ledger
 from federated.communication.metered_grid import MeteredGrid
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.rounds.batches import local_batches
 from federated.rounds.client import client_app

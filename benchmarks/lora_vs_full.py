@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import write_results
-from lora.adapter_files import save_full_checkpoint, save_lora_adapters
+from lora.adapter_saving import save_full_checkpoint, save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
 from lora.verify import count_parameters

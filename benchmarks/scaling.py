@@ -27,7 +27,7 @@ from benchmarks.machine import Row, write_results
 from federated.communication.byte_counts import payload_bytes, wire_bytes
 from federated.communication.codec import codec_from_name
 from federated.communication.messages import SERVER_ROUND, write_state
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.rounds.run import build_run
 from federated.rounds.saving import model_sizes
 

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from benchmarks.machine import RESULTS, describe_machine
 from federated.communication.ledger import Ledger
 from federated.communication.metered_grid import MeteredGrid
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.rounds.batches import evaluate_server
 from federated.rounds.client import client_app

@@ -15,8 +15,9 @@ from models.lazy_names import at_first_use
 if TYPE_CHECKING:
     from federated.communication.codings import register_coding
     from federated.communication.sparsifiers import register_selection
+    from federated.config.config_files import load_config
     from federated.config.plugins import load_plugins
-    from federated.config.schema import ExperimentConfig, load_config
+    from federated.config.schema import ExperimentConfig
     from federated.data.partitioners import register_partitioner
     from federated.data.sources.source_registry import register_source
     from federated.methods.registry import register_aggregator
@@ -42,7 +43,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "federated.communication.codings": ("register_coding",),
     "federated.communication.sparsifiers": ("register_selection",),
     "federated.config.plugins": ("load_plugins",),
-    "federated.config.schema": ("ExperimentConfig", "load_config"),
+    "federated.config.config_files": ("load_config",),
+    "federated.config.schema": ("ExperimentConfig",),
     "federated.data.partitioners": ("register_partitioner",),
     "federated.data.sources.source_registry": ("register_source",),
     "federated.methods.registry": ("register_aggregator",),

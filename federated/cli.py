@@ -79,7 +79,7 @@ def run(
     Example: fedlora run quickstart federation.rounds=3 output.name=short
     """
     with modules_that_stay():
-        from federated.config.schema import load_config
+        from federated.config.config_files import load_config
         from federated.engines.simulation import run_experiment
         from federated.results.console import RunDisplay, print_results, print_where
         from federated.results.lasting_console import lasting_console
@@ -110,7 +110,7 @@ def show_config(
 
     Example: fedlora show-config quickstart lora.r=4
     """
-    from federated.config.schema import dump_config, load_config, shipped_descriptions
+    from federated.config.config_files import dump_config, load_config, shipped_descriptions
     from federated.results.console import print_table
     from federated.results.tables import TextTable
 
@@ -132,7 +132,7 @@ def info(
     Example: fedlora info clip_lora model.pretrained=false
     """
     with modules_that_stay():
-        from federated.config.schema import load_config
+        from federated.config.config_files import load_config
         from federated.results.console import print_table
         from federated.tools.inspection import describe_run, description_tables
 

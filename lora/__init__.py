@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from models.lazy_names import at_first_use
 
 if TYPE_CHECKING:
-    from lora.adapter_files import save_full_checkpoint, save_lora_adapters
+    from lora.adapter_saving import save_full_checkpoint, save_lora_adapters
     from lora.adapters import (
         get_lora_state_dict,
         set_lora_state_dict,
@@ -68,7 +68,7 @@ __all__ = [
 ]
 
 _HOMES: dict[str, tuple[str, ...]] = {
-    "lora.adapter_files": (
+    "lora.adapter_saving": (
         "save_full_checkpoint",
         "save_lora_adapters",
     ),

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from lora.adapter_files import AdapterFile, base_model_name, base_sample
+from lora.adapter_files import AdapterFile
 from lora.adapters import unwrap
-from lora.base_identity import agreeing_precision, base_digests
+from lora.base_identity import agreeing_precision, base_digests, base_model_name, base_sample
 from lora.input_identity import differing_settings, input_settings
 from models.clip_loading import load_clip, stored_folder
 from models.errors import UserError

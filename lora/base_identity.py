@@ -95,3 +95,29 @@ def _digest(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
         flat = tensor.detach().to("cpu", dtype).contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def base_sample(model: nn.Module) -> list[float]:
+    """A few values of weights that LoRA never touches (embeddings, convolutions), to recognise a base."""
+    clip, _ = clip_of(model)
+    sample: list[float] = []
+    for _, module in sorted(clip.named_modules()):
+        weight = module._parameters.get("weight")
+        if (
+            isinstance(module, nn.Embedding | nn.Conv2d)
+            and isinstance(weight, torch.Tensor)
+            and not weight.is_meta
+        ):
+            flat = weight.detach().flatten()
+            picks = torch.stack([flat[i * (flat.numel() - 1) // 7] for i in range(8)])
+            sample += [round(value, 6) for value in picks.float().tolist()]
+    return sample
+
+
+def base_model_name(model: nn.Module) -> str:
+    """Name of the base model, "" if the model does not know it."""
+    root = unwrap(model)
+    clip, _ = clip_of(root)
+    return str(
+        getattr(root, "model_name", None) or getattr(getattr(clip, "config", None), "_name_or_path", "") or ""
+    )

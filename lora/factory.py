@@ -17,13 +17,8 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
-from lora.adapter_files import (
-    CONFIG_FILE,
-    FULL_FILE,
-    HEAD_FILE,
-    read_adapter,
-    save_lora_adapters,
-)
+from lora.adapter_files import CONFIG_FILE, FULL_FILE, HEAD_FILE, read_adapter
+from lora.adapter_saving import save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
 from lora.loading import load_full_checkpoint, load_lora_adapters
@@ -133,7 +128,7 @@ class LoRAConfigManager:
 
 
 class LoRAModelManager:
-    """Saved models by name, one folder each, in the formats of `lora.adapter_files`."""
+    """Saved models by name, one folder each, in the formats of `lora.adapter_saving`."""
 
     def __init__(self, root: str | Path = "./lora_models") -> None:
         """Keep the models in `root`, which is made when something is saved."""

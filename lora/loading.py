@@ -1,6 +1,6 @@
 """Put saved adapters and checkpoints into a model, after checking that they belong there.
 
-Before round 1 (start from an adapter), or for inference. `lora.adapter_files` reads and writes the files.
+Before round 1 (start from an adapter), or for inference. `lora.adapter_files` reads the files.
 """
 
 from __future__ import annotations
@@ -16,13 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora.adapter_files import (
-    AdapterFile,
-    expected_scaling,
-    read_adapter,
-    read_full_checkpoint,
-    saved_config,
-)
+from lora.adapter_files import AdapterFile, expected_scaling, read_adapter, read_full_checkpoint, saved_config
 from lora.adapters import (
     DEFAULT_ADAPTER,
     adapter_layers,

@@ -59,7 +59,7 @@ def find(*places: str) -> Any:
     sys.exit(f"none of {', '.join(places)}: tell this script the new name")
 
 
-load_config = find("federated.config.schema.load_config", "federated.config.load_config")
+load_config = find("federated.config.config_files.load_config", "federated.config.load_config")
 run_experiment = find("federated.engines.simulation.run_experiment", "federated.simulation.run_experiment")
 
 

@@ -18,7 +18,8 @@ import federated.rounds.client
 import federated.rounds.strategy
 from federated.communication.ledger import Ledger
 from federated.communication.metered_grid import MeteredGrid
-from federated.config.schema import ExperimentConfig, load_config
+from federated.config.config_files import load_config
+from federated.config.schema import ExperimentConfig
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.methods import NEVER, BaseDelta, Downlink
 from federated.rounds.build import client_settings, training_settings

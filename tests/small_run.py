@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from federated.config.schema import ExperimentConfig, load_config
+from federated.config.config_files import load_config
+from federated.config.schema import ExperimentConfig
 
 SMALL = (
     "federation.rounds=2",

@@ -14,7 +14,7 @@ from PIL import Image
 import federated.results.report
 import federated.tools.central
 from federated.config.augmentation_options import CLIP_DEVIATION, CLIP_MEAN
-from federated.config.schema import dump_config, load_config
+from federated.config.config_files import dump_config, load_config
 from federated.config.seeding import generator
 from federated.data.augmented_batches import augment_batch, colour_range, training_augmentation
 from federated.engines.flower_apps import run_of

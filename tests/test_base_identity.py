@@ -14,13 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import CLIPModel
 
-from lora.adapter_files import (
-    ADAPTER_FILE,
-    CONFIG_FILE,
-    read_adapter,
-    save_full_checkpoint,
-    save_lora_adapters,
-)
+from lora.adapter_files import ADAPTER_FILE, CONFIG_FILE, read_adapter
+from lora.adapter_saving import save_full_checkpoint, save_lora_adapters
 from lora.adapters import adapter_layers
 from lora.base_identity import base_digests
 from lora.config import LoRAConfig

@@ -17,7 +17,7 @@ import federated.engines.batched_clients
 import federated.engines.simulation
 import federated.results.report
 import federated.rounds.local_training
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.engines.batched_clients import (
     BatchedClients,
     batched_clients,

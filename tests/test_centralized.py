@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 import federated.rounds.batches
 import federated.tools.central
 from federated.cli import main
-from federated.config.schema import ExperimentConfig, load_config
+from federated.config.config_files import load_config
+from federated.config.schema import ExperimentConfig
 from federated.engines.simulation import limited_threads, run_experiment
 from federated.results.compare import compare_runs
 from federated.results.run_folder import RunFolder

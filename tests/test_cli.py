@@ -15,7 +15,7 @@ from PIL import Image
 import federated.engines.simulation
 from federated.cli import main
 from federated.commands.importing import modules_that_stay
-from federated.config.schema import shipped_names
+from federated.config.config_files import shipped_names
 from tests.small_run import SMALL
 
 

@@ -18,14 +18,14 @@ from torch.nn import functional
 
 import federated.tools.search
 from federated.cli import main
-from federated.config.schema import dump_config, load_config
+from federated.config.config_files import dump_config, load_config
 from federated.engines.simulation import run_experiment
 from federated.rounds.build import load_run_data
 from federated.tools.embedding_files import weights_sha256
 from federated.tools.search import nearest_rows
 from federated.tools.trained_models import open_model
 from lora import LoRAConfig
-from lora.adapter_files import save_full_checkpoint, save_lora_adapters
+from lora.adapter_saving import save_full_checkpoint, save_lora_adapters
 from lora.adapters import adapter_parameters, factor_of, scalings, set_scaling
 from lora.injection import inject_lora
 from models.clip import FederatedCLIPModel

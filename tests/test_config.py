@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from federated.config.schema import (
+from federated.config.config_files import (
     config_folder,
     dump_config,
     load_config,

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from federated.cli import main
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.engines.simulation import run_experiment
 from federated.results.plot_style import save_png
 from federated.tools.central import train_centrally

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from federated import load_plugins
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.data.dataset import load_data
 from federated.data.partition import partition
 from federated.engines.simulation import run_experiment

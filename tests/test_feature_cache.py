@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import federated.rounds.run
-from federated.config.schema import ExperimentConfig, load_config
+from federated.config.config_files import load_config
+from federated.config.schema import ExperimentConfig
 from federated.data.captions import Captions
 from federated.data.dataset import FederatedData
 from federated.data.row_cache import RowCache

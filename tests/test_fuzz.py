@@ -28,7 +28,7 @@ from federated.communication.codec import codec_from_name
 from federated.communication.ledger import Ledger
 from federated.communication.messages import read_broadcast, read_state, write_state
 from federated.communication.payload import _npy_header, layout_digest, layout_from_bytes, layout_to_bytes
-from federated.config.schema import config_folder, load_config
+from federated.config.config_files import config_folder, load_config
 from federated.data.partition import load_partition
 from federated.data.sources.csv_source import csv
 from federated.data.sources.folder_scan import content_hash
@@ -56,9 +56,8 @@ from lora.adapter_files import (
     HEAD_FILE,
     read_adapter,
     read_full_checkpoint,
-    save_full_checkpoint,
-    save_lora_adapters,
 )
+from lora.adapter_saving import save_full_checkpoint, save_lora_adapters
 from lora.base_delta_file import BASE_DELTA_FILE, fitting_base_delta
 from lora.config import LoRAConfig
 from lora.conversion import read_converted

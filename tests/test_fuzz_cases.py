@@ -17,10 +17,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from federated.communication.codec import codec_from_name
 from federated.communication.messages import read_broadcast, read_state
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.methods import unpack_downlink
 from federated.tools.embedding_files import read_index
-from lora.adapter_files import read_adapter, save_lora_adapters
+from lora.adapter_files import read_adapter
+from lora.adapter_saving import save_lora_adapters
 from lora.config import LoRAConfig
 from lora.conversion import read_converted
 from lora.injection import inject_lora

@@ -12,7 +12,7 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.data.dataset import load_data
 from federated.data.folders import check_folder
 from federated.data.image_tensors import ImageTensors

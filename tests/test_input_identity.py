@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora.adapter_files import save_lora_adapters
+from lora.adapter_saving import save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
 from lora.input_identity import PROBE, differing_settings, input_settings

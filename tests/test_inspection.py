@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.tools.inspection import describe_run
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

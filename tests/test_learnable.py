@@ -10,7 +10,7 @@ import pytest
 from command import fedlora
 from PIL import Image
 
-from federated.config.schema import load_config, shipped_names
+from federated.config.config_files import load_config, shipped_names
 from federated.rounds.learnable import check_can_learn
 from federated.rounds.run import Run, build_run
 from models.errors import UserError

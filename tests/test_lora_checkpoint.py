@@ -13,14 +13,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 from transformers import CLIPModel
 
-from lora.adapter_files import (
-    ADAPTER_FILE,
-    CONFIG_FILE,
-    HEAD_FILE,
-    read_adapter,
-    save_full_checkpoint,
-    save_lora_adapters,
-)
+from lora.adapter_files import ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, read_adapter
+from lora.adapter_saving import save_full_checkpoint, save_lora_adapters
 from lora.adapters import adapter_layers, get_lora_state_dict, scalings, set_scaling
 from lora.base_delta_file import BASE_DELTA_FILE
 from lora.clip_wrapper import CLIPLoRAWrapper
@@ -192,7 +186,7 @@ def test_an_interrupted_save_leaves_the_old_files(saved: Path, monkeypatch: pyte
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("lora.adapter_files.save_state", fail)
+    monkeypatch.setattr("lora.adapter_saving.save_state", fail)
     with pytest.raises(UserError, match="disk full"):
         save_lora_adapters(adapted(LoRAConfig(r=5)), saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora.adapter_files import save_lora_adapters
+from lora.adapter_saving import save_lora_adapters
 from lora.adapters import (
     get_lora_state_dict,
     is_adapter_parameter,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora.adapter_files import save_lora_adapters
+from lora.adapter_saving import save_lora_adapters
 from lora.adapters import (
     adapter_parameters,
     get_lora_state_dict,

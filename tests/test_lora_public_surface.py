@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lora
-from federated.config.schema import find_config
+from federated.config.config_files import find_config
 from lora import (
     LoRAConfig,
     apply_lora_to_text_encoder,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora.adapter_files import save_lora_adapters
+from lora.adapter_saving import save_lora_adapters
 from lora.adapters import (
     adapter_parameters,
     factor_pairs,

@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.engines.simulation import run_experiment
 run_experiment(load_config("quickstart", sys.argv[1:]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

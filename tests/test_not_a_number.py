@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.engines.simulation import run_experiment
 from federated.results.compare import compare_runs
 from federated.results.records import read_run
@@ -24,7 +24,8 @@ from federated.tools.embeddings import embed_texts
 from federated.tools.prediction import make_classifier
 from federated.tools.search import nearest_rows
 from federated.tools.trained_models import OpenedModel
-from lora.adapter_files import read_adapter, save_lora_adapters
+from lora.adapter_files import read_adapter
+from lora.adapter_saving import save_lora_adapters
 from lora.config import LoRAConfig
 from lora.injection import inject_lora
 from models.clip import FederatedCLIPModel

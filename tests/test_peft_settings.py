@@ -11,7 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from lora.adapter_files import CONFIG_FILE, save_lora_adapters
+from lora.adapter_files import CONFIG_FILE
+from lora.adapter_saving import save_lora_adapters
 from lora.adapters import is_adapter_parameter
 from lora.config import LoRAConfig
 from lora.injection import inject_lora

@@ -16,7 +16,8 @@ import torch
 from federated import load_plugins, run
 from federated.communication.codec import codec_from_name
 from federated.config import plugins
-from federated.config.schema import TASK_NAMES, dump_config, load_config
+from federated.config.config_files import dump_config, load_config
+from federated.config.schema import TASK_NAMES
 from federated.data.sources.source_registry import SOURCES
 from federated.engines.batched_clients import one_by_one_because
 from federated.engines.flower_apps import CONFIG_KEY, OVERRIDES_KEY, PLUGINS_KEY, run_of

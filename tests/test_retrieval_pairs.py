@@ -13,7 +13,7 @@ from sklearn.metrics import top_k_accuracy_score
 from torch import Tensor
 from torch.nn import functional as F
 
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.engines.batched_losses import gather, group_losses
 from federated.engines.simulation import run_experiment
 from federated.rounds.batches import evaluate_server, model_batch

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from federated.config.schema import ExperimentConfig, load_config
+from federated.config.config_files import load_config
+from federated.config.schema import ExperimentConfig
 from federated.data.sources import embedded
 from federated.engines.simulation import run_experiment
 from federated.rounds.run import build_run

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import federated.engines.simulation
 from federated.communication.ledger import Ledger
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.engines.inprocess import InProcessGrid
 from federated.engines.simulation import run_experiment
 from federated.results.run_folder import peak_memory_bytes

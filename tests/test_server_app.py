@@ -12,7 +12,7 @@ from flwr.common import Message
 from flwr.common.constant import SUPERLINK_NODE_ID
 
 from federated.communication.ledger import Ledger
-from federated.config.schema import dump_config
+from federated.config.config_files import dump_config
 from federated.engines import flower_apps
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.engines.simulation import run_experiment

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.rounds.run import Run, build_run
 from models.errors import UserError
 from models.spare_memory import return_freed_memory

@@ -15,7 +15,7 @@ from peft import PeftModel
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.engines.simulation import run_experiment
 from federated.methods import AGGREGATORS, Update, fedavg
 from federated.methods.server_optimizers import SERVER_OPTIMIZERS, with_server_optimizer
@@ -23,7 +23,8 @@ from federated.results.records import read_run
 from federated.rounds.run import Run, build_run
 from federated.tools.inspection import describe_run
 from federated.tools.trained_models import open_model
-from lora.adapter_files import ADAPTER_FILE, save_full_checkpoint, save_lora_adapters
+from lora.adapter_files import ADAPTER_FILE
+from lora.adapter_saving import save_full_checkpoint, save_lora_adapters
 from lora.adapters import adapter_layers
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig

@@ -12,7 +12,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.data.dataset import FederatedData
 from federated.engines.simulation import run_experiment
 from federated.rounds.trained_record import TrainedRecord, matched_classes

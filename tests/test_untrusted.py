@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from federated.communication.codec import codec_from_name
 from federated.communication.payload import PayloadError, layout_from_bytes, layout_to_bytes
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.data.dataset import load_data
 from federated.methods import unpack_downlink
 from federated.methods.base_delta import BaseUpdate
@@ -27,7 +27,8 @@ from federated.methods.lowrank import LowRank
 from federated.results.records import read_run
 from federated.rounds.base_weights import BaseWeights
 from federated.tools.embeddings import find_images
-from lora.adapter_files import CONFIG_FILE, read_adapter, save_lora_adapters
+from lora.adapter_files import CONFIG_FILE, read_adapter
+from lora.adapter_saving import save_lora_adapters
 from lora.base_delta_file import BASE_DELTA_FILE, fitting_base_delta
 from lora.config import LoRAConfig
 from lora.conversion import read_converted

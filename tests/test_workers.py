@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from federated.communication.payload import ARRAYS, CONFIG
-from federated.config.schema import load_config
+from federated.config.config_files import load_config
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.engines.workers import check_workers
 from federated.results.run_place import claim

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.peers.prepared import CONFIG
 from benchmarks.peers.timing import Timings
 from benchmarks.silent import SilentDisplay
-from federated.config.schema import parse_config
+from federated.config.config_files import parse_config
 from federated.engines.simulation import run_experiment
 
 

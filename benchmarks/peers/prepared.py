@@ -58,7 +58,7 @@ def prepare(name: str, overrides: Sequence[str], folder: Path) -> None:
         overrides: Its changes; all clients must get equally many rows.
         folder: Where to.
     """
-    from federated.config.schema import load_config
+    from federated.config.config_files import load_config
     from federated.config.seeding import generator, scoped_torch_rng
     from federated.data.batch_order import local_index_batches
     from federated.rounds.cohort import sample_cohort

@@ -24,7 +24,8 @@ from pydantic.fields import FieldInfo
 
 from federated.communication.codec import valid_codec_names
 from federated.config.augmentation_options import Augmentation
-from federated.config.schema import ExperimentConfig, shipped_descriptions
+from federated.config.config_files import shipped_descriptions
+from federated.config.schema import ExperimentConfig
 from federated.data.partitioners import PARTITIONERS
 from federated.data.sources.source_registry import SOURCES
 from federated.methods import AGGREGATORS

@@ -46,7 +46,7 @@ def train(
     Example: fedlora train quickstart train.epochs=5 train.early_stopping.patience=2
     """
     with modules_that_stay():
-        from federated.config.schema import load_config
+        from federated.config.config_files import load_config
         from federated.tools.central import train_centrally
 
         load_plugins(plugin or ())

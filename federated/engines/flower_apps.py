@@ -11,8 +11,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from federated.config.config_files import load_config, parse_config
 from federated.config.plugins import load_plugins
-from federated.config.schema import load_config, parse_config
 from federated.rounds.client import client_app
 from federated.rounds.run import Run, build_run
 from federated.rounds.server import server_app

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from federated.config.config_files import dump_config
 from federated.config.plugins import PLUGINS_FILE, used_plugins
-from federated.config.schema import ExperimentConfig, dump_config
+from federated.config.schema import ExperimentConfig
 from federated.results.run_place import ENVIRONMENT_FILE, claim, release
 from models.files import BestEffort, errors_named, json_text, write_json, write_text
 

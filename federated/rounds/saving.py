@@ -11,7 +11,7 @@ from torch import Tensor
 from federated.communication.savings import ModelSizes
 from federated.data.partition import save_partition
 from federated.rounds.run import Run
-from lora.adapter_files import save_full_checkpoint, save_lora_adapters
+from lora.adapter_saving import save_full_checkpoint, save_lora_adapters
 from lora.verify import count_parameters
 from models.state import layout_of, num_values
 

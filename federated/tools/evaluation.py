@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from federated.communication.run_files import Summary, read_run_file
-from federated.config.schema import AggregationSection, ExperimentConfig, load_config
+from federated.config.config_files import load_config
+from federated.config.schema import AggregationSection, ExperimentConfig
 from federated.data.dataset import ImageTensors, image_tensors
 from federated.engines.simulation import limited_threads
 from federated.results.plot_style import save_png

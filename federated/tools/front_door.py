@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from federated.config.config_files import load_config, parse_config
 from federated.config.plugins import load_plugins
-from federated.config.schema import ExperimentConfig, load_config, parse_config
+from federated.config.schema import ExperimentConfig
 from federated.results.records import RunRecord, read_run
 from federated.results.wording import format_bytes, format_metric
 

@@ -14,20 +14,13 @@ import torch
 from torch import nn
 
 from federated.communication.run_files import PartitionFile, read_run_file
-from federated.config.schema import ExperimentConfig, load_config
+from federated.config.config_files import load_config
+from federated.config.schema import ExperimentConfig
 from federated.methods import aggregator_from_name
 from federated.rounds.build import build_model, usable_device
 from federated.rounds.checkpoint import CHECKPOINT_FILES
 from federated.rounds.trained_record import TrainedRecord, record_from
-from lora.adapter_files import (
-    CONFIG_FILE,
-    FILES,
-    FULL_FILE,
-    HEAD_FILE,
-    AdapterFile,
-    read_adapter,
-    read_notes,
-)
+from lora.adapter_files import CONFIG_FILE, FILES, FULL_FILE, HEAD_FILE, AdapterFile, read_adapter, read_notes
 from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.clip import FederatedCLIPModel
 from models.committed_folders import check_committed, current_folder

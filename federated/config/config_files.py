@@ -1,0 +1,130 @@
+"""Configuration files: find one by name, read it with overrides, write the resolved one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from federated.config.config_errors import explain
+from federated.config.plugins import load_plugins, load_recorded
+from federated.config.schema import ExperimentConfig
+from models.errors import UserError, shortened
+from models.untrusted import MOST_YAML_BYTES, parse_yaml, read_text
+
+
+def config_folder() -> Path:
+    """Return the folder of the shipped configurations (inside the package when installed from a wheel)."""
+    packaged = Path(__file__).parents[1] / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def shipped_names() -> list[str]:
+    """Return the names that ``find_config`` knows."""
+    return sorted(path.stem for path in config_folder().glob("*.yaml"))
+
+
+def shipped_descriptions() -> dict[str, str]:
+    """Return what each shipped configuration is, by its name: the comment at the top of its file."""
+    return {name: _description(config_folder() / f"{name}.yaml") for name in shipped_names()}
+
+
+def _description(path: Path) -> str:
+    """Return the comment at the top of a file without its first line, which is the command that runs it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    return " ".join(line.removeprefix("#").strip() for line in comment[1:])
+
+
+def find_config(name_or_path: str | Path) -> Path:
+    """Return the file of a configuration given by path or by shipped name.
+
+    Raises:
+        UserError: There is neither such a file nor such a name.
+    """
+    path = Path(name_or_path)
+    if os.path.isfile(path):  # False, too, for what cannot be a path
+        return path
+    shipped = config_folder() / f"{Path(name_or_path).name.removesuffix('.yaml')}.yaml"
+    if len(path.parts) == 1 and os.path.isfile(shipped):
+        return shipped
+    raise UserError(
+        f"no configuration {shortened(name_or_path)}: give a YAML file or one of the shipped names "
+        f"{', '.join(shipped_names())}"
+    )
+
+
+def load_config(
+    name_or_path: str | Path, overrides: Sequence[str] = (), *, name_suffix: str = ""
+) -> ExperimentConfig:
+    """Read a configuration and apply ``key=value`` overrides.
+
+    Args:
+        name_or_path: A YAML file or the name of a shipped configuration.
+        overrides: Such as ``client.learning_rate=1e-3``; values are YAML.
+        name_suffix: Ends the default of ``output.name``, so that two commands do not write one folder.
+
+    Raises:
+        UserError: A missing file, YAML that does not parse, an unknown key, a value that does not fit, or a
+            plugin that a run was made with and that is not as it was.
+    """
+    path = find_config(name_or_path)
+    if path.name == "config.yaml":  # of a run
+        load_recorded(path.parent)
+    tree = parse_yaml(read_text(path, MOST_YAML_BYTES), path) or {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping of sections, not a {type(tree).__name__}")
+    return parse_config(tree, source=str(path), overrides=overrides, default_name=path.stem + name_suffix)
+
+
+def parse_config(
+    tree: dict[str, Any], *, source: str, overrides: Sequence[str] = (), default_name: str | None = None
+) -> ExperimentConfig:
+    """Validate a configuration tree.
+
+    Args:
+        tree: Sections by name; overrides are written into it.
+        source: Where it was read, for errors.
+        overrides: As in ``load_config``.
+        default_name: Becomes ``output.name`` when the tree has none.
+    """
+    load_plugins()
+    overridden = [_apply_override(tree, override) for override in overrides]
+    try:
+        config = ExperimentConfig.model_validate(tree)
+    except ValidationError as error:
+        text = explain(error, ExperimentConfig, source=source, overridden=overridden)
+        raise UserError(text) from error
+    if config.output.name is None and default_name is not None:
+        config = config.model_copy(update={"output": config.output.model_copy(update={"name": default_name})})
+    return config
+
+
+def dump_config(config: ExperimentConfig) -> str:
+    """Return the resolved configuration as YAML; ``load_config`` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> str:
+    """Put an override's value into the tree and return its key."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override {override!r} is not of the form key=value, such as federation.rounds=3")
+    value = parse_yaml(text, f"the value of {override!r}")
+    key = key.strip()
+    *parents, leaf = key.split(".")
+    node = tree
+    for part in parents:
+        if node.get(part) is None:  # a resolved configuration writes null for what is not given
+            node[part] = {}
+        child = node[part]
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {part} is a value, not a section")
+        node = child
+    node[leaf] = value
+    return key
