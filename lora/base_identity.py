@@ -80,6 +80,8 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, value in clip.state_dict(keep_vars=True).items()
         if value.is_floating_point() and not any(f".{factor}." in name for factor in FACTORS)
     }
+    if not prefix:  # a family whose base is the model itself, less its head
+        values = {name: value for name, value in values.items() if not name.startswith("head.")}
     values |= {n.removeprefix(prefix): v for n, v in base_values(root).items() if n.startswith(prefix)}
     return {name.replace("base_layer.", ""): value for name, value in sorted(values.items())}
 

@@ -93,6 +93,10 @@ def inject_lora(
             "target_components has 'classifier' but this model has no head; take it out, or set "
             "task.name to classification"
         )
+    if config.adapts_head and plans and clip is root:
+        raise UserError(
+            "target_components has 'classifier' beside a tower, which goes with CLIP alone: take one out"
+        )
     root.requires_grad_(False)
     if plans:
         inject_peft(clip, peft_config_for(plans, config), DEFAULT_ADAPTER)

@@ -28,7 +28,7 @@ _WEIGHTS = (
     "model.safetensors",
 )
 _PICTURES = ("confusion_matrix.png", "class_performance.png")
-_EVALUATION = ("evaluation_report.txt", "evaluation_results.json", *_PICTURES)
+_EVALUATION = ("evaluation_report.txt", "evaluation_results.json", "predictions.csv", *_PICTURES)
 WRITTEN = (
     *("config.yaml", ENVIRONMENT_FILE, LOCK_FILE, "partition.json", "metrics.jsonl", "communication.csv"),
     *("plugins.json", "summary.json", "report.html", "events.out.tfevents.*"),

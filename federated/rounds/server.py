@@ -106,7 +106,7 @@ def serve(
         display.run_started(
             config.federation.rounds,
             headline_metric=run.headline_metric,
-            notes=run.caches.notes,
+            notes=run.reader.notes,
         )
     strategy.start(
         MeteredGrid(grid, ledger, client_of.__getitem__, strategy.num_values),
@@ -248,7 +248,7 @@ def finish(served: Served) -> dict[str, Any]:
         "rounds": last["server_round"],
         "seconds": round(time.perf_counter() - served.started, 3),
         "peak_memory_bytes": peak_memory_bytes(),
-        "caches": list(run.caches.notes),
+        "caches": list(run.reader.notes),
         "parameters": parameter_counts(run),
         "communication": communication_summary(served.ledger, model_sizes(run), bandwidth),
     }
