@@ -72,7 +72,7 @@ class DataSection(Section):
     """Which images, and how they reach the model."""
 
     source: str = "fashion_mnist"
-    """A registered source: fashion_mnist, emoji, digits (embedded), imagefolder, csv, hub."""
+    """A registered source: fashion_mnist, emoji, digits, easy_vqa, emoji_vqa (embedded), csv …"""
     path: PathText | None = None
     """Folder, file or hub name of the sources that need one."""
     options: dict[str, Any] = Field(default_factory=dict)
