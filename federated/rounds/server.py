@@ -30,7 +30,7 @@ from federated.config.seeding import generator
 from federated.methods import Limits
 from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines, failure_counts
 from federated.results.run_folder import RunFolder, peak_memory_bytes
-from federated.rounds.checkpoint import ServerCheckpoint, save_checkpoint
+from federated.rounds.checkpoint import Part, ServerCheckpoint, save_checkpoint
 from federated.rounds.client_ranks import mixed_ranks, rank_of, scaling_at
 from federated.rounds.faults import fault_plan, faulty_delivery
 from federated.rounds.global_model import (
@@ -64,7 +64,7 @@ class Display(Protocol):
 
 @dataclass
 class Served:
-    """A run in progress: what closing a round needs."""
+    """A run in progress: what closing a round needs; ``parts`` (by name) go into every commit."""
 
     run: Run
     strategy: LoRAStrategy
@@ -75,6 +75,7 @@ class Served:
     round_started: float = field(default_factory=time.perf_counter)
     lines: list[dict[str, Any]] = field(default_factory=list)
     best: tuple[int, float] | None = None
+    parts: dict[str, Part] = field(default_factory=dict)
 
 
 def serve(
@@ -185,7 +186,12 @@ def close_round(served: Served, server_round: int) -> MetricRecord | None:
         served.folder.path / "checkpoint",
         strategy.server_state.state,
         server_round=server_round,
-        server=ServerCheckpoint(strategy.server_state, strategy.versions, strategy.current_ranks),
+        server=ServerCheckpoint(
+            strategy.server_state,
+            strategy.versions,
+            strategy.current_ranks,
+            {name: part.state() for name, part in served.parts.items()},
+        ),
         notes=run.notes,
     )
     keep_best(served, line)
