@@ -8,22 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from federated.config.augmentation_options import augmentation_from
 from federated.config.choices import no_such
+from federated.config.faults_and_clock import FaultsSection
+from federated.config.section import Section
 from lora.config import MAX_RANK, LoRAConfig
 from models.registration import added
 from models.untrusted import PathText
 
 TASK_NAMES = ("classification", "zero_shot", "retrieval")
 """What ``models.tasks`` holds, which imports torch; plugins add others."""
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -306,6 +302,7 @@ class ExperimentConfig(Section):
     aggregation: AggregationSection = AggregationSection()
     communication: CommunicationSection = CommunicationSection()
     evaluation: EvaluationSection = EvaluationSection()
+    faults: FaultsSection = FaultsSection()
     cache: CacheSection = CacheSection()
     engine: EngineSection = EngineSection()
     output: OutputSection = OutputSection()
