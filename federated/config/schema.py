@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from federated.config.augmentation_options import augmentation_from
 from federated.config.choices import no_such
-from federated.config.faults_and_clock import FaultsSection
+from federated.config.faults_and_clock import ClockSection, FaultsSection
 from federated.config.section import Section
 from lora.config import MAX_RANK, LoRAConfig
 from models.registration import added
@@ -299,6 +299,8 @@ class ExperimentConfig(Section):
     communication: CommunicationSection = CommunicationSection()
     evaluation: EvaluationSection = EvaluationSection()
     faults: FaultsSection = FaultsSection()
+    clock: ClockSection | None = None
+    """Simulated time; none when not given."""
     cache: CacheSection = CacheSection()
     engine: EngineSection = EngineSection()
     output: OutputSection = OutputSection()
@@ -310,6 +312,10 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"federation.cohort_size is {cohort} but partition.num_clients is {clients}: "
                 f"sample at most {clients} clients a round, or make more clients"
+            )
+        if self.faults.late and (self.clock is None or self.clock.deadline_seconds is None):
+            raise ValueError(
+                f"faults.late={self.faults.late:g} is late against a deadline: set clock.deadline_seconds"
             )
         default = ClientSection.model_fields["momentum"].default
         if self.client.optimizer != "sgd" and self.client.momentum != default:

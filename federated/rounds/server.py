@@ -26,11 +26,13 @@ from federated.communication.messages import CLIENT_ID, SERVER_ROUND
 from federated.communication.metered_grid import MeteredGrid, delivery_by, enter, wire_sizes
 from federated.communication.payload import CONFIG, METRICS
 from federated.communication.savings import Bandwidth, communication_summary
+from federated.communication.simulated_clock import SimulatedClock
 from federated.config.seeding import generator
 from federated.methods import Limits
 from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines, failure_counts
 from federated.results.run_folder import RunFolder, peak_memory_bytes
 from federated.rounds.checkpoint import Part, ServerCheckpoint, save_checkpoint
+from federated.rounds.client_devices import is_reachable, simulated_clock
 from federated.rounds.client_ranks import mixed_ranks, rank_of, scaling_at
 from federated.rounds.faults import fault_plan, faulty_delivery
 from federated.rounds.global_model import (
@@ -76,6 +78,7 @@ class Served:
     lines: list[dict[str, Any]] = field(default_factory=list)
     best: tuple[int, float] | None = None
     parts: dict[str, Part] = field(default_factory=dict)
+    clock: SimulatedClock | None = None
 
 
 def serve(
@@ -102,8 +105,11 @@ def serve(
     config, ledger = run.config, Ledger() if ledger is None else ledger
     client_of = {node_id: client_id for client_id, node_id in clients.items()}
     run.reset()
-    strategy = build_strategy(run, clients, display)
-    served = Served(run, strategy, folder, ledger, display)
+    clock = simulated_clock(config)
+    strategy = build_strategy(run, clients, display, clock)
+    served = Served(run, strategy, folder, ledger, display, clock=clock)
+    if clock is not None:
+        served.parts["clock"], ledger.timed = clock, True
     if display is not None:
         display.run_started(
             config.federation.rounds,
@@ -113,7 +119,7 @@ def serve(
     node_client = client_of.__getitem__
     deliver = faulty_delivery(delivery_by(grid), fault_plan(config), node_client)
     strategy.start(
-        MeteredGrid(grid, ledger, node_client, strategy.num_values, deliver=deliver),
+        MeteredGrid(grid, ledger, node_client, strategy.num_values, deliver=deliver, clock=clock),
         initial_arrays=strategy.packed_state(),
         num_rounds=config.federation.rounds,
         timeout=config.federation.timeout_seconds,
@@ -122,13 +128,19 @@ def serve(
     return finish(served)
 
 
-def build_strategy(run: Run, clients: Mapping[int, int], display: Display | None = None) -> LoRAStrategy:
+def build_strategy(
+    run: Run,
+    clients: Mapping[int, int],
+    display: Display | None = None,
+    clock: SimulatedClock | None = None,
+) -> LoRAStrategy:
     """Return the strategy of a run, before round 1.
 
     Args:
         run: Model, data and settings.
         clients: Node id of each client id.
         display: Told when messages go out.
+        clock: Says who can be reached; None: everyone.
     """
     config = run.config
 
@@ -151,6 +163,7 @@ def build_strategy(run: Run, clients: Mapping[int, int], display: Display | None
         shard_sizes=ShardSizes(run.num_examples, lambda client_id: len(run.shards[client_id].test)),
         error_every=config.evaluation.aggregation_error_every,
         fault_of=fault_plan(config).of,
+        reachable=lambda *key: clock is None or is_reachable(clock, config.seed, *key),
         evaluates=lambda server_round: evaluating_clients(run, server_round),
         on_broadcast=before_broadcast,
     )
@@ -175,6 +188,8 @@ def close_round(served: Served, server_round: int) -> MetricRecord | None:
     run, record = served.run, served.strategy.record
     line = round_line(record, served.ledger)
     line |= global_metrics(run, served.strategy.server_state, record)
+    if served.clock is not None:
+        line |= served.clock.end_round(server_round)
     now = time.perf_counter()
     line["seconds"] = round(now - served.round_started, 3)
     served.round_started = now
@@ -262,6 +277,8 @@ def finish(served: Served) -> dict[str, Any]:
         "parameters": parameter_counts(run),
         "communication": communication_summary(served.ledger, model_sizes(run), bandwidth),
     }
+    if served.clock is not None:
+        summary["simulated_seconds"] = served.clock.total_seconds
     if failures := failure_counts(served.lines):
         summary["failures"] = failures
     if served.best is not None:
