@@ -17,6 +17,7 @@ from flwr.app import Message, Metadata
 from real_federation import NUM_CLIENTS, small_config
 from small_run import lines_without_times
 
+from benchmarks.unreliable import faulty, outcomes
 from federated.communication.ledger import Ledger
 from federated.config.config_files import load_config
 from federated.config.faults_and_clock import FaultsSection
@@ -202,3 +203,21 @@ def test_every_engine_strikes_the_same_clients(engine: str, tmp_path: Path) -> N
     assert one == two
     if "workers" in engine:
         assert ours == other
+
+
+def test_every_message_of_a_run_with_all_faults_has_one_outcome(clean: Run, tmp_path: Path) -> None:
+    overrides = [*faulty(0.7), "federation.rounds=4"]
+    config = small_config(*overrides, "output.report=false")
+    play(dataclasses.replace(clean, config=config), tmp_path / "run")
+    found = outcomes(config, tmp_path / "run")
+    assert found.total() == NUM_CLIENTS * 4 + found["evaluated"]
+    assert len(found) > 5
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    struck = next(n for n, line in enumerate(lines) if json.loads(line)["failed"])
+    forgotten = json.loads(lines[struck])
+    forgotten["failed"].pop()
+    lines[struck] = json.dumps(forgotten)
+    metrics.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="was planned"):
+        outcomes(config, tmp_path / "run")
