@@ -99,6 +99,7 @@ class Summary(_Part):
     rounds: Round | None = None
     seconds: Number | None = None
     simulated_seconds: Number | None = None
+    stopped: str | None = None
     peak_memory_bytes: Count | None = None
     parameters: _Parameters | None = None
     communication: _Communication = _Communication()

@@ -98,6 +98,17 @@ class PartitionSection(Section):
     """Part of each shard that its client keeps for its own evaluation and never trains on."""
 
 
+class EarlyStoppingSection(Section):
+    """When training ends before its last epoch or round: the validation split decides."""
+
+    patience: int | None = Field(None, ge=1)
+    """Evaluations without an improvement after which training stops; never before the end when not given."""
+    metric: str | None = None
+    """Metric of the validation split; the task's headline metric when not given. A loss is better lower."""
+    minimum_change: float = Field(0.0, ge=0)
+    """An improvement must be larger than this to count."""
+
+
 class FederationSection(Section):
     """Rounds and cohorts."""
 
@@ -110,6 +121,7 @@ class FederationSection(Section):
     worker is ended then; without workers a running client ends late."""
     keep_best: bool = True
     """Keep the best round's adapter in ``adapter_best/``; the server's test rows choose, so flatter it."""
+    early_stopping: EarlyStoppingSection = EarlyStoppingSection()
 
 
 class ClientSection(Section):
@@ -183,17 +195,6 @@ class CommunicationSection(Section):
     """A client's downlink in megabits a second, likewise."""
     base_preinstalled: bool = False
     """True when clients already hold the base model; the one-off base is stated separately either way."""
-
-
-class EarlyStoppingSection(Section):
-    """When training ends before its last epoch: the validation split decides."""
-
-    patience: int | None = Field(None, ge=1)
-    """Evaluations without an improvement after which training stops; never before the end when not given."""
-    metric: str | None = None
-    """Metric of the validation split; the task's headline metric when not given. A loss is better lower."""
-    minimum_change: float = Field(0.0, ge=0)
-    """An improvement must be larger than this to count."""
 
 
 class TrainSection(Section):

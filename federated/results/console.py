@@ -231,6 +231,8 @@ def _closing_lines(
     if (simulated := summary.get("simulated_seconds")) is not None:
         line.append(f", {format_seconds(simulated)} of simulated time")
     yield line
+    if stopped := summary.get("stopped"):
+        yield Text(str(stopped))
     if kind is PERSONAL:
         yield Text(f"that is {kind.model}; {kind.before}: {before}")
     if rows:

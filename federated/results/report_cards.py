@@ -69,6 +69,8 @@ def notices(run: RunRecord) -> list[str]:
             "This run has no summary.json: it did not finish, or is still running. "
             "Figures are as far as it went."
         )
+    if stopped := run.summary.get("stopped"):
+        found.append(f"{stopped[0].upper()}{stopped[1:]}.")
     recorded = run.summary.get("communication", {}).get("total_wire_bytes")
     counted = run.ledger.total().wire_bytes
     if len(run.ledger) and recorded is not None and recorded != counted:
