@@ -29,6 +29,8 @@ class ModelSection(Section):
     """``clip_lora``: adapters train and travel; ``clip``: the weights that ``fine_tuning`` names do."""
     model_name: PathText = "tiny"
     """``tiny`` (bundled), a hub name, a local folder in the hub's format, or ``open_clip:<architecture>``."""
+    adapter: PathText | None = None
+    """Start from this adapter, a run's folder or one of PEFT's, that fits ``lora``; fresh ones otherwise."""
     num_classes: int | None = Field(None, ge=2)
     """Checked against the data when given; taken from the data otherwise."""
     fine_tuning: str | None = None
@@ -66,7 +68,7 @@ class DataSection(Section):
     """Which images, and how they reach the model."""
 
     source: str = "fashion_mnist"
-    """A registered source: fashion_mnist, emoji, digits (embedded), imagefolder, csv, hub."""
+    """A registered source: fashion_mnist, emoji, digits, easy_vqa, emoji_vqa (embedded), csv …"""
     path: PathText | None = None
     """Folder, file or hub name of the sources that need one."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -155,6 +157,8 @@ class ClientSection(Section):
     """SCAFFOLD: correct gradients by control variates, which double the payload both ways."""
     augmentation: dict[str, Any] = Field(default_factory=dict)
     """Options of ``federated.config.augmentation_options``, such as ``flip_probability``; empty: none."""
+    gradient_checkpointing: bool = False
+    """Compute each block of the towers again in the backward pass: less memory, one more forward pass."""
     ranks: list[Annotated[int, Field(le=MAX_RANK)]] | None = Field(None, min_length=1)
     """Adapter rank of each client, for aggregators that mix ranks; a shorter list is repeated (groups). The
     largest is ``lora.r``."""
@@ -324,6 +328,8 @@ class ExperimentConfig(Section):
                 f"client.momentum={self.client.momentum} goes with client.optimizer=sgd; "
                 f"{self.client.optimizer} has moments of its own"
             )
+        if self.model.adapter is not None and not self.uses_adapters:
+            raise ValueError("model.adapter goes with model.type=clip_lora and lora.enabled=true")
         if self.model.type == "clip_lora" and self.model.fine_tuning is not None:
             raise ValueError(
                 f"model.fine_tuning={self.model.fine_tuning} goes with model.type=clip; "
