@@ -21,10 +21,10 @@ from federated.config.schema import ExperimentConfig
 from federated.engines.simulation import limited_threads, run_experiment
 from federated.results.compare import compare_runs
 from federated.results.run_folder import RunFolder
+from federated.rounds.early_stopping import BestSoFar
 from federated.rounds.local_training import Assignment, train_locally
 from federated.rounds.run import Run, build_run
 from federated.tools.central import central_config, train_centrally
-from federated.tools.early_stopping import BestSoFar
 from models.errors import UserError
 
 SMALL = (

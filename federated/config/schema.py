@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from federated.config.augmentation_options import augmentation_from
 from federated.config.choices import no_such
-from federated.config.faults_and_clock import FaultsSection
+from federated.config.faults_and_clock import ClockSection, FaultsSection
 from federated.config.section import Section
 from lora.config import MAX_RANK, LoRAConfig
 from models.registration import added
@@ -100,6 +100,17 @@ class PartitionSection(Section):
     """Part of each shard that its client keeps for its own evaluation and never trains on."""
 
 
+class EarlyStoppingSection(Section):
+    """When training ends before its last epoch or round: the validation split decides."""
+
+    patience: int | None = Field(None, ge=1)
+    """Evaluations without an improvement after which training stops; never before the end when not given."""
+    metric: str | None = None
+    """Metric of the validation split; the task's headline metric when not given. A loss is better lower."""
+    minimum_change: float = Field(0.0, ge=0)
+    """An improvement must be larger than this to count."""
+
+
 class FederationSection(Section):
     """Rounds and cohorts."""
 
@@ -112,6 +123,7 @@ class FederationSection(Section):
     worker is ended then; without workers a running client ends late."""
     keep_best: bool = True
     """Keep the best round's adapter in ``adapter_best/``; the server's test rows choose, so flatter it."""
+    early_stopping: EarlyStoppingSection = EarlyStoppingSection()
 
 
 class ClientSection(Section):
@@ -187,17 +199,6 @@ class CommunicationSection(Section):
     """A client's downlink in megabits a second, likewise."""
     base_preinstalled: bool = False
     """True when clients already hold the base model; the one-off base is stated separately either way."""
-
-
-class EarlyStoppingSection(Section):
-    """When training ends before its last epoch: the validation split decides."""
-
-    patience: int | None = Field(None, ge=1)
-    """Evaluations without an improvement after which training stops; never before the end when not given."""
-    metric: str | None = None
-    """Metric of the validation split; the task's headline metric when not given. A loss is better lower."""
-    minimum_change: float = Field(0.0, ge=0)
-    """An improvement must be larger than this to count."""
 
 
 class TrainSection(Section):
@@ -303,6 +304,8 @@ class ExperimentConfig(Section):
     communication: CommunicationSection = CommunicationSection()
     evaluation: EvaluationSection = EvaluationSection()
     faults: FaultsSection = FaultsSection()
+    clock: ClockSection | None = None
+    """Simulated time; none when not given."""
     cache: CacheSection = CacheSection()
     engine: EngineSection = EngineSection()
     output: OutputSection = OutputSection()
@@ -314,6 +317,10 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"federation.cohort_size is {cohort} but partition.num_clients is {clients}: "
                 f"sample at most {clients} clients a round, or make more clients"
+            )
+        if self.faults.late and (self.clock is None or self.clock.deadline_seconds is None):
+            raise ValueError(
+                f"faults.late={self.faults.late:g} is late against a deadline: set clock.deadline_seconds"
             )
         default = ClientSection.model_fields["momentum"].default
         if self.client.optimizer != "sgd" and self.client.momentum != default:

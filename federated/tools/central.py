@@ -35,10 +35,10 @@ from federated.results.run_folder import RunFolder, peak_memory_bytes
 from federated.results.run_place import check_free, run_path
 from federated.rounds.batches import evaluate_rows, evaluate_server, local_batches
 from federated.rounds.checkpoint import save_checkpoint
+from federated.rounds.early_stopping import BestSoFar
 from federated.rounds.learnable import check_can_learn
 from federated.rounds.run import Run, build_run
 from federated.rounds.saving import parameter_counts, save_adapter, save_clients_rows
-from federated.tools.early_stopping import BestSoFar
 from models.errors import UserError
 from models.state import State
 
