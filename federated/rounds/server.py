@@ -31,6 +31,7 @@ from federated.config.seeding import generator
 from federated.methods import Limits
 from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines, failure_counts
 from federated.results.run_folder import RunFolder, peak_memory_bytes
+from federated.rounds.batches import accuracy_by_class
 from federated.rounds.checkpoint import Part, ServerCheckpoint, save_checkpoint
 from federated.rounds.client_devices import is_reachable, simulated_clock
 from federated.rounds.client_ranks import mixed_ranks, rank_of, scaling_at
@@ -319,6 +320,8 @@ def finish(served: Served) -> dict[str, Any]:
         summary["failures"] = failures
     if served.best is not None:
         summary["best_round"] = served.best[0]
+    if run.config.output.report and run.aggregator.has_global_model and (by_class := accuracy_by_class(run)):
+        summary["per_class"] = by_class
     folder.write_summary(summary)
     if run.config.output.report:
         folder.write_report()
