@@ -95,7 +95,7 @@ def csv(  # noqa: PLR0913 -- the options of the data section, one by one
     tables = {split: _complete(table, columns, skip=skip_incomplete) for split, table in tables.items()}
     root = None if image_root is None else Path(image_root)
     files = {
-        split: _image_files(table, image_column, root, allow_outside=allow_outside)
+        split: image_files(table, image_column, root, allow_outside=allow_outside)
         for split, table in tables.items()
     }
     if check_images:
@@ -198,10 +198,26 @@ def _complete(table: Sequence[Row], columns: Columns, *, skip: bool) -> list[Row
     return rows
 
 
-def _image_files(
-    table: Sequence[Row], image_column: str, root: Path | None, *, allow_outside: bool
+def image_files(
+    table: Sequence[Row],
+    image_column: str,
+    root: Path | None,
+    *,
+    allow_outside: bool,
+    root_option: str = "image_root",
 ) -> list[Path]:
-    """Paths of the rows' images; all exist and, unless allowed, none leaves the folder it starts from."""
+    """Return the paths of the rows' images; all exist and, unless allowed, none leaves its folder.
+
+    Args:
+        table: The rows.
+        image_column: Column of image paths.
+        root: What they are relative to; None: the folder of the csv file.
+        allow_outside: Whether a path may leave that folder.
+        root_option: What the option is called that sets ``root``, for messages.
+
+    Raises:
+        UserError: An image does not exist, or lies outside; names row and file.
+    """
     files, missing, outside = [], [], []
     for row in table:
         folder = root or file_of(row).parent
@@ -215,15 +231,15 @@ def _image_files(
         files.append(file)
     if missing:
         raise UserError(
-            f"{len(missing)} images do not exist ({listed(missing)}); correct the paths, or set image_root "
-            "to the folder they are relative to",
-            options=("image_root",),
+            f"{len(missing)} images do not exist ({listed(missing)}); correct the paths, or set "
+            f"{root_option} to the folder they are relative to",
+            options=(root_option,),
         )
     if outside:
         raise UserError(
             f"{len(outside)} images lie outside the folder ({listed(outside)}); move them into it, set "
-            "image_root to a folder that holds them all, or allow_outside=true to read them nevertheless",
-            options=("image_root", "allow_outside"),
+            f"{root_option} to a folder that holds them all, or allow_outside=true to read them nevertheless",
+            options=(root_option, "allow_outside"),
         )
     return files
 
