@@ -1,7 +1,8 @@
 """How right answers to questions are: exact match, token F1 and the official VQA accuracy.
 
 Answers are normalised before they are compared. Sources: the VQA accuracy of Antol et al. 2015
-(arXiv:1505.00468), as its official evaluation counts it; token F1 of Rajpurkar et al. 2016 (arXiv:1606.05250).
+(arXiv:1505.00468), as its official evaluation counts it; token F1 of Rajpurkar et al. 2016
+(arXiv:1606.05250).
 """
 
 from __future__ import annotations
