@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora.gradient_checkpointing import disable_gradient_checkpointing, enable_gradient_checkpointing
     from lora.injection import apply_lora_to_text_encoder, inject_lora
     from lora.loading import load_full_checkpoint, load_lora_adapters
+    from lora.lora_layer import LoRALayer
     from lora.named import (
         compare_embeddings,
         list_adapters,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         remove_adapter,
         set_active_adapter,
     )
+    from lora.split_attention import add_lora_to_attention_block
     from lora.switching import (
         disable_lora,
         enable_lora,
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CLIPLoRAWrapper",
     "LoRAConfig",
+    "LoRALayer",
+    "add_lora_to_attention_block",
     "apply_lora_to_text_encoder",
     "check_lora_injection",
     "compare_embeddings",
@@ -94,6 +98,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "load_full_checkpoint",
         "load_lora_adapters",
     ),
+    "lora.lora_layer": ("LoRALayer",),
     "lora.named": (
         "compare_embeddings",
         "list_adapters",
@@ -101,6 +106,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "remove_adapter",
         "set_active_adapter",
     ),
+    "lora.split_attention": ("add_lora_to_attention_block",),
     "lora.switching": (
         "disable_lora",
         "enable_lora",

@@ -120,6 +120,7 @@ class AdapterFile:
             class_names, templates, as far as present.
         class_names: Of the head's outputs, in order; None where the file does not say.
         notes: What the folder's manifest says of the run.
+        base: Base weights in open_clip's names, where a `.pt` file holds every weight.
     """
 
     folder: Path
@@ -131,6 +132,7 @@ class AdapterFile:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    base: State = field(default_factory=dict)
 
 
 def read_adapter(folder: str | Path) -> AdapterFile:

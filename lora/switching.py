@@ -17,13 +17,15 @@ from lora.adapters import FACTORS, adapter_layers, clip_of, exchanged_names, unw
 from lora.base_delta_file import pretrained_base_weights
 from lora.base_identity import forget_base_digests, hold_base_digests
 from lora.biases import forget_base_values, use_base_values, use_trained_values
+from lora.split_attention import AttentionPart
 from models.errors import UserError
 
 
 @contextlib.contextmanager
 def trainability_kept(layers: Iterable[tuple[str, Any]]) -> Iterator[None]:
     """Undo PEFT's changes of requires_grad, which would thaw a frozen factor (FFA-LoRA)."""
-    factors = [p for _, layer in layers for f in FACTORS for p in getattr(layer, f).parameters()]
+    modules = [getattr(layer, factor) for _, layer in layers for factor in FACTORS]
+    factors = [module[name].weight for module in modules for name in module]
     before = [(p, p.requires_grad) for p in factors]
     yield
     for parameter, requires_grad in before:
@@ -114,6 +116,9 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     root = unwrap(model)
     _merge(root)
     for name, layer in sorted(adapter_layers(root), key=lambda item: -item[0].count(".")):
+        if isinstance(layer, AttentionPart):
+            layer.unload()
+            continue
         parent, _, leaf = name.rpartition(".")
         setattr(root.get_submodule(parent), leaf, layer.base_layer)
     forget_base_values(root)

@@ -77,7 +77,7 @@ def test_a_folder_of_files_and_other_column_names_and_delimiters_are_read(tmp_pa
         )
     data = load_data(
         "vqa_csv", path=str(tmp_path / "csv"), image_dir=str(tmp_path / "img"), image_column="img_id",
-        type_column="kind", domain_column="who", delimiter=";",
+        type_column="kind", domain_column="who", separator=";",
     )  # fmt: skip
     assert [len(data.split(split)) for split in ("train", "validation", "test")] == [1, 1, 1]
     assert data.train["answer"][:] == ["cat, black"]

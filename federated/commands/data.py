@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from federated.data.names import MAX_NAMED, listed
+from federated.data.names import MAX_NAMED, listed, names_in
 from models.errors import UserError
 from models.progress import progress_bar
 
@@ -79,7 +79,12 @@ def prepare(  # noqa: PLR0913 - the command's options
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to make.")],
     *,
     classes: Annotated[
-        str | None, typer.Option("--classes", metavar="A,B", help="Make empty folders for these classes.")
+        str | None,
+        typer.Option(
+            "--classes",
+            metavar="A,B",
+            help="Make empty folders for these classes; quote a comma: '\"a, b\",c'.",
+        ),
     ] = None,
     flat: Annotated[
         Path | None, typer.Option("--from", metavar="FLAT", help="Split a folder that holds <class>/*.")
@@ -109,7 +114,7 @@ def prepare(  # noqa: PLR0913 - the command's options
         raise UserError(
             "give either --classes A,B (empty folders to fill) or --from FLAT (a folder to split)"
         )
-    names = None if classes is None else [name.strip() for name in classes.split(",")]
+    names = None if classes is None else names_in(classes)
     for name in names or ():
         check_place(target / name, "give --classes other names")
     with progress_bar("images") as report:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from federated.commands.importing import PluginsOption, modules_that_stay
 from federated.config.plugins import load_plugins
+from federated.data.names import names_in
 from models.errors import UserError
 from models.progress import progress_bar
 
@@ -71,7 +72,11 @@ def predict(  # noqa: PLR0913 - the command's options
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes to show for each image.")] = 5,
     classes: Annotated[
         str | None,
-        typer.Option("--classes", metavar="A,B,C", help="Classify by prompts for these classes instead."),
+        typer.Option(
+            "--classes",
+            metavar="A,B,C",
+            help="Classify by prompts for these classes instead; quote a comma: '\"a, b\",c'.",
+        ),
     ] = None,
     template: Annotated[
         list[str] | None,
@@ -106,7 +111,7 @@ def predict(  # noqa: PLR0913 - the command's options
     if output is not None:
         check_output(output, overwrite=overwrite)
     source, path = _source_and_input(inputs, model)
-    names = None if classes is None else [name.strip() for name in classes.split(",")]
+    names = None if classes is None else names_in(classes)
     opened = _open(source, adapter, model, device, any_base=any_base)
     classifier = make_classifier(opened, names, template)
     with progress_bar("images") as report:

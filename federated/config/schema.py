@@ -8,22 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from federated.config.augmentation_options import augmentation_from
 from federated.config.choices import no_such
+from federated.config.faults_and_clock import FaultsSection
+from federated.config.section import Section
 from lora.config import MAX_RANK, LoRAConfig
 from models.registration import added
 from models.untrusted import PathText
 
 TASK_NAMES = ("classification", "zero_shot", "retrieval")
 """What ``models.tasks`` holds, which imports torch; plugins add others."""
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -33,6 +29,8 @@ class ModelSection(Section):
     """``clip_lora``: adapters train and travel; ``clip``: the weights that ``fine_tuning`` names do."""
     model_name: PathText = "tiny"
     """``tiny`` (bundled), a hub name, a local folder in the hub's format, or ``open_clip:<architecture>``."""
+    adapter: PathText | None = None
+    """Start from this adapter, a run's folder or one of PEFT's, that fits ``lora``; fresh ones otherwise."""
     num_classes: int | None = Field(None, ge=2)
     """Checked against the data when given; taken from the data otherwise."""
     fine_tuning: str | None = None
@@ -147,6 +145,8 @@ class ClientSection(Section):
     """SCAFFOLD: correct gradients by control variates, which double the payload both ways."""
     augmentation: dict[str, Any] = Field(default_factory=dict)
     """Options of ``federated.config.augmentation_options``, such as ``flip_probability``; empty: none."""
+    gradient_checkpointing: bool = False
+    """Compute each block of the towers again in the backward pass: less memory, one more forward pass."""
     ranks: list[Annotated[int, Field(le=MAX_RANK)]] | None = Field(None, min_length=1)
     """Adapter rank of each client, for aggregators that mix ranks; a shorter list is repeated (groups). The
     largest is ``lora.r``."""
@@ -302,6 +302,7 @@ class ExperimentConfig(Section):
     aggregation: AggregationSection = AggregationSection()
     communication: CommunicationSection = CommunicationSection()
     evaluation: EvaluationSection = EvaluationSection()
+    faults: FaultsSection = FaultsSection()
     cache: CacheSection = CacheSection()
     engine: EngineSection = EngineSection()
     output: OutputSection = OutputSection()
@@ -320,6 +321,8 @@ class ExperimentConfig(Section):
                 f"client.momentum={self.client.momentum} goes with client.optimizer=sgd; "
                 f"{self.client.optimizer} has moments of its own"
             )
+        if self.model.adapter is not None and not self.uses_adapters:
+            raise ValueError("model.adapter goes with model.type=clip_lora and lora.enabled=true")
         if self.model.type == "clip_lora" and self.model.fine_tuning is not None:
             raise ValueError(
                 f"model.fine_tuning={self.model.fine_tuning} goes with model.type=clip; "

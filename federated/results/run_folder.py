@@ -26,6 +26,7 @@ from federated.config.config_files import dump_config
 from federated.config.plugins import PLUGINS_FILE, used_plugins
 from federated.config.schema import ExperimentConfig
 from federated.results.run_place import ENVIRONMENT_FILE, claim, release
+from lora.start_adapter import adapter_identity
 from models.files import BestEffort, errors_named, json_text, write_json, write_text
 
 _PACKAGES = ("fedlora", "torch", "transformers", "peft", "flwr", "flwr-datasets", "datasets", "numpy")
@@ -111,6 +112,7 @@ def describe_environment(config: ExperimentConfig) -> dict[str, Any]:
         "threads": config.engine.threads,
         "commit": _commit(),
         "seed": config.seed,
+        **({} if config.model.adapter is None else {"adapter": adapter_identity(config.model.adapter)}),
     }
 
 

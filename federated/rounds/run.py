@@ -30,7 +30,7 @@ from federated.rounds.build import (
     training_settings,
 )
 from federated.rounds.compatibility import build_aggregator, check_client_ranks
-from federated.rounds.trained_record import notes_of
+from federated.rounds.trained_record import check_start, notes_of
 from lora.adapters import scalings, unwrap
 from lora.clip_wrapper import CLIPLoRAWrapper
 from models.clip import FederatedCLIPModel
@@ -132,6 +132,8 @@ def build_run(config: ExperimentConfig, data: FederatedData | None = None) -> Ru
     """
     aggregator = build_aggregator(config)  # a wrong name should not come up after minutes of loading
     data = load_run_data(config) if data is None else data
+    if config.model.adapter is not None:
+        check_start(config, data)
     split = partition(
         data.train,
         name=config.partition.name,

@@ -23,15 +23,16 @@ from flwr.serverapp import Grid, ServerApp
 from federated.communication.foreign_text import shown
 from federated.communication.ledger import Ledger
 from federated.communication.messages import CLIENT_ID, SERVER_ROUND
-from federated.communication.metered_grid import MeteredGrid, enter, wire_sizes
+from federated.communication.metered_grid import MeteredGrid, delivery_by, enter, wire_sizes
 from federated.communication.payload import CONFIG, METRICS
 from federated.communication.savings import Bandwidth, communication_summary
 from federated.config.seeding import generator
 from federated.methods import Limits
-from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines
+from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines, failure_counts
 from federated.results.run_folder import RunFolder, peak_memory_bytes
-from federated.rounds.checkpoint import ServerCheckpoint, save_checkpoint
+from federated.rounds.checkpoint import Part, ServerCheckpoint, save_checkpoint
 from federated.rounds.client_ranks import mixed_ranks, rank_of, scaling_at
+from federated.rounds.faults import fault_plan, faulty_delivery
 from federated.rounds.global_model import (
     bring_base_up_to_date,
     global_metrics,
@@ -63,7 +64,7 @@ class Display(Protocol):
 
 @dataclass
 class Served:
-    """A run in progress: what closing a round needs."""
+    """A run in progress: what closing a round needs; ``parts`` (by name) go into every commit."""
 
     run: Run
     strategy: LoRAStrategy
@@ -74,6 +75,7 @@ class Served:
     round_started: float = field(default_factory=time.perf_counter)
     lines: list[dict[str, Any]] = field(default_factory=list)
     best: tuple[int, float] | None = None
+    parts: dict[str, Part] = field(default_factory=dict)
 
 
 def serve(
@@ -108,8 +110,10 @@ def serve(
             headline_metric=run.headline_metric,
             notes=run.caches.notes,
         )
+    node_client = client_of.__getitem__
+    deliver = faulty_delivery(delivery_by(grid), fault_plan(config), node_client)
     strategy.start(
-        MeteredGrid(grid, ledger, client_of.__getitem__, strategy.num_values),
+        MeteredGrid(grid, ledger, node_client, strategy.num_values, deliver=deliver),
         initial_arrays=strategy.packed_state(),
         num_rounds=config.federation.rounds,
         timeout=config.federation.timeout_seconds,
@@ -146,6 +150,7 @@ def build_strategy(run: Run, clients: Mapping[int, int], display: Display | None
         limits=Limits(config.aggregation.max_update_ratio, config.aggregation.max_examples_ratio),
         shard_sizes=ShardSizes(run.num_examples, lambda client_id: len(run.shards[client_id].test)),
         error_every=config.evaluation.aggregation_error_every,
+        fault_of=fault_plan(config).of,
         evaluates=lambda server_round: evaluating_clients(run, server_round),
         on_broadcast=before_broadcast,
     )
@@ -181,7 +186,12 @@ def close_round(served: Served, server_round: int) -> MetricRecord | None:
         served.folder.path / "checkpoint",
         strategy.server_state.state,
         server_round=server_round,
-        server=ServerCheckpoint(strategy.server_state, strategy.versions, strategy.current_ranks),
+        server=ServerCheckpoint(
+            strategy.server_state,
+            strategy.versions,
+            strategy.current_ranks,
+            {name: part.state() for name, part in served.parts.items()},
+        ),
         notes=run.notes,
     )
     keep_best(served, line)
@@ -194,7 +204,7 @@ def round_line(record: RoundRecord, ledger: Ledger) -> dict[str, Any]:
     """Return a round's line of ``metrics.jsonl`` before the server's evaluation."""
     line: dict[str, Any] = {"server_round": record.server_round, "cohort": record.cohort, **record.metrics}
     line["clients"] = {str(client_id): metrics for client_id, metrics in record.clients.items()}
-    line["failed"] = [{"client_id": f.client_id, "reason": f.reason} for f in record.failed]
+    line["failed"] = [failure.entry() for failure in record.failed]
     if record.skipped:
         line["skipped"] = True
     for direction in ("uplink", "downlink"):
@@ -252,6 +262,8 @@ def finish(served: Served) -> dict[str, Any]:
         "parameters": parameter_counts(run),
         "communication": communication_summary(served.ledger, model_sizes(run), bandwidth),
     }
+    if failures := failure_counts(served.lines):
+        summary["failures"] = failures
     if served.best is not None:
         summary["best_round"] = served.best[0]
     folder.write_summary(summary)

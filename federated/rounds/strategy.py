@@ -90,6 +90,7 @@ class LoRAStrategy(Strategy):
         limits: How far one client may be from its cohort.
         shard_sizes: The most examples that a client can have used.
         error_every: Rounds between measurements of the aggregation error; 0: never.
+        fault_of: The fault on purpose that strikes a client's training in a round, if any.
         evaluates: Which clients evaluate after a round; none by default.
         on_broadcast: Told ``(server_round, number of clients, message type)`` before messages go out.
     """
@@ -108,6 +109,7 @@ class LoRAStrategy(Strategy):
         limits: Limits = DEFAULT_LIMITS,
         shard_sizes: ShardSizes = ShardSizes(),  # noqa: B008 - frozen
         error_every: int = 1,
+        fault_of: Callable[[int, int], str | None] = lambda server_round, client_id: None,
         evaluates: Callable[[int], list[int]] = lambda server_round: [],
         on_broadcast: Callable[[int, int, str], None] = lambda server_round, num_clients, phase: None,
     ) -> None:
@@ -129,6 +131,7 @@ class LoRAStrategy(Strategy):
         self._error_every = error_every if aggregator.has_global_model else 0
         follows = bool(self._error_every) and not self._downlink.lossless
         self._held = HeldStates(remembers=aggregator.clients_remember) if follows else None
+        self._fault_of = fault_of
         self._evaluates = evaluates
         self._on_broadcast = on_broadcast
         self._sent: dict[int, Metadata] = {}
@@ -154,8 +157,9 @@ class LoRAStrategy(Strategy):
         before, updates = self.server_state, [reply.update for reply in read]
         after, accepted, refused = run_round(self.aggregator, before, updates, self._limits)
         self.server_state = after
-        self.record.failed += [Failure(client_id, reason) for client_id, reason in refused]
-        self.record.failed.sort(key=lambda failure: failure.client_id)
+        failed = self.record.failed + [Failure(client_id, reason) for client_id, reason in refused]
+        failed.sort(key=lambda failure: failure.client_id)
+        self.record.failed = [replace(f, fault=self._fault_of(server_round, f.client_id)) for f in failed]
         if not accepted:
             self.record.skipped = True
             return None, None

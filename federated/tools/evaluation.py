@@ -45,6 +45,7 @@ from federated.tools.trained_models import (
 )
 from lora.adapter_files import ADAPTER_FILE, read_adapter
 from lora.base_check import check_base_model
+from lora.start_adapter import adapter_folder
 from models.committed_folders import check_committed, current_folder
 from models.errors import UserError
 from models.files import BestEffort, errors_named, write_json, write_text
@@ -105,6 +106,9 @@ def evaluate_source(
     config = load_config(source if run is None else run / "config.yaml", overrides)
     if run is not None:
         check_held(run, config)
+    if run is None and adapter is None and config.model.adapter is not None:
+        adapter = adapter_folder(config.model.adapter)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"adapter": None})})
     default = Path(config.output.root) / f"{config.output.name}-evaluation_{split}"
     folder = output or (default if run is None else run / f"evaluation_{split}")
     if run is not None and adapter is None:

@@ -208,7 +208,8 @@ def check_global_model(run: Path, config: ExperimentConfig) -> None:
     if not has_global_model(config):
         raise UserError(
             f"{run} was aggregated by {config.aggregation.name}, where only the clients hold complete "
-            "models: it has no global model to use"
+            "models: it has no global model to use. Run it again with another aggregation.name, "
+            "such as fedavg"
         )
 
 

@@ -14,7 +14,7 @@ from pydantic import StringConstraints
 
 from federated.data.names import check_names, listed, plain
 from federated.data.pictures import picture_names
-from federated.data.sources.csv_source import image_files
+from federated.data.sources.csv_source import image_files, rows_with_images
 from federated.data.sources.csv_table import Row, file_of, read_tables
 from federated.data.sources.form import (
     FederatedData,
@@ -28,7 +28,7 @@ from federated.data.sources.question_form import CLIENT, MEANING, Question, ques
 from models.errors import UserError
 from models.vqa_metrics import answer_type
 
-Delimiter = Annotated[str, StringConstraints(min_length=1, max_length=1)]
+Separator = Annotated[str, StringConstraints(min_length=1, max_length=1)]
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def vqa_csv(  # noqa: PLR0913 -- the options of the data section, one by one
     types: Sequence[str] | None = None,
     domain_column: str | None = None,
     answers_column: str | None = None,
-    answers_delimiter: Delimiter = "|",
+    answers_separator: Separator = "|",
     split_column: str | None = "split",
-    delimiter: Delimiter = ",",
+    separator: Separator | None = None,
     val_split: float = 0.1,
     test_fraction: float = 0.1,
     skip_corrupt: bool = False,
@@ -97,12 +97,13 @@ def vqa_csv(  # noqa: PLR0913 -- the options of the data section, one by one
         types: the types that may occur, in their order; by default those of the training rows.
         domain_column: column of domains, for natural partitions.
         answers_column: column of what several people answered, in one field.
-        answers_delimiter: what separates them.
+        answers_separator: what separates them.
         split_column: column of split names; used when it is there.
-        delimiter: what separates fields.
+        separator: what separates fields; by default comma, semicolon, tab or bar, as the header says.
         val_split: share of the training images for validation where there is no such split; 0 for none.
         test_fraction: share of the images for testing where there is no test split.
-        skip_corrupt: leave images out that cannot be decoded, logged and counted, instead of stopping.
+        skip_corrupt: leave images out that are missing or cannot be decoded, logged and counted, instead of
+            stopping.
         skip_incomplete: likewise rows without image, question, answer, type or domain.
         check_images: decode every image once at loading.
         allow_outside: take images that lie outside the folder, by ``..``, an absolute path or a link.
@@ -111,7 +112,7 @@ def vqa_csv(  # noqa: PLR0913 -- the options of the data section, one by one
         UserError: a missing file, column or image, an empty field, an unknown type, a corrupt image; named
             with file and line.
     """
-    tables = read_tables(Path(path), split_column, delimiter)
+    tables = read_tables(Path(path), split_column, separator)
     wanted = QuestionColumns(
         image_column, question_column, answer_column, type_column, domain_column, answers_column
     )
@@ -119,17 +120,21 @@ def vqa_csv(  # noqa: PLR0913 -- the options of the data section, one by one
     num_listed = sum(map(len, tables.values()))
     tables = {split: _complete(table, columns, skip=skip_incomplete) for split, table in tables.items()}
     root = None if image_dir is None else Path(image_dir)
-    files = {
-        split: image_files(table, image_column, root, allow_outside=allow_outside, root_option="image_dir")
-        for split, table in tables.items()
-    }
+    files = {}
+    for split, table in tables.items():
+        tables[split] = rows_with_images(
+            table, image_column, root, skip_corrupt=skip_corrupt, root_option="image_dir"
+        )
+        files[split] = image_files(
+            tables[split], image_column, root, allow_outside=allow_outside, root_option="image_dir"
+        )
     if check_images:
         readable = _readable(files, skip_corrupt=skip_corrupt)
         for split, table in tables.items():
             kept = [row for row, file in enumerate(files[split]) if file in readable]
             tables[split], files[split] = [table[row] for row in kept], [files[split][row] for row in kept]
     asked = {
-        split: [_question(row, number, columns, answers_delimiter) for number, row in enumerate(table)]
+        split: [_question(row, number, columns, answers_separator) for number, row in enumerate(table)]
         for split, table in tables.items()
     }
     kinds = _kinds(tables, asked, types) if columns.type is not None else _answer_types(asked)
@@ -201,11 +206,11 @@ def _readable(files: Mapping[str, Sequence[Path]], *, skip_corrupt: bool) -> set
     return {file for file, good in zip(distinct, readable, strict=True) if good}
 
 
-def _question(row: Row, number: int, columns: QuestionColumns, answers_delimiter: str) -> Question:
+def _question(row: Row, number: int, columns: QuestionColumns, answers_separator: str) -> Question:
     """One row; its type is its answer's where the file has none."""
     answers: tuple[str, ...] = ()
     if columns.answers is not None:
-        answers = tuple(text for text in map(plain, row[columns.answers].split(answers_delimiter)) if text)
+        answers = tuple(text for text in map(plain, row[columns.answers].split(answers_separator)) if text)
     if columns.answer is not None:
         answer = row[columns.answer]
     elif answers:
