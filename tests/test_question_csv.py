@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from PIL import Image as PilImage
 from federated.data.dataset import load_data
 from federated.data.partition import partition
 from federated.data.splits import column_values
+from federated.data.table_check import check_table
 from models.errors import UserError
+from tests.command import fedlora
 
 HEADER = "image,question,answer,type"
 
@@ -164,3 +167,71 @@ def test_rows_with_gaps_can_be_left_out_and_are_counted(tmp_path):
 def test_an_impossible_validation_share_is_refused(table, share):
     with pytest.raises(UserError, match="data.options.val_split"):
         load_data("vqa_csv", val_split=share, **table)
+
+
+# ---- the check before a run
+
+
+def checked(tmp_path, lines: list[str], header: str = f"{HEADER},split", **options):
+    path = write_csv(tmp_path / "all.csv", header, lines)
+    return check_table(Path(path), image_dir=str(tmp_path / "images"), **options)
+
+
+def test_the_check_counts_types_answers_lengths_and_what_is_unseen(tmp_path):
+    write_images(tmp_path / "images", 4)
+    report = checked(
+        tmp_path,
+        [
+            "0.png,what is it?,a black cat,object,train",
+            "0.png,how many?,two,number,train",
+            "1.png,how many cats are there?,Two,number,train",
+            "2.png,what?,a dog,object,test",
+        ],
+        val_split=0,
+    )
+    assert report.counts["rows"] == {"train": 3, "test": 1}
+    assert report.counts["pictures"] == {"train": 2, "test": 1}
+    assert report.counts["answers"] == {"train": 2, "test": 1}
+    assert report.counts["type number"] == {"train": 2, "test": 0}
+    found = report.questions
+    assert found.frequent == (("two", 2), ("a black cat", 1), ("a dog", 1))
+    assert found.words == {"question": (1, 2, 5), "answer": (1, 1, 3)}
+    assert (found.num_answers, found.unseen, found.num_test) == (3, 1, 1)
+    assert found.repeated == found.contradicted == ()
+    assert found.without_picture == {"majority": 0.0, "question_only": 0.0}
+
+
+def test_the_check_names_doubles_contradictions_and_pictures_in_two_splits(tmp_path):
+    write_images(tmp_path / "images", 3)
+    (tmp_path / "images" / "copy.png").write_bytes((tmp_path / "images" / "1.png").read_bytes())
+    report = checked(
+        tmp_path,
+        [
+            "0.png,what?,cat,object,train",
+            "0.png,What?,CAT,object,train",
+            "1.png,what?,cow,object,train",
+            "copy.png,what?,cow,object,test",
+            "2.png,where?,left,object,train",
+            "2.png,where?,right,object,train",
+        ],
+        val_split=0,
+    )
+    assert [text.rsplit("/", 1)[1] for text in report.questions.repeated] == ["0.png: what?"]
+    assert [text.rsplit("/", 1)[1] for text in report.questions.contradicted] == ["2.png: where?"]
+    assert [{file.name for file in group} for group in report.leaks] == [{"1.png", "copy.png"}]
+
+
+def test_data_check_reads_questions_with_options(tmp_path, capsys, table):
+    code, output, _ = fedlora(capsys, "data", "check", table["path"], f"image_dir={table['image_dir']}")
+    assert code == 0
+    assert "3 answers, the most frequent: con mèo 33.3 %" in output
+    assert "an answer chosen by the question's words in 100.0 %" in output
+    code, _, error = fedlora(capsys, "data", "check", table["path"])
+    assert code == 2
+    assert "120 images do not exist" in error
+    code, _, error = fedlora(capsys, "data", "check", table["path"], "image_dir")
+    assert code == 2
+    assert "no OPTION=VALUE" in error
+    code, _, error = fedlora(capsys, "data", "check", tmp_path, "image_dir=x")
+    assert code == 2
+    assert "takes no options" in error
