@@ -15,6 +15,7 @@ from federated.data.names import listed, read_alike
 from federated.data.question_check import QuestionReport, check_questions
 from federated.data.sources.csv_table import read_csv
 from federated.data.sources.folder_scan import Look, look_alike, look_at_all, of_one_colour, of_several_frames
+from federated.data.sources.question_form import ANSWER, QUESTION
 from federated.data.splits import column_values
 from models.errors import UserError
 from models.progress import Report, quiet
@@ -71,13 +72,13 @@ def check_table(
         of_split = {name: list(rows[data.caption_column][:]) for name, rows in splits.items()}
         captions = [caption for found in of_split.values() for caption in found]
         counts["captions"] = {name: len(set(map(read_alike, found))) for name, found in of_split.items()}
-    for column in (data.question_column, data.answer_column):
-        if column is not None:
-            counts[f"{column}s"] = {
-                name: len(set(map(read_alike, rows[column][:]))) for name, rows in splits.items()
-            }
+    has_questions = QUESTION in data.train.column_names
+    for column in (QUESTION, ANSWER) if has_questions else ():
+        counts[f"{column}s"] = {
+            name: len(set(map(read_alike, rows[column][:]))) for name, rows in splits.items()
+        }
     if data.class_names is not None:
-        kind = "class" if data.question_column is None else "type"
+        kind = "type" if has_questions else "class"
         names, labels = data.class_names, data.label_column or ""
         of_class = {
             name: np.bincount(column_values(rows, labels), minlength=len(names))
@@ -104,7 +105,7 @@ def check_table(
         look_alike=look_alike(looks),
         several_frames=of_several_frames(looks),
         leaks=_leaks(files, looks),
-        questions=None if data.question_column is None else check_questions(data),
+        questions=check_questions(data) if has_questions else None,
     )
 
 
