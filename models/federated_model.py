@@ -178,8 +178,8 @@ class FederatedModel(nn.Module):
     ) -> float:
         """Take one optimizer step.
 
-        Without `start_training` before it, the default settings at a constant rate are used, and the gradients
-        stay until the next step (`lora.verify_gradients` looks at them).
+        Without `start_training` before it, the default settings at a constant rate are used, and the
+        gradients stay until the next step (`lora.verify_gradients` looks at them).
 
         Args:
             data: The input alone (B, ...), or a batch: named tensors, as the task needs them.
