@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from federated.config.seeding import generator
 from federated.data.batch_order import index_batches, local_index_batches
 from federated.data.splits import IntArray
+from lora.adapters import unwrap
+from models.tasks import CLIP
 from models.training import Batch
 
 if TYPE_CHECKING:
@@ -45,6 +48,44 @@ def evaluate_client(run: Run, client_id: int) -> dict[str, float]:
 def evaluate_server(run: Run) -> dict[str, float]:
     """Evaluate the model, as it is, on the server's test rows, or on one seeded part of them."""
     return evaluate_rows(run, "test", server_test_rows(run))
+
+
+@torch.no_grad()
+def accuracy_by_class(run: Run) -> list[dict[str, Any]]:
+    """Classify the server's test rows with the model as it is.
+
+    Returns:
+        For each class with rows its ``name``, ``num_examples`` and ``accuracy``; nothing where the run is not
+        judged by the accuracy of classes, or its task does not tell them.
+    """
+    names, task = run.data.class_names, run.model.task
+    if run.headline_metric != "accuracy" or task.reads_captions or names is None:
+        return []
+    if task.predict is None and task.family != CLIP:
+        return []
+    model, rows = unwrap(run.model).eval(), server_test_rows(run)
+    labels = run.data.labels("test") if rows is None else run.data.labels("test")[rows]
+    predicted = np.concatenate(
+        [_predicted_classes(model, batch, names) for batch in evaluation_batches(run, "test", rows)]
+    )
+    total, right = (
+        np.bincount(chosen, minlength=len(names)) for chosen in (labels, labels[predicted == labels])
+    )
+    return [
+        {"name": name, "num_examples": int(rows), "accuracy": int(hits) / int(rows)}
+        for name, hits, rows in zip(names, right, total, strict=True)
+        if rows
+    ]
+
+
+def _predicted_classes(model: Any, batch: Batch, names: Sequence[str]) -> IntArray:
+    """Number of the class that a model says each row is, (B,); -1 where it says none of them."""
+    on_device = {key: value.to(model.device) for key, value in batch.items()}
+    if model.task.predict is not None:
+        numbers = {name: number for number, name in enumerate(names)}
+        return np.array([numbers.get(text, -1) for text in model.task.predict(model, on_device)])
+    logits = model.logits(on_device) if model.task.uses_head else model.zero_shot_logits(on_device)
+    return logits.argmax(dim=1).cpu().numpy()
 
 
 def server_test_rows(run: Run) -> IntArray | None:

@@ -18,7 +18,9 @@ from federated.data.partition import Partition
 from federated.data.row_reader import ReadingSettings
 from federated.data.splits import IntArray, hold_out
 from federated.rounds.families import FAMILIES, FAMILY, ModelSetup
+from lora.gradient_checkpointing import enable_gradient_checkpointing
 from lora.second_adapter import add_second_adapter
+from lora.start_adapter import start_from_adapter
 from lora.wrapper import LoRAWrapper
 from models.errors import UserError
 from models.federated_model import FederatedModel
@@ -85,9 +87,13 @@ def build_model(
     """
     fine_tuning = "lora" if config.uses_adapters else config.model.fine_tuning or "full"
     model = build_bare_model(config, class_names, fine_tuning, weights=weights)
+    if config.client.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
     if not config.uses_adapters:
         return model
     wrapper = FAMILIES[config.model.family].adapt(model, config.lora, config.seed)
+    if config.model.adapter is not None and weights:
+        start_from_adapter(wrapper, config.model.adapter)
     if config.aggregation.name == "dual":
         add_second_adapter(
             wrapper, config.aggregation.options.get("private_adapter", "private"), seed=config.seed + 1
