@@ -182,12 +182,14 @@ def get_lora_state_dict(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -
 def set_lora_state_dict(
     model: nn.Module, state: Mapping[str, torch.Tensor], adapter_name: str = DEFAULT_ADAPTER
 ) -> None:
-    """Copy factors into the model, in place.
+    """Copy factors into the model, in place; names may leave out the prefix of the CLIP in the model.
 
     Raises:
         UserError: names or shapes differ from the model's; the message names the first few.
     """
     parameters = adapter_parameters(model, adapter_name)
+    _, prefix = clip_of(model)
+    state = {name if name in parameters else prefix + name: value for name, value in state.items()}
     check_same_layout(parameters, state)
     for name, parameter in parameters.items():
         parameter.copy_(state[name])

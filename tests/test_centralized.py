@@ -76,6 +76,8 @@ def test_there_is_a_line_an_epoch_and_training_raises_accuracy(central: Path) ->
     assert summary["final"] == lines[summary["training"]["kept_epoch"]]["accuracy"]
     assert summary["final"] > summary["zero_shot"] + 0.1
     assert summary["parameters"]["exchanged"] == 0
+    right = sum(row["accuracy"] * row["num_examples"] for row in summary["per_class"])
+    assert right / sum(row["num_examples"] for row in summary["per_class"]) == pytest.approx(summary["final"])
 
 
 @pytest.mark.usefixtures("without_report")

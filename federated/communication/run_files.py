@@ -89,6 +89,12 @@ class _Parameters(_Part):
     exchanged: Count | None = None
 
 
+class _ClassResult(_Part):
+    name: Annotated[str, AfterValidator(checked_name)]
+    num_examples: Count
+    accuracy: Annotated[float, Field(ge=0, le=1)]
+
+
 class Summary(_Part):
     """``summary.json``; a run that did not finish has none."""
 
@@ -104,6 +110,7 @@ class Summary(_Part):
     parameters: _Parameters | None = None
     communication: _Communication = _Communication()
     training: _Training | None = None
+    per_class: list[_ClassResult] = []
 
 
 class _Shard(_Part):

@@ -61,6 +61,18 @@ def subtitle(run: RunRecord) -> str:
     return " · ".join(part for part in parts if part)
 
 
+PROVENANCE = ("started", "command")
+VERSIONS = ("fedlora", "python", "torch", "transformers", "peft", "flwr", "numpy")
+
+
+def provenance(run: RunRecord) -> dict[str, list[str]]:
+    """Return when the run was started, by what command, and with which versions; what is known of it."""
+    recorded = {key: value for key, value in run.environment.items() if value is not None}
+    versions = ", ".join(f"{key} {recorded[key]}" for key in VERSIONS if key in recorded)
+    found = {key: [str(recorded[key])] for key in PROVENANCE if key in recorded}
+    return found | ({"versions": [versions]} if versions else {})
+
+
 def notices(run: RunRecord) -> list[str]:
     """Say what a reader must know before trusting the page."""
     found = []

@@ -30,6 +30,7 @@ from federated.config.seeding import generator
 from federated.methods import Limits
 from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines
 from federated.results.run_folder import RunFolder, peak_memory_bytes
+from federated.rounds.batches import accuracy_by_class
 from federated.rounds.checkpoint import Part, ServerCheckpoint, save_checkpoint
 from federated.rounds.client_ranks import mixed_ranks, rank_of, scaling_at
 from federated.rounds.conditions import Conditions, EarlyEnd, conditions_of
@@ -287,6 +288,8 @@ def finish(served: Served) -> dict[str, Any]:
     summary |= served.conditions.summary(served.strategy.server_state, served.lines)
     if served.best is not None:
         summary["best_round"] = served.best[0]
+    if run.config.output.report and run.aggregator.has_global_model and (by_class := accuracy_by_class(run)):
+        summary["per_class"] = by_class
     folder.write_summary(summary)
     if run.config.output.report:
         folder.write_report()

@@ -8,17 +8,17 @@ for the same split.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from federated.communication.run_files import Summary, read_run_file
 from federated.config.config_files import load_config
 from federated.config.schema import AggregationSection, ExperimentConfig
 from federated.data.dataset import ImageTensors, image_tensors
 from federated.engines.simulation import limited_threads
-from federated.results.plot_style import save_png
+from federated.results.plot_style import save_figure
 from federated.results.run_place import check_place
+from federated.results.run_settings import leaves
 from federated.rounds.batches import model_batch
 from federated.rounds.build import load_run_data
 from federated.rounds.checkpoint import CHECKPOINT_FILES, SERVER_FILE, STATE_FILE, load_server_checkpoint
@@ -173,15 +173,6 @@ def check_held(run: Path, config: ExperimentConfig) -> None:
         )
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of a tree."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def record_of(run: Path | None, adapter: Path | None) -> TrainedRecord:
     """Return what is known of the training behind the weights that are evaluated."""
     if adapter is not None:
@@ -309,5 +300,5 @@ def write_evaluation(
     )
     write_text(folder / REPORT_FILE, head + detailed.report)
     for name, figure in detailed.figures.items():
-        with BestEffort(f"drawing {name}.png"):
-            save_png(figure, folder / f"{name}.png")
+        with BestEffort(f"drawing {name}"):
+            save_figure(figure, folder, name)

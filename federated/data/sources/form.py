@@ -45,8 +45,6 @@ class FederatedData:
             kept together when rows are split.
         picture_column: likewise rows of the same picture, one for each of its captions; a picture is in the
             gallery of retrieval once.
-        question_column: a question about the image, in data of visual question answering.
-        answer_column: its answer; the label is then the type of the question.
         num_skipped: rows left out, for a corrupt image or an empty field.
         drawn: splits that the source does not bring, drawn from train by the seed.
     """
@@ -62,8 +60,6 @@ class FederatedData:
     name: str
     concept_column: str | None = None
     picture_column: str | None = None
-    question_column: str | None = None
-    answer_column: str | None = None
     num_skipped: int = 0
     drawn: tuple[str, ...] = ()
 
