@@ -178,7 +178,7 @@ class FederatedModel(nn.Module):
     ) -> float:
         """Take one optimizer step.
 
-        Without `start_training` before it, the default settings at a constant rate are used, and the gradients
+        Without `start_training` before it, the default settings at a constant rate are used, and gradients
         stay until the next step (`lora.verify_gradients` looks at them).
 
         Args:

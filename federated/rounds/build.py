@@ -95,6 +95,7 @@ def build_model(
         pretrained=section.pretrained,
         device=usable_device(section.device, "model.device=cpu") if weights else torch.device("meta"),
         dtype=getattr(torch, section.dtype),
+        cache_dir=section.cache_dir,
         seed=config.seed,
     )
     model.preprocess = with_background(model.preprocess, config.data.background)
@@ -138,6 +139,7 @@ def training_settings(config: ExperimentConfig) -> TrainingSettings:
         optimizer=client.optimizer,
         momentum=client.momentum,
         warmup_steps=client.warmup_steps,
+        warmup_ratio=client.warmup_ratio,
         schedule=client.schedule,
         clip_norm=client.clip_norm,
         micro_batch_size=client.micro_batch_size,
