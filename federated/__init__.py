@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from federated.methods.registry import register_aggregator
     from federated.methods.server_optimizers import register_server_optimizer
     from federated.tools.front_door import RunResult, open_run, run
+    from federated.tools.predictor import Predictor
 
 __all__ = [
     "ExperimentConfig",
+    "Predictor",
     "RunResult",
     "load_config",
     "load_plugins",
@@ -50,6 +52,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "federated.methods.registry": ("register_aggregator",),
     "federated.methods.server_optimizers": ("register_server_optimizer",),
     "federated.tools.front_door": ("RunResult", "open_run", "run"),
+    "federated.tools.predictor": ("Predictor",),
     "models.tasks": ("register_task",),
 }
 

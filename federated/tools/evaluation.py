@@ -44,6 +44,7 @@ from federated.tools.trained_models import (
     record_of_run,
 )
 from lora.adapter_files import ADAPTER_FILE, read_adapter
+from lora.adapters import unwrap
 from lora.base_check import check_base_model
 from models.committed_folders import check_committed, current_folder
 from models.errors import UserError
@@ -69,7 +70,7 @@ AGREEMENT = 2e-3
 batch sizes and machines round differently, which moves a few images in ten thousand."""
 
 
-def evaluate_source(
+def evaluate_source(  # noqa: PLR0913 - the command's options; all but two are keyword-only
     source: str | Path,
     overrides: Sequence[str] = (),
     *,
@@ -78,6 +79,7 @@ def evaluate_source(
     split: str = "test",
     output: Path | None = None,
     overwrite: bool = False,
+    precision: str = "fp32",
     report: Report = quiet,
 ) -> tuple[Path, str]:
     """Evaluate a run, or a configuration with an adapter or without.
@@ -91,6 +93,7 @@ def evaluate_source(
         output: Where files go; ``evaluation_<split>`` inside the run by default, or
             ``<name>-evaluation_<split>`` under ``output.root``.
         overwrite: Replace the files of an earlier evaluation.
+        precision: Of the forward passes: "fp32", "bf16" or "fp16" (autocast).
         report: Told about the progress, after each batch.
 
     Returns:
@@ -123,6 +126,7 @@ def evaluate_source(
         check_can_score(experiment)
         images = split_images(experiment, split)
         trained = load_trained(experiment, run, adapter, any_base=any_base)
+        unwrap(experiment.model).precision = precision
         detailed = evaluate_in_detail(experiment, images, report)
     saw_the_same = split == "test" and not overrides and config.evaluation.max_samples is None
     if run is not None and adapter is None and saw_the_same:
