@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from federated.config.config_files import load_config
+from federated.config.config_files import config_folder, load_config
 from federated.config.study_file import key_and_values
 from federated.tools.study_plan import Study, fingerprint, plan_study
 from models.errors import UserError
@@ -153,3 +153,14 @@ def test_values_on_the_command_line_are_a_list_under_a_key(text: str) -> None:
     assert key_and_values("lora.r=[4, 8]", "--grid") == ("lora.r", [4, 8])
     with pytest.raises(UserError, match="--grid"):
         key_and_values(text, "--grid")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((config_folder() / "studies").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_shipped_study_can_be_run_by_the_command_in_its_first_line(path: Path, tmp_path: Path) -> None:
+    _, command, _, name, *_ = path.read_text().splitlines()[0].split()
+    assert (command, name) == ("fedlora", path.stem)
+    study = plan_study(name, [f"output.root={tmp_path}"])
+    assert study.folder == tmp_path / name
+    assert len(study.variants) > 1

@@ -23,7 +23,8 @@ _KEY_VALUES = "KEY=[VALUE,VALUE]"
 
 def sweep(  # noqa: PLR0913 - options of a command
     source: Annotated[
-        str, typer.Argument(metavar="STUDY|CONFIG", help="A study's YAML file, or a configuration.")
+        str,
+        typer.Argument(metavar="STUDY|CONFIG", help="A study or a configuration: its file or shipped name."),
     ],
     overrides: Annotated[
         list[str] | None,

@@ -167,8 +167,9 @@ def _text(value: object) -> str:
 
 def _scaled(metric: str, value: float, *, signed: bool = False) -> str:
     """Write a metric without its unit: shares in per cent."""
-    sign = "+" if signed else ""
-    text = f"{100 * value:{sign}.1f}" if is_share(metric) else f"{value:{sign}.4g}"
+    text = f"{100 * value:+.1f}" if is_share(metric) else f"{value:+.4g}"
+    if not signed or not float(text):
+        text = text.lstrip("+" if float(text) else "+-")
     return text.replace("-", "−")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from federated.config.choices import checked_options
-from federated.config.config_files import load_config, parse_config, set_value
+from federated.config.config_files import config_folder, load_config, parse_config, set_value
 from federated.config.schema import ExperimentConfig
 from federated.config.study_file import StudyFile, dotted, parse_study, read_study
 from federated.config.study_variants import Variant, as_folder_name, variants_of
@@ -107,14 +107,15 @@ def plan_study(source: str, overrides: Sequence[str] = (), **given: Any) -> Stud
     """Return a study, all of its combinations checked.
 
     Args:
-        source: A study's file, or a configuration's file or name.
+        source: A study's file or the name of a shipped one, or a configuration's file or name.
         overrides: ``key=value`` over the configuration of all runs; ``output.name`` names the study's folder.
         **given: Keys of ``StudyFile`` that take the place of the file's; mappings join the file's.
 
     Raises:
         UserError: Something is unknown or does not go together; each message names its combination.
     """
-    path = Path(source)
+    shipped = config_folder() / "studies" / f"{source}.yaml"
+    path = shipped if shipped.is_file() and not Path(source).is_file() else Path(source)
     found = read_study(path) if path.is_file() else None
     default_name = (
         f"{path.stem}-study" if found is None else path.parent.name if _is_kept(path) else path.stem
