@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from federated.data.sources.source_registry import register_source
     from federated.methods.registry import register_aggregator
     from federated.methods.server_optimizers import register_server_optimizer
+    from federated.tools.export import export_model
     from federated.tools.front_door import RunResult, open_run, run
 
 __all__ = [
     "ExperimentConfig",
     "RunResult",
+    "export_model",
     "load_config",
     "load_plugins",
     "open_run",
@@ -49,6 +51,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "federated.data.sources.source_registry": ("register_source",),
     "federated.methods.registry": ("register_aggregator",),
     "federated.methods.server_optimizers": ("register_server_optimizer",),
+    "federated.tools.export": ("export_model",),
     "federated.tools.front_door": ("RunResult", "open_run", "run"),
     "models.tasks": ("register_task",),
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -166,25 +167,34 @@ class FederatedModel(nn.Module):
         """
         trainable = [parameter for parameter in self._trainable if parameter.requires_grad]
         if self._trainer is None or not self._trainer.fits(trainable, settings):
+            for parameter in self._trainable:
+                parameter.grad = None
             self._trainer = LocalTrainer(trainable, settings)
             self.parameters_changed()
         self._trainer.reset(settings, num_steps, extra_loss=extra_loss)
 
-    def train_step(self, data: Tensor | Batch, labels: Tensor | None = None) -> float:
+    def train_step(
+        self, data: Tensor | Batch, labels: Tensor | None = None, *, learning_rate: float | None = None
+    ) -> float:
         """Take one optimizer step.
 
-        Without `start_training` before it, the default settings at a constant rate are used.
+        Without `start_training` before it, the default settings at a constant rate are used, and the
+        gradients stay until the next step (`lora.verify_gradients` looks at them).
 
         Args:
             data: The input alone (B, ...), or a batch: named tensors, as the task needs them.
             labels: Class indices (B,), where `data` does not carry them.
+            learning_rate: Peak learning rate from this step on; what it was if left out.
 
         Returns:
             The batch's mean loss before the step.
         """
         if self._trainer is None:
             self.start_training(TrainingSettings(), num_steps=1)
+            self._trainer.keeps_gradients = True  # type: ignore[attr-defined]
         assert self._trainer is not None
+        if learning_rate is not None:
+            self._trainer.settings = replace(self._trainer.settings, learning_rate=learning_rate)
         batch = self._batch(data, labels)
         self.check_batch(batch)
         self._check_micro_batches(batch)

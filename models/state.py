@@ -107,6 +107,10 @@ class FlatState(Mapping[str, torch.Tensor]):
         self._plan = plan
         self._tensors: dict[str, torch.Tensor] | None = None
 
+    def __repr__(self) -> str:
+        """One line, however many tensors there are."""
+        return f"FlatState({len(self.names)} tensors, {self.vector.numel():,} values)"
+
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name; they share the vector's memory."""

@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from federated.data.names import MAX_NAMED, listed
+from federated.data.names import MAX_NAMED, listed, names_in
 from models.errors import UserError
 from models.progress import progress_bar
 
 if TYPE_CHECKING:
     from federated.data.folders import FolderReport
+    from federated.data.question_check import QuestionReport
     from federated.data.table_check import TableReport
 
 app = typer.Typer(
@@ -31,6 +33,12 @@ def check(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Holds train/, test/ and maybe val/; or a csv file.")
     ],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OPTION=VALUE]...", help="Of a csv file, as in data.options: image_dir=pictures."
+        ),
+    ] = None,
     *,
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Follow links and paths that leave the folder.")
@@ -42,17 +50,21 @@ def check(
 ) -> None:
     """Look at every image of a folder: structure, corrupt files, class balance, doubles across splits.
 
-    A csv file, or a folder of them, is looked at likewise: rows, images, captions.
+    A csv file, or a folder of them, is looked at likewise: rows, images, captions or questions.
     Ends with exit code 0 if a run can use the folder, and with 2 if not.
 
     Example: fedlora data check my_images
 
     Example: fedlora data check my_images/all.csv --model openai/clip-vit-base-patch32
+
+    Example: fedlora data check questions.csv image_dir=pictures answer_column=reply
     """
     is_table = folder.is_dir() and not (folder / "train").is_dir() and any(folder.glob("*.csv"))
     if folder.is_file() or is_table:
-        _check_table(folder, model, allow_outside=allow_outside)
+        _check_table(folder, model, allow_outside=allow_outside, options=_parsed(options or []))
         return
+    if options:
+        raise UserError(f"{folder} is no csv file, and takes no options: leave {listed(options)} out")
     from federated.data.folders import check_folder
     from federated.results.console import print_table
     from federated.tools.result_tables import class_table, double_table
@@ -79,7 +91,12 @@ def prepare(  # noqa: PLR0913 - the command's options
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to make.")],
     *,
     classes: Annotated[
-        str | None, typer.Option("--classes", metavar="A,B", help="Make empty folders for these classes.")
+        str | None,
+        typer.Option(
+            "--classes",
+            metavar="A,B",
+            help="Make empty folders for these classes; quote a comma: '\"a, b\",c'.",
+        ),
     ] = None,
     flat: Annotated[
         Path | None, typer.Option("--from", metavar="FLAT", help="Split a folder that holds <class>/*.")
@@ -109,7 +126,7 @@ def prepare(  # noqa: PLR0913 - the command's options
         raise UserError(
             "give either --classes A,B (empty folders to fill) or --from FLAT (a folder to split)"
         )
-    names = None if classes is None else [name.strip() for name in classes.split(",")]
+    names = None if classes is None else names_in(classes)
     for name in names or ():
         check_place(target / name, "give --classes other names")
     with progress_bar("images") as report:
@@ -126,7 +143,23 @@ def prepare(  # noqa: PLR0913 - the command's options
     print_table(Console(), class_table(counts), f"Images in {target}")
 
 
-def _check_table(path: Path, model: str, *, allow_outside: bool) -> None:
+def _parsed(options: Sequence[str]) -> dict[str, Any]:
+    """The options of a source from ``OPTION=VALUE``; values as in YAML."""
+    import yaml
+
+    found = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"{option!r} is no OPTION=VALUE; write it as in image_dir=pictures")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"{option!r}: the value is no YAML ({error}); put it in quotes") from error
+    return found
+
+
+def _check_table(path: Path, model: str, *, allow_outside: bool, options: dict[str, Any]) -> None:
     """The check of a csv file, or of a folder of them."""
     from federated.data.table_check import check_table
     from federated.results.console import print_table
@@ -135,15 +168,41 @@ def _check_table(path: Path, model: str, *, allow_outside: bool) -> None:
     from models.prompts import warn_of_cut
 
     with progress_bar("images") as report_progress:
-        report = check_table(path, allow_outside=allow_outside, report=report_progress)
+        report = check_table(path, allow_outside=allow_outside, report=report_progress, **options)
     print_table(Console(), count_table(report.counts), f"Rows in {path}")
     if report.leaks:
         groups = [" = ".join(map(str, group[:MAX_NAMED])) for group in report.leaks]
         typer.echo(f"in more than one split, so that test results would be too good: {listed(groups)}")
     _name_suspects(report)
+    if report.questions is not None:
+        _show_questions(report.questions)
     if report.captions:
         warn_of_cut(load_clip(model).tokenize, report.captions, "captions")
     typer.echo(f"{path} can be used")
+
+
+def _show_questions(report: QuestionReport) -> None:
+    """Frequent answers, lengths, doubles, and what answering without the picture reaches."""
+    from federated.results.wording import format_percent
+
+    shares = [f"{answer} {format_percent(count / report.num_rows)}" for answer, count in report.frequent]
+    typer.echo(f"{report.num_answers} answers, the most frequent: {', '.join(shares)}")
+    for what, (fewest, median, most) in report.words.items():
+        typer.echo(f"words of a{'n' * (what == 'answer')} {what}: {fewest} to {most}, median {median}")
+    if report.repeated:
+        typer.echo(f"{len(report.repeated)} questions are there more than once: {listed(report.repeated)}")
+    if report.contradicted:
+        typer.echo(
+            f"{len(report.contradicted)} questions are there more than once with other answers: "
+            f"{listed(report.contradicted)}"
+        )
+    if report.unseen:
+        typer.echo(f"{report.unseen} of {report.num_test} test answers are in no training row")
+    shown = {name: format_percent(share) for name, share in report.without_picture.items()}
+    typer.echo(
+        f"without the picture, the most frequent answer is right in {shown['majority']} of the test rows, "
+        f"and an answer chosen by the question's words in {shown['question_only']}"
+    )
 
 
 def _name_suspects(report: FolderReport | TableReport) -> None:

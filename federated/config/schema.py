@@ -8,22 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from federated.config.augmentation_options import augmentation_from
 from federated.config.choices import no_such
+from federated.config.faults_and_clock import ClockSection, FaultsSection
+from federated.config.section import Section
 from lora.config import MAX_RANK, LoRAConfig
 from models.registration import added
 from models.untrusted import PathText
 
 TASK_NAMES = ("classification", "zero_shot", "retrieval")
 """What ``models.tasks`` holds, which imports torch; plugins add others."""
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -33,6 +29,8 @@ class ModelSection(Section):
     """``clip_lora``: adapters train and travel; ``clip``: the weights that ``fine_tuning`` names do."""
     model_name: PathText = "tiny"
     """``tiny`` (bundled), a hub name, a local folder in the hub's format, or ``open_clip:<architecture>``."""
+    adapter: PathText | None = None
+    """Start from this adapter, a run's folder or one of PEFT's, that fits ``lora``; fresh ones otherwise."""
     num_classes: int | None = Field(None, ge=2)
     """Checked against the data when given; taken from the data otherwise."""
     fine_tuning: str | None = None
@@ -70,7 +68,7 @@ class DataSection(Section):
     """Which images, and how they reach the model."""
 
     source: str = "fashion_mnist"
-    """A registered source: fashion_mnist, emoji, digits (embedded), imagefolder, csv, hub."""
+    """A registered source: fashion_mnist, emoji, digits, easy_vqa, emoji_vqa (embedded), csv …"""
     path: PathText | None = None
     """Folder, file or hub name of the sources that need one."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -102,6 +100,17 @@ class PartitionSection(Section):
     """Part of each shard that its client keeps for its own evaluation and never trains on."""
 
 
+class EarlyStoppingSection(Section):
+    """When training ends before its last epoch or round: the validation split decides."""
+
+    patience: int | None = Field(None, ge=1)
+    """Evaluations without an improvement after which training stops; never before the end when not given."""
+    metric: str | None = None
+    """Metric of the validation split; the task's headline metric when not given. A loss is better lower."""
+    minimum_change: float = Field(0.0, ge=0)
+    """An improvement must be larger than this to count."""
+
+
 class FederationSection(Section):
     """Rounds and cohorts."""
 
@@ -114,6 +123,7 @@ class FederationSection(Section):
     worker is ended then; without workers a running client ends late."""
     keep_best: bool = True
     """Keep the best round's adapter in ``adapter_best/``; the server's test rows choose, so flatter it."""
+    early_stopping: EarlyStoppingSection = EarlyStoppingSection()
 
 
 class ClientSection(Section):
@@ -147,6 +157,8 @@ class ClientSection(Section):
     """SCAFFOLD: correct gradients by control variates, which double the payload both ways."""
     augmentation: dict[str, Any] = Field(default_factory=dict)
     """Options of ``federated.config.augmentation_options``, such as ``flip_probability``; empty: none."""
+    gradient_checkpointing: bool = False
+    """Compute each block of the towers again in the backward pass: less memory, one more forward pass."""
     ranks: list[Annotated[int, Field(le=MAX_RANK)]] | None = Field(None, min_length=1)
     """Adapter rank of each client, for aggregators that mix ranks; a shorter list is repeated (groups). The
     largest is ``lora.r``."""
@@ -187,17 +199,6 @@ class CommunicationSection(Section):
     """A client's downlink in megabits a second, likewise."""
     base_preinstalled: bool = False
     """True when clients already hold the base model; the one-off base is stated separately either way."""
-
-
-class EarlyStoppingSection(Section):
-    """When training ends before its last epoch: the validation split decides."""
-
-    patience: int | None = Field(None, ge=1)
-    """Evaluations without an improvement after which training stops; never before the end when not given."""
-    metric: str | None = None
-    """Metric of the validation split; the task's headline metric when not given. A loss is better lower."""
-    minimum_change: float = Field(0.0, ge=0)
-    """An improvement must be larger than this to count."""
 
 
 class TrainSection(Section):
@@ -302,6 +303,9 @@ class ExperimentConfig(Section):
     aggregation: AggregationSection = AggregationSection()
     communication: CommunicationSection = CommunicationSection()
     evaluation: EvaluationSection = EvaluationSection()
+    faults: FaultsSection = FaultsSection()
+    clock: ClockSection | None = None
+    """Simulated time; none when not given."""
     cache: CacheSection = CacheSection()
     engine: EngineSection = EngineSection()
     output: OutputSection = OutputSection()
@@ -314,12 +318,18 @@ class ExperimentConfig(Section):
                 f"federation.cohort_size is {cohort} but partition.num_clients is {clients}: "
                 f"sample at most {clients} clients a round, or make more clients"
             )
+        if self.faults.late and (self.clock is None or self.clock.deadline_seconds is None):
+            raise ValueError(
+                f"faults.late={self.faults.late:g} is late against a deadline: set clock.deadline_seconds"
+            )
         default = ClientSection.model_fields["momentum"].default
         if self.client.optimizer != "sgd" and self.client.momentum != default:
             raise ValueError(
                 f"client.momentum={self.client.momentum} goes with client.optimizer=sgd; "
                 f"{self.client.optimizer} has moments of its own"
             )
+        if self.model.adapter is not None and not self.uses_adapters:
+            raise ValueError("model.adapter goes with model.type=clip_lora and lora.enabled=true")
         if self.model.type == "clip_lora" and self.model.fine_tuning is not None:
             raise ValueError(
                 f"model.fine_tuning={self.model.fine_tuning} goes with model.type=clip; "

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from federated.results.records import RunRecord, read_run
+from federated.results.run_settings import leaves
 from models.errors import UserError
 
 _PLACE = ("output.", "engine.threads", "engine.workers")
@@ -34,7 +35,7 @@ def load_runs(runs: str | Path | Sequence[str | Path], *, by_round: bool = False
     records = [read_run(folder) for folder in _folders(runs)]
     if not records:
         raise UserError(f"no run folder is called {runs}: give a pattern such as 'runs/*'")
-    settings = _differing([dict(_leaves(record.config)) for record in records])
+    settings = _differing([_settings(record) for record in records])
     rows = []
     for record, own in zip(records, settings, strict=True):
         first = {"run": str(record.directory), **own}
@@ -55,16 +56,13 @@ def _folders(runs: str | Path | Sequence[str | Path]) -> list[Path]:
     ]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of settings; lists become tuples, which a frame can group by."""
-    for key, value in tree.items():
-        dotted = f"{prefix}{key}"
-        if dotted.startswith(_PLACE):
-            continue
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{dotted}.")
-        else:
-            yield dotted, tuple(value) if isinstance(value, list) else value
+def _settings(record: RunRecord) -> dict[str, Any]:
+    """Return dotted key -> value of what may set runs apart; a list is a tuple, by which a frame can group."""
+    return {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in leaves(record.config)
+        if not key.startswith(_PLACE)
+    }
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

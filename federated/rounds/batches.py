@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from federated.config.seeding import generator
 from federated.data.augmented_batches import augment_batch
 from federated.data.dataset import ImageTensors
 from federated.data.splits import IntArray
 from federated.rounds.run import Run
+from lora.adapters import unwrap
 from models.metrics import CONCEPT, PICTURE, TEXT
 from models.training import Batch
 
@@ -51,9 +53,14 @@ def model_batch(run: Run, batch: Mapping[str, Any], kept: ImageTensors | None = 
 
 def evaluate_rows(run: Run, images: ImageTensors, rows: IntArray | None = None) -> dict[str, float]:
     """Evaluate the model, as it is, on some rows; None: all of them."""
+    return run.model.evaluate(evaluation_batches(run, images, rows))
+
+
+def evaluation_batches(run: Run, images: ImageTensors, rows: IntArray | None = None) -> Iterator[Batch]:
+    """Yield what the model's task reads of some rows, in order; None: of all of them."""
     kept = run.caches.serves_images(images, training=False)
-    batches = images.batches(rows, run.config.evaluation.batch_size, rng=None, pixels=not kept)
-    return run.model.evaluate(model_batch(run, batch, images if kept else None) for batch in batches)
+    for batch in images.batches(rows, run.config.evaluation.batch_size, rng=None, pixels=not kept):
+        yield model_batch(run, batch, images if kept else None)
 
 
 def evaluate_client(run: Run, client_id: int) -> dict[str, float]:
@@ -64,6 +71,33 @@ def evaluate_client(run: Run, client_id: int) -> dict[str, float]:
 def evaluate_server(run: Run) -> dict[str, float]:
     """Evaluate the model, as it is, on the server's test rows, or on one seeded part of them."""
     return evaluate_rows(run, run.test_images, server_test_rows(run))
+
+
+@torch.no_grad()
+def accuracy_by_class(run: Run) -> list[dict[str, Any]]:
+    """Classify the server's test rows with the model as it is.
+
+    Returns:
+        For each class with rows its ``name``, ``num_examples`` and ``accuracy``; nothing where the run is not
+        judged by the accuracy of classes.
+    """
+    names = run.data.class_names
+    if run.headline_metric != "accuracy" or run.model.task.reads_captions or names is None:
+        return []
+    model = unwrap(run.model).eval()
+    logits_of = model.logits if model.task.uses_head else model.zero_shot_logits
+    right, total = np.zeros(len(names), dtype=np.int64), np.zeros(len(names), dtype=np.int64)
+    for batch in evaluation_batches(run, run.test_images, server_test_rows(run)):
+        on_device = {key: value.to(model.device) for key, value in batch.items()}
+        predicted = logits_of(on_device).argmax(dim=1).cpu().numpy()
+        labels = batch["labels"].cpu().numpy()
+        np.add.at(total, labels, 1)
+        np.add.at(right, labels[predicted == labels], 1)
+    return [
+        {"name": name, "num_examples": int(rows), "accuracy": int(hits) / int(rows)}
+        for name, hits, rows in zip(names, right, total, strict=True)
+        if rows
+    ]
 
 
 def server_test_rows(run: Run) -> IntArray | None:

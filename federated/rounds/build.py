@@ -16,7 +16,9 @@ from federated.data.dataset import FederatedData, check_task_data, load_data
 from federated.data.partition import Partition
 from federated.data.splits import IntArray, hold_out
 from lora.clip_wrapper import CLIPLoRAWrapper
+from lora.gradient_checkpointing import enable_gradient_checkpointing
 from lora.second_adapter import add_second_adapter
+from lora.start_adapter import start_from_adapter
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
 from models.images import with_background
@@ -100,9 +102,13 @@ def build_model(
     model.preprocess = with_background(model.preprocess, config.data.background)
     model.keeps_class_embeddings = config.cache.class_embeddings
     model.trims_prompts = config.cache.trim_prompts
+    if config.client.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
     if not config.uses_adapters:
         return model
     wrapper = CLIPLoRAWrapper(model, config.lora, seed=config.seed).apply_lora_to_federated_model()
+    if section.adapter is not None and weights:
+        start_from_adapter(wrapper, section.adapter)
     if config.aggregation.name == "dual":
         add_second_adapter(
             wrapper, config.aggregation.options.get("private_adapter", "private"), seed=config.seed + 1

@@ -139,6 +139,11 @@ def _check_evaluation(config: ExperimentConfig, aggregator: Aggregator) -> None:
             f"{aggregator.name} has no global model, only its clients can be evaluated: set "
             "evaluation.clients=true and partition.local_test_fraction above 0"
         )
+    if config.federation.early_stopping.patience is not None:
+        raise UserError(
+            f"federation.early_stopping follows a global model on the validation split, and "
+            f"{aggregator.name} has none: set federation.early_stopping.patience=null"
+        )
 
 
 def _warn_of_lost_exactness(config: ExperimentConfig, aggregator: Aggregator) -> None:

@@ -54,6 +54,15 @@ def check_can_score(run: Run) -> None:
         log.warning("%s: they have one embedding, and the pre-trained model can only guess", _read(groups))
 
 
+def _check_validation(run: Run) -> None:
+    patience = run.config.federation.early_stopping.patience
+    if patience is not None and run.data.validation is None:
+        raise UserError(
+            f"federation.early_stopping.patience={patience} needs a validation split, which this data has "
+            "not: set data.validation_fraction=0.1, or federation.early_stopping.patience=null"
+        )
+
+
 def _check_precision(run: Run) -> None:
     device = run.model.device.type
     if run.config.client.precision == "fp16" and device != "cuda":
@@ -191,6 +200,7 @@ def _read(groups: list[tuple[str, ...]]) -> str:
 
 
 _CHECKS: tuple[Callable[[Run], None], ...] = (
+    _check_validation,
     _check_precision,
     _check_shards,
     _check_reach,

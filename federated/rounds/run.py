@@ -29,8 +29,9 @@ from federated.rounds.build import (
     split_shards,
     training_settings,
 )
+from federated.rounds.client_devices import simulated_clock
 from federated.rounds.compatibility import build_aggregator, check_client_ranks
-from federated.rounds.trained_record import notes_of
+from federated.rounds.trained_record import check_start, notes_of
 from lora.adapters import scalings, unwrap
 from lora.clip_wrapper import CLIPLoRAWrapper
 from models.clip import FederatedCLIPModel
@@ -131,7 +132,10 @@ def build_run(config: ExperimentConfig, data: FederatedData | None = None) -> Ru
         UserError: Something the configuration names is missing or does not fit the rest.
     """
     aggregator = build_aggregator(config)  # a wrong name should not come up after minutes of loading
+    simulated_clock(config)
     data = load_run_data(config) if data is None else data
+    if config.model.adapter is not None:
+        check_start(config, data)
     split = partition(
         data.train,
         name=config.partition.name,

@@ -23,15 +23,20 @@ from flwr.serverapp import Grid, ServerApp
 from federated.communication.foreign_text import shown
 from federated.communication.ledger import Ledger
 from federated.communication.messages import CLIENT_ID, SERVER_ROUND
-from federated.communication.metered_grid import MeteredGrid, enter, wire_sizes
+from federated.communication.metered_grid import MeteredGrid, delivery_by, enter, wire_sizes
 from federated.communication.payload import CONFIG, METRICS
 from federated.communication.savings import Bandwidth, communication_summary
+from federated.communication.simulated_clock import SimulatedClock
 from federated.config.seeding import generator
 from federated.methods import Limits
-from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines
+from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines, failure_counts
 from federated.results.run_folder import RunFolder, peak_memory_bytes
-from federated.rounds.checkpoint import ServerCheckpoint, save_checkpoint
+from federated.rounds.batches import accuracy_by_class
+from federated.rounds.checkpoint import Part, ServerCheckpoint, save_checkpoint
+from federated.rounds.client_devices import is_reachable, simulated_clock
 from federated.rounds.client_ranks import mixed_ranks, rank_of, scaling_at
+from federated.rounds.early_stopping import EarlyStopping, early_stopping
+from federated.rounds.faults import fault_plan, faulty_delivery
 from federated.rounds.global_model import (
     bring_base_up_to_date,
     global_metrics,
@@ -63,7 +68,7 @@ class Display(Protocol):
 
 @dataclass
 class Served:
-    """A run in progress: what closing a round needs."""
+    """A run in progress: what closing a round needs; ``parts`` (by name) go into every commit."""
 
     run: Run
     strategy: LoRAStrategy
@@ -74,6 +79,13 @@ class Served:
     round_started: float = field(default_factory=time.perf_counter)
     lines: list[dict[str, Any]] = field(default_factory=list)
     best: tuple[int, float] | None = None
+    parts: dict[str, Part] = field(default_factory=dict)
+    clock: SimulatedClock | None = None
+    stopping: EarlyStopping | None = None
+
+
+class EarlyEnd(Exception):  # noqa: N818 - no error
+    """Leaves Flower's loop of rounds before the last one."""
 
 
 def serve(
@@ -100,31 +112,45 @@ def serve(
     config, ledger = run.config, Ledger() if ledger is None else ledger
     client_of = {node_id: client_id for client_id, node_id in clients.items()}
     run.reset()
-    strategy = build_strategy(run, clients, display)
-    served = Served(run, strategy, folder, ledger, display)
+    clock, stopping = simulated_clock(config), early_stopping(run)
+    strategy = build_strategy(run, clients, display, clock, stopping)
+    served = Served(run, strategy, folder, ledger, display, clock=clock, stopping=stopping)
+    served.parts |= {n: p for n, p in (("clock", clock), ("stopping", stopping)) if p is not None}
+    ledger.timed = clock is not None
     if display is not None:
         display.run_started(
             config.federation.rounds,
             headline_metric=run.headline_metric,
             notes=run.caches.notes,
         )
-    strategy.start(
-        MeteredGrid(grid, ledger, client_of.__getitem__, strategy.num_values),
-        initial_arrays=strategy.packed_state(),
-        num_rounds=config.federation.rounds,
-        timeout=config.federation.timeout_seconds,
-        evaluate_fn=lambda server_round, _: close_round(served, server_round),
-    )
+    node_client = client_of.__getitem__
+    deliver = faulty_delivery(delivery_by(grid), fault_plan(config), node_client)
+    with contextlib.suppress(EarlyEnd):
+        strategy.start(
+            MeteredGrid(grid, ledger, node_client, strategy.num_values, deliver=deliver, clock=clock),
+            initial_arrays=strategy.packed_state(),
+            num_rounds=config.federation.rounds,
+            timeout=config.federation.timeout_seconds,
+            evaluate_fn=lambda server_round, _: close_round(served, server_round),
+        )
     return finish(served)
 
 
-def build_strategy(run: Run, clients: Mapping[int, int], display: Display | None = None) -> LoRAStrategy:
+def build_strategy(
+    run: Run,
+    clients: Mapping[int, int],
+    display: Display | None = None,
+    clock: SimulatedClock | None = None,
+    stopping: EarlyStopping | None = None,
+) -> LoRAStrategy:
     """Return the strategy of a run, before round 1.
 
     Args:
         run: Model, data and settings.
         clients: Node id of each client id.
         display: Told when messages go out.
+        clock: Says who can be reached; None: everyone.
+        stopping: Says whether the run ends early; None: it does not.
     """
     config = run.config
 
@@ -133,6 +159,12 @@ def build_strategy(run: Run, clients: Mapping[int, int], display: Display | None
         bring_base_up_to_date(run, strategy.server_state)
         if display is not None:
             display.round_started(server_round, num_clients, phase)
+
+    def evaluates(server_round: int) -> list[int]:
+        if stopping is not None:
+            stopping.evaluate(strategy.server_state, server_round)
+        ends = stopping is not None and stopping.reason(server_round) is not None
+        return evaluating_clients(run, server_round, is_last=ends)
 
     strategy = LoRAStrategy(
         aggregator=run.aggregator,
@@ -146,16 +178,28 @@ def build_strategy(run: Run, clients: Mapping[int, int], display: Display | None
         limits=Limits(config.aggregation.max_update_ratio, config.aggregation.max_examples_ratio),
         shard_sizes=ShardSizes(run.num_examples, lambda client_id: len(run.shards[client_id].test)),
         error_every=config.evaluation.aggregation_error_every,
-        evaluates=lambda server_round: evaluating_clients(run, server_round),
+        fault_of=fault_plan(config).of,
+        reachable=lambda *key: clock is None or is_reachable(clock, config.seed, *key),
+        evaluates=evaluates,
         on_broadcast=before_broadcast,
     )
     return strategy
 
 
-def evaluating_clients(run: Run, server_round: int) -> list[int]:
-    """Return the clients that evaluate after a round: all of them, or a seeded sample of ``max_clients``."""
+def evaluating_clients(run: Run, server_round: int, *, is_last: bool = False) -> list[int]:
+    """Return the clients that evaluate after a round: all of them, or a seeded sample of ``max_clients``.
+
+    Args:
+        run: The run.
+        server_round: The round.
+        is_last: Whether the run ends early, after this round.
+    """
     settings, rounds = run.config.evaluation, run.config.federation.rounds
-    due = server_round == rounds or (settings.clients_every and server_round % settings.clients_every == 0)
+    due = (
+        is_last
+        or server_round == rounds
+        or (settings.clients_every and server_round % settings.clients_every == 0)
+    )
     if not settings.clients or not due:
         return []
     clients = [i for i in range(run.num_clients) if len(run.shards[i].test)]
@@ -170,6 +214,10 @@ def close_round(served: Served, server_round: int) -> MetricRecord | None:
     run, record = served.run, served.strategy.record
     line = round_line(record, served.ledger)
     line |= global_metrics(run, served.strategy.server_state, record)
+    if served.stopping is not None:
+        line |= served.stopping.evaluate(served.strategy.server_state, server_round)
+    if served.clock is not None:
+        line |= served.clock.end_round(server_round)
     now = time.perf_counter()
     line["seconds"] = round(now - served.round_started, 3)
     served.round_started = now
@@ -181,20 +229,32 @@ def close_round(served: Served, server_round: int) -> MetricRecord | None:
         served.folder.path / "checkpoint",
         strategy.server_state.state,
         server_round=server_round,
-        server=ServerCheckpoint(strategy.server_state, strategy.versions, strategy.current_ranks),
+        server=ServerCheckpoint(
+            strategy.server_state,
+            strategy.versions,
+            strategy.current_ranks,
+            {name: part.state() for name, part in served.parts.items()},
+        ),
         notes=run.notes,
     )
     keep_best(served, line)
     if served.display is not None:
         served.display.round_done(line)
+    if stop_reason(served, server_round) is not None:
+        raise EarlyEnd
     return None
+
+
+def stop_reason(served: Served, server_round: int) -> str | None:
+    """Return why a run ends after a round that is not its last; None where it goes on."""
+    return None if served.stopping is None else served.stopping.reason(server_round)
 
 
 def round_line(record: RoundRecord, ledger: Ledger) -> dict[str, Any]:
     """Return a round's line of ``metrics.jsonl`` before the server's evaluation."""
     line: dict[str, Any] = {"server_round": record.server_round, "cohort": record.cohort, **record.metrics}
     line["clients"] = {str(client_id): metrics for client_id, metrics in record.clients.items()}
-    line["failed"] = [{"client_id": f.client_id, "reason": f.reason} for f in record.failed]
+    line["failed"] = [failure.entry() for failure in record.failed]
     if record.skipped:
         line["skipped"] = True
     for direction in ("uplink", "downlink"):
@@ -252,8 +312,16 @@ def finish(served: Served) -> dict[str, Any]:
         "parameters": parameter_counts(run),
         "communication": communication_summary(served.ledger, model_sizes(run), bandwidth),
     }
+    if (stopped := stop_reason(served, last["server_round"])) is not None:
+        summary["stopped"] = stopped
+    if served.clock is not None:
+        summary["simulated_seconds"] = served.clock.total_seconds
+    if failures := failure_counts(served.lines):
+        summary["failures"] = failures
     if served.best is not None:
         summary["best_round"] = served.best[0]
+    if run.config.output.report and run.aggregator.has_global_model and (by_class := accuracy_by_class(run)):
+        summary["per_class"] = by_class
     folder.write_summary(summary)
     if run.config.output.report:
         folder.write_report()

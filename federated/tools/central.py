@@ -33,12 +33,12 @@ from federated.engines.simulation import limited_threads
 from federated.results.round_record import best_value
 from federated.results.run_folder import RunFolder, peak_memory_bytes
 from federated.results.run_place import check_free, run_path
-from federated.rounds.batches import evaluate_rows, evaluate_server, local_batches
+from federated.rounds.batches import accuracy_by_class, evaluate_rows, evaluate_server, local_batches
 from federated.rounds.checkpoint import save_checkpoint
+from federated.rounds.early_stopping import BestSoFar
 from federated.rounds.learnable import check_can_learn
 from federated.rounds.run import Run, build_run
 from federated.rounds.saving import parameter_counts, save_adapter, save_clients_rows
-from federated.tools.early_stopping import BestSoFar
 from models.errors import UserError
 from models.state import State
 
@@ -271,6 +271,7 @@ def finish(training: Training) -> None:
     save_adapter(experiment, folder.path / "adapter", server_round=training.kept_epoch, final=final)
     Ledger().write_csv(folder.path / "communication.csv")
     epochs_done = training.lines[-1]["server_round"]
+    by_class = accuracy_by_class(experiment) if experiment.config.output.report else []
     folder.write_summary(
         {
             "headline_metric": metric,
@@ -291,6 +292,7 @@ def finish(training: Training) -> None:
                     f"validation_{training.best.metric}"
                 ],
             },
+            **({"per_class": by_class} if by_class else {}),
         }
     )
     if experiment.config.output.report:

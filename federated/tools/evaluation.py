@@ -8,17 +8,17 @@ for the same split.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from federated.communication.run_files import Summary, read_run_file
 from federated.config.config_files import load_config
 from federated.config.schema import AggregationSection, ExperimentConfig
 from federated.data.dataset import ImageTensors, image_tensors
 from federated.engines.simulation import limited_threads
-from federated.results.plot_style import save_png
+from federated.results.plot_style import save_figure
 from federated.results.run_place import check_place
+from federated.results.run_settings import leaves
 from federated.rounds.batches import model_batch
 from federated.rounds.build import load_run_data
 from federated.rounds.checkpoint import CHECKPOINT_FILES, SERVER_FILE, STATE_FILE, load_server_checkpoint
@@ -45,6 +45,7 @@ from federated.tools.trained_models import (
 )
 from lora.adapter_files import ADAPTER_FILE, read_adapter
 from lora.base_check import check_base_model
+from lora.start_adapter import adapter_folder
 from models.committed_folders import check_committed, current_folder
 from models.errors import UserError
 from models.files import BestEffort, errors_named, write_json, write_text
@@ -105,6 +106,9 @@ def evaluate_source(
     config = load_config(source if run is None else run / "config.yaml", overrides)
     if run is not None:
         check_held(run, config)
+    if run is None and adapter is None and config.model.adapter is not None:
+        adapter = adapter_folder(config.model.adapter)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"adapter": None})})
     default = Path(config.output.root) / f"{config.output.name}-evaluation_{split}"
     folder = output or (default if run is None else run / f"evaluation_{split}")
     if run is not None and adapter is None:
@@ -167,15 +171,6 @@ def check_held(run: Path, config: ExperimentConfig) -> None:
             f"{run} was trained with {key}={before.get(key)}, and is evaluated as it was trained: {key}="
             f"{now.get(key)} would be another model or other rows, some of them trained on. Leave {key} out"
         )
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of a tree."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def record_of(run: Path | None, adapter: Path | None) -> TrainedRecord:
@@ -305,5 +300,5 @@ def write_evaluation(
     )
     write_text(folder / REPORT_FILE, head + detailed.report)
     for name, figure in detailed.figures.items():
-        with BestEffort(f"drawing {name}.png"):
-            save_png(figure, folder / f"{name}.png")
+        with BestEffort(f"drawing {name}"):
+            save_figure(figure, folder, name)
