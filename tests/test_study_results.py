@@ -13,7 +13,7 @@ from federated.results import load_runs
 from federated.results.records import read_run
 from federated.results.run_outcome import Outcome, outcome_of, parse_budget, parse_target
 from federated.results.study_page import write_page, write_tables
-from federated.results.study_plots import front
+from federated.results.study_plots import front, study_pictures
 from federated.results.study_results import StudyResults, VariantRuns
 from federated.results.study_tables import study_notes, study_tables, to_latex, to_latex_text, to_markdown
 from federated.results.tables import TextTable
@@ -126,6 +126,22 @@ def test_the_base_counts_for_the_clients_that_have_taken_part(tmp_path: Path) ->
     points = outcome_of(read_run(folder)).points
     assert [point.wire_bytes for point in points] == [0, 100, 300]
     assert [point.wire_bytes_with_base for point in points] == [0, 100 + base, 300 + 2 * base]
+
+
+def test_simulated_seconds_to_the_target_are_those_of_the_clock_in_that_round(tmp_path: Path) -> None:
+    for seed, curve in enumerate(CURVES["plain"]):
+        FakeRun(accuracies=curve, client_metrics=False).write(folder := tmp_path / str(seed))
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            line["simulated_seconds_total"] = 100.0 * line["server_round"] + seed
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = {seed: outcome_of(read_run(tmp_path / str(seed))) for seed in range(3)}
+    results = StudyResults("mine", (VariantRuns("plain", "plain", runs),), (0, 1, 2))
+    found = results.cost_to(0.5)["plain"].simulated_seconds
+    assert found is not None
+    assert found.mean == pytest.approx((200 + 101 + 302) / 3)
+    assert "simulated s" in study_tables(results, target=0.5)["Cost-to-Target: accuracy 50.0 %"].columns
+    assert "metric_by_time" in study_pictures(results)
 
 
 @pytest.mark.parametrize(

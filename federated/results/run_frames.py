@@ -57,7 +57,7 @@ def _folders(runs: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _settings(record: RunRecord) -> dict[str, Any]:
-    """Return dotted key -> value of what may set runs apart; a list is a tuple, by which a frame can group."""
+    """Return dotted key -> value of what may set runs apart; lists as tuples, which frames can group by."""
     return {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in leaves(record.config)

@@ -29,12 +29,14 @@ class Point:
         value: Of the headline metric.
         wire_bytes: Sent until it existed, without the base model.
         wire_bytes_with_base: The same, and the base model of every client that had taken part.
+        simulated_seconds: On the simulated clock at the end of its round; None without one.
     """
 
     server_round: int
     value: float
     wire_bytes: float
     wire_bytes_with_base: float
+    simulated_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ def outcome_of(run: RunRecord) -> Outcome:
         rounds, _ = plots.series(plots.curve_lines(run.metrics), run.metric)
     except plots.MissingData:
         return Outcome(run.metric, final, (), total, total + base)
+    clock = {line["server_round"]: line.get("simulated_seconds_total") for line in run.metrics}
     points = tuple(
-        Point(t, value, sent, sent + base_of_client * sum(first <= t for first in joined.values()))
+        Point(t, value, sent, sent + base_of_client * sum(first <= t for first in joined.values()), clock[t])
         for t, value, sent in zip(rounds, curve.values, curve.wire_bytes, strict=True)
         if math.isfinite(value)
     )

@@ -8,11 +8,11 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from federated.results.plot_style import inline_svg
+from federated.results.plot_style import inline_svg, save_figure
 from federated.results.report import Picture
 from federated.results.run_frames import load_runs
 from federated.results.run_outcome import parse_budget, parse_target
-from federated.results.study_plots import save_picture, study_pictures
+from federated.results.study_plots import study_pictures
 from federated.results.study_results import StudyResults
 from federated.results.study_tables import study_notes, study_tables, to_latex, to_latex_text, to_markdown
 from federated.results.tables import TextTable
@@ -103,7 +103,7 @@ def _pictures(results: StudyResults, folder: Path) -> list[Picture]:
         for name, (words, caption, figure) in study_pictures(results).items():
             title = words[0].upper() + words[1:]
             found.append(Picture(name, title, caption, Markup(inline_svg(figure, name, title))))
-            save_picture(figure, folder / name)
+            save_figure(figure, folder, name)
     return found
 
 

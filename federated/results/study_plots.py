@@ -6,9 +6,7 @@ A band, or a bar's whisker, is the 95 % confidence interval of the mean over see
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,8 +21,25 @@ from federated.results.wording import metric_label
 
 _BAND = 0.16
 """Opacity of a band."""
-_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (4, 1.5, 1, 1.5)))
 _WIDE = 1.25
+_MOST_IN_AXES = 6
+
+
+Place = Callable[[Point], float | None]
+_PLACES: dict[str, tuple[str, str, Place]] = {
+    "round": ("by round", "", lambda point: point.server_round),
+    "mb": (
+        "against MB sent",
+        "Wire bytes, both ways, without the base model.",
+        lambda point: point.wire_bytes / 1e6,
+    ),
+    "time": (
+        "by simulated time",
+        "On the clients' own links and devices.",
+        lambda point: point.simulated_seconds,
+    ),
+}
+"""Name of a horizontal axis -> words, caption, where a model stands on it (None: not recorded)."""
 
 
 def study_pictures(results: StudyResults) -> dict[str, tuple[str, str, Figure]]:
@@ -34,14 +49,11 @@ def study_pictures(results: StudyResults) -> dict[str, tuple[str, str, Figure]]:
     with_points = [variant for variant in drawn if any(run.points for run in variant.runs.values())]
     found: dict[str, tuple[str, str, Figure]] = {}
     band = "Bands are 95 % intervals of the mean over seeds."
-    if with_points:
-        found["metric_by_round"] = (f"{label} by round", band, _curves(results, with_points, by_bytes=False))
-    if any(run.wire_bytes for variant in with_points for run in variant.runs.values()):
-        found["metric_by_mb"] = (
-            f"{label} against MB sent",
-            f"Wire bytes, both ways, without the base model. {band}",
-            _curves(results, with_points, by_bytes=True),
-        )
+    for name, (words, remark, place) in _PLACES.items():
+        shown = [variant for variant in with_points if _has(variant, place)]
+        if shown:
+            caption = f"{remark} {band}".strip()
+            found[f"metric_by_{name}"] = (f"{label} {words}", caption, _curves(results, shown, name, place))
     if drawn:
         found["final_bars"] = (
             f"{label} at the end",
@@ -55,14 +67,6 @@ def study_pictures(results: StudyResults) -> dict[str, tuple[str, str, Figure]]:
             _pareto(results, drawn),
         )
     return found
-
-
-def save_picture(figure: Figure, stem: Path) -> None:
-    """Write a picture as PNG, SVG and PDF; the same figure gives the same bytes."""
-    style.save_png(figure, stem.with_suffix(".png"))
-    with mpl.rc_context({"svg.hashsalt": stem.name, "svg.fonttype": "none", "pdf.fonttype": 42}):
-        figure.savefig(stem.with_suffix(".svg"), format="svg", metadata={"Date": None})
-        figure.savefig(stem.with_suffix(".pdf"), format="pdf", metadata={"CreationDate": None})
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -80,45 +84,48 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return kept
 
 
-def _curves(results: StudyResults, variants: Sequence[VariantRuns], *, by_bytes: bool) -> Figure:
+def _has(variant: VariantRuns, place: Place) -> bool:
+    """Whether a variant's runs recorded where their models stand on an axis, and moved on it."""
+    return any(place(point) for run in variant.runs.values() for point in run.points)
+
+
+def _curves(results: StudyResults, variants: Sequence[VariantRuns], name: str, place: Place) -> Figure:
     figure, (axis,) = style.new_figure(width=_WIDE * style.WIDTH_INCHES, height=1.2 * style.HEIGHT_INCHES)
-    totals = [max(run.wire_bytes for run in variant.runs.values()) for variant in variants]
-    logarithmic = by_bytes and max(totals) > LOG_FACTOR * max(1.0, min(totals))
+    curves = {variant.name: _mean_curve(list(variant.runs.values()), place) for variant in variants}
+    ends = [max(places, default=0.0) for places, _ in curves.values()]
+    logarithmic = name == "mb" and max(ends) > LOG_FACTOR * max(1e-6, min(ends))
     for variant in variants:
-        number = results.variants.index(variant)
-        places, values = _mean_curve(list(variant.runs.values()), by_bytes=by_bytes)
-        if logarithmic:
-            values = [value for place, value in zip(places, values, strict=True) if place > 0]
-            places = [place for place in places if place > 0]
-        means = [value.mean for value in values]
-        _draw(axis, places, means, number, variant.name)
+        number, (places, values) = results.variants.index(variant), curves[variant.name]
+        if logarithmic:  # what was measured at 0 bytes has no place on such an axis
+            values = [value for x, value in zip(places, values, strict=True) if x > 0]
+            places = [x for x in places if x > 0]
+        style.draw_line(axis, places, [value.mean for value in values], number, label=variant.name)
         if all(value.low is not None for value in values):
             lows, highs = ([getattr(value, end) for value in values] for end in ("low", "high"))
             axis.fill_between(places, lows, highs, color=_colour(number), alpha=_BAND, linewidth=0)
-    if by_bytes:
+    if name == "mb":
         _name_megabytes(axis, logarithmic=logarithmic)
+    elif name == "time":
+        axis.set_xlabel("simulated time (s)")
+        axis.set_xlim(left=0)
     else:
         style.name_round_axis(axis)
     style.name_metric_axis(axis, results.metric)
-    style.draw_legend(axis)
+    _draw_legend(figure, axis)
     return figure
 
 
-def _mean_curve(runs: Sequence[Outcome], *, by_bytes: bool) -> tuple[list[float], list[Spread]]:
+def _mean_curve(runs: Sequence[Outcome], place: Place) -> tuple[list[float], list[Spread]]:
     """Return where a variant's curve has points, and their spreads, in the rounds that all seeds have."""
     by_round = [{point.server_round: point for point in run.points} for run in runs if run.points]
-    rounds = sorted(set.intersection(*(set(points) for points in by_round)))
     places, values = [], []
-    for server_round in rounds:
-        points: list[Point] = [own[server_round] for own in by_round]
-        found = spread([point.value for point in points])
-        if found is not None:
+    for server_round in sorted(set.intersection(*(set(points) for points in by_round))):
+        points = [own[server_round] for own in by_round]
+        found, where = spread([point.value for point in points]), [place(point) for point in points]
+        known = [x for x in where if x is not None]
+        if found is not None and len(known) == len(points):
             values.append(found)
-            places.append(
-                float(np.mean([point.wire_bytes for point in points])) / 1e6
-                if by_bytes
-                else float(server_round)
-            )
+            places.append(float(np.mean(known)))
     return places, values
 
 
@@ -139,7 +146,6 @@ def _bars(results: StudyResults, variants: Sequence[VariantRuns]) -> Figure:
         range(len(variants))[::-1],
         [variant.name for variant in variants],
         parse_math=False,
-        family=style.font_families(),
     )
     axis.set_xlabel(metric_label(results.metric))
     if style.is_share(results.metric):
@@ -157,7 +163,7 @@ def _pareto(results: StudyResults, variants: Sequence[VariantRuns]) -> Figure:
         if found is None:
             continue
         points.append((sent, found.mean))
-        _draw(axis, [sent], [found.mean], number, variant.name)
+        style.draw_line(axis, [sent], [found.mean], number, variant.name).set(markersize=7, linestyle="none")
         _whisker(axis, sent, found.mean, found, colour=_colour(number))
     on_front = [points[place] for place in front(points)]
     axis.step(
@@ -168,7 +174,7 @@ def _pareto(results: StudyResults, variants: Sequence[VariantRuns]) -> Figure:
     axis.margins(x=0.08)
     _name_megabytes(axis, logarithmic=max(sent_all) > LOG_FACTOR * max(1e-6, min(sent_all)))
     style.name_metric_axis(axis, results.metric)
-    style.draw_legend(axis)
+    _draw_legend(figure, axis)
     return figure
 
 
@@ -194,20 +200,13 @@ def _name_megabytes(axis: Axes, *, logarithmic: bool) -> None:
     axis.set_xlabel(f"sent, up and down (MB on the wire{', logarithmic' if logarithmic else ''})")
 
 
-def _draw(axis: Axes, x: Sequence[float], y: Sequence[float], number: int, label: str) -> None:
-    """Draw a variant's line; beyond the palette, colours come again with other dashes and markers."""
-    again = number // len(style.SERIES)
-    axis.plot(
-        x,
-        y,
-        color=_colour(number),
-        marker=style.MARKERS[(number + again) % len(style.MARKERS)] if len(x) <= style.MAX_MARKED else None,
-        linestyle=_DASHES[again % len(_DASHES)],
-        markersize=4.5 if len(x) > 1 else 7,
-        linewidth=1.8,
-        label=label,
-    )
-
-
 def _colour(number: int) -> str:
     return style.SERIES[number % len(style.SERIES)]
+
+
+def _draw_legend(figure: Figure, axis: Axes) -> None:
+    """Name the variants: in the axes where that leaves room, or beside them."""
+    if len(axis.get_legend_handles_labels()[0]) <= _MOST_IN_AXES:
+        style.draw_legend(axis)
+    else:
+        style.draw_legend_beside(figure)

@@ -50,6 +50,7 @@ class Cost:
             mean is a lower bound where ``reached`` is less than ``num``. So it is with the bytes.
         wire_bytes: Sent until then, without the base model.
         wire_bytes_with_base: The same with it.
+        simulated_seconds: On the simulated clock; None without one.
     """
 
     reached: int
@@ -57,6 +58,7 @@ class Cost:
     rounds: Spread
     wire_bytes: Spread
     wire_bytes_with_base: Spread
+    simulated_seconds: Spread | None
 
 
 @dataclass(frozen=True)
@@ -109,14 +111,14 @@ class StudyResults:
             runs = [run for run in variant.runs.values() if run.points]
             found = [run.reached(target) for run in runs]
             counted = [point or run.points[-1] for point, run in zip(found, runs, strict=True)]
-            spreads = (
-                spread([point.server_round for point in counted]),
-                spread([point.wire_bytes for point in counted]),
-                spread([point.wire_bytes_with_base for point in counted]),
-            )
-            if spreads[0] and spreads[1] and spreads[2]:
+            seconds = [p.simulated_seconds for p in counted if p.simulated_seconds is not None]
+            rounds = spread([point.server_round for point in counted])
+            sent = spread([point.wire_bytes for point in counted])
+            with_base = spread([point.wire_bytes_with_base for point in counted])
+            if rounds and sent and with_base:
                 reached = sum(point is not None for point in found)
-                costs[variant.name] = Cost(reached, len(runs), spreads[0], spreads[1], spreads[2])
+                clock = spread(seconds) if len(seconds) == len(runs) else None
+                costs[variant.name] = Cost(reached, len(runs), rounds, sent, with_base, clock)
         return costs
 
     def quality_under(self, budget_bytes: float) -> dict[str, Spread]:
@@ -153,6 +155,7 @@ class StudyResults:
                 }
                 row |= _columns("wire_bytes_to_target", cost.wire_bytes)
                 row |= _columns("wire_bytes_with_base_to_target", cost.wire_bytes_with_base)
+                row |= _columns("simulated_seconds_to_target", cost.simulated_seconds)
             if variant.name in qualities:
                 row |= {"budget_bytes": budget_bytes, **_columns("at_budget", qualities[variant.name])}
             rows.append(row)

@@ -121,24 +121,27 @@ def _cost_table(results: StudyResults, target: float) -> TextTable:
     costs, rows = results.cost_to(target), []
     for variant in results.variants:
         cost = costs.get(variant.name)
-        rows.append((variant.name, *(_cost_cells(cost) if cost else (MISSING,) * 4)))
-    columns = ("variant", "reached", "rounds", "MB sent", "with base")
-    return TextTable(columns, tuple(rows), words=frozenset({0}))
+        rows.append((variant.name, *(_cost_cells(cost) if cost else (MISSING,) * 5)))
+    columns = ("variant", "reached", "rounds", "MB sent", "with base", "simulated s")
+    table = TextTable(columns, tuple(rows), words=frozenset({0}))
+    timed = any(cost.simulated_seconds is not None for cost in costs.values())
+    return table if timed else table.without("simulated s")
 
 
 def _cost_cells(cost: Cost) -> tuple[str, ...]:
-    reached = _seeds(cost.reached, cost.num, always=True)
-    if not cost.reached:
-        return reached, "not reached", "not reached", "not reached"
+    """Return how many seeds reached a target, and what it took: a bound where not all of them did."""
+    units = ((cost.rounds, 1.0), (cost.wire_bytes, 1e6), (cost.wire_bytes_with_base, 1e6))
     cells = []
-    for values, unit in ((cost.rounds, 1.0), (cost.wire_bytes, 1e6), (cost.wire_bytes_with_base, 1e6)):
-        mean = _number(values.mean / unit)
-        if cost.reached < cost.num:
-            cells.append(f"> {mean}")
+    for values, unit in (*units, (cost.simulated_seconds, 1.0)):
+        if values is None:
+            cells.append(MISSING)
+        elif not cost.reached:
+            cells.append("not reached")
+        elif cost.reached < cost.num:
+            cells.append(f"> {_number(values.mean / unit)}")
         else:
-            ends = _ends(values, unit)
-            cells.append(f"{mean} {ends}" if ends else mean)
-    return reached, *cells
+            cells.append(f"{_number(values.mean / unit)} {_ends(values, unit)}".strip())
+    return _seeds(cost.reached, cost.num, always=True), *cells
 
 
 def _budget_table(results: StudyResults, budget_bytes: float) -> TextTable:
