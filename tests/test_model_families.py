@@ -20,6 +20,8 @@ from federated.config.config_files import load_config
 from federated.config.schema import ADAPTED, MODEL_FAMILIES, ExperimentConfig
 from federated.engines.simulation import run_experiment
 from federated.methods import AGGREGATORS
+from federated.results.records import read_run
+from federated.results.report_cards import subtitle
 from federated.rounds.batches import evaluate_server, local_batches
 from federated.rounds.families import FAMILIES, ModelFamily, register_model_family
 from federated.rounds.learnable import check_can_score
@@ -155,6 +157,7 @@ def test_it_learns_and_is_evaluated_with_its_predictions(
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["zero_shot"] < 0.5
     assert summary["final"] > 0.9
+    assert subtitle(read_run(whole)).startswith("words · LoRA r=4 · kinds · sentences")
     forget_plugins()  # the run folder names the plugin
     status, _, error = fedlora(capsys, "evaluate", whole)
     assert status == 0, error
