@@ -11,27 +11,34 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from federated.communication.foreign_text import shown
 from federated.communication.ledger import Ledger
-from federated.communication.messages import CLIENT_ID, SERVER_ROUND
-from federated.communication.metered_grid import MeteredGrid, enter, wire_sizes
-from federated.communication.payload import CONFIG, METRICS
+from federated.communication.metered_grid import MeteredGrid
 from federated.communication.savings import Bandwidth, communication_summary
 from federated.config.seeding import generator
 from federated.methods import Limits
 from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines
-from federated.results.run_folder import RunFolder, peak_memory_bytes
-from federated.rounds.checkpoint import Part, ServerCheckpoint, save_checkpoint
+from federated.results.run_folder import LEDGER_FILE, RunFolder, peak_memory_bytes
+from federated.rounds.checkpoint import (
+    Origin,
+    Part,
+    Progress,
+    ServerCheckpoint,
+    client_file_name,
+    write_commit,
+)
+from federated.rounds.client_identities import ask_client_ids
 from federated.rounds.client_ranks import mixed_ranks, rank_of, scaling_at
+from federated.rounds.client_store import ClientStates, ClientStore, Records, records_of, state_from
+from federated.rounds.fingerprints import check_fingerprints, fingerprints
 from federated.rounds.global_model import (
     bring_base_up_to_date,
     global_metrics,
@@ -40,10 +47,13 @@ from federated.rounds.global_model import (
 )
 from federated.rounds.learnable import check_can_learn
 from federated.rounds.replies import ShardSizes
+from federated.rounds.resumption import HELD_BY_SERVER, Resumption, cut_back, lost_transfers, read_lines
 from federated.rounds.run import Run
 from federated.rounds.saving import model_sizes, parameter_counts, save_adapter, save_clients_rows
 from federated.rounds.strategy import LoRAStrategy, Ranks
 from models.errors import UserError
+from models.files import errors_named
+from models.interrupts import unstoppable
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +63,9 @@ class Display(Protocol):
 
     def run_started(self, num_rounds: int, *, headline_metric: str, notes: Sequence[str]) -> None:
         """The run begins; the notes say what is cached and what is not."""
+
+    def rounds_before(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """The run goes on after these lines of ``metrics.jsonl``."""
 
     def round_started(self, server_round: int, cohort_size: int, phase: str) -> None:
         """Messages of a round are about to be sent."""
@@ -70,6 +83,10 @@ class Served:
     folder: RunFolder
     ledger: Ledger
     display: Display | None
+    origin: Origin
+    store: ClientStore
+    states: ClientStates | None = None
+    attempt: int = 1
     started: float = field(default_factory=time.perf_counter)
     round_started: float = field(default_factory=time.perf_counter)
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -84,8 +101,11 @@ def serve(
     folder: RunFolder,
     display: Display | None = None,
     ledger: Ledger | None = None,
+    *,
+    states: ClientStates | None = None,
+    resumption: Resumption | None = None,
 ) -> dict[str, Any]:
-    """Run all rounds of a run and write its folder.
+    """Run all rounds of a run, or those that are left, and write its folder.
 
     Args:
         grid: Carries the messages.
@@ -94,29 +114,83 @@ def serve(
         folder: Where results go.
         display: Told what happens.
         ledger: Holds what was sent before; None: nothing was.
+        states: Where the engine keeps the clients' states; None: out of reach, so that no run can be resumed.
+        resumption: How the run goes on; None: it begins.
 
     Returns:
         The content of ``summary.json``.
     """
-    config, ledger = run.config, Ledger() if ledger is None else ledger
+    config = run.config
     client_of = {node_id: client_id for client_id, node_id in clients.items()}
     run.reset()
     strategy = build_strategy(run, clients, display)
-    served = Served(run, strategy, folder, ledger, display)
+    served = Served(
+        run,
+        strategy,
+        folder,
+        Ledger() if ledger is None else ledger,
+        display,
+        origin=Origin(config.model_dump(mode="json"), fingerprints(run)),
+        store=ClientStore(folder.path / "checkpoint"),
+        states=states,
+    )
+    if resumption is not None:
+        go_on(served, resumption)
     if display is not None:
         display.run_started(
             config.federation.rounds,
             headline_metric=run.headline_metric,
             notes=run.caches.notes,
         )
-    strategy.start(
-        MeteredGrid(grid, ledger, client_of.__getitem__, strategy.num_values),
-        initial_arrays=strategy.packed_state(),
-        num_rounds=config.federation.rounds,
-        timeout=config.federation.timeout_seconds,
-        evaluate_fn=lambda server_round, _: close_round(served, server_round),
-    )
+        if served.lines:
+            display.rounds_before(served.lines)
+    try:
+        strategy.start(
+            MeteredGrid(grid, served.ledger, client_of.__getitem__, strategy.num_values),
+            initial_arrays=strategy.packed_state(),
+            num_rounds=config.federation.rounds - strategy.rounds_before,
+            timeout=config.federation.timeout_seconds,
+            evaluate_fn=lambda server_round, _: close_round(served, server_round),
+        )
+    except BaseException:
+        with contextlib.suppress(UserError):
+            write_ledger(served)  # what was sent in a round that did not end was paid for
+        raise
     return finish(served)
+
+
+def go_on(served: Served, resumption: Resumption) -> None:
+    """Put a run back to where it was at a commit, and commit that as the beginning of another attempt.
+
+    Raises:
+        UserError: Data or base weights are not what the run was made with.
+    """
+    strategy, folder, checkpoint = served.strategy, served.folder, resumption.checkpoint
+    if served.states is None:
+        raise UserError("this engine does not keep the clients' states: the run cannot go on here")
+    check_fingerprints(resumption.origin.fingerprints, served.origin.fingerprints, folder.path)
+    strategy.server_state = checkpoint.server
+    strategy.versions, strategy.current_ranks = dict(checkpoint.versions), dict(checkpoint.ranks)
+    strategy.rounds_before = resumption.server_round
+    for client_id, records in resumption.states.items():
+        own = {key: record for key, record in records.items() if key != HELD_BY_SERVER}
+        served.states.context(client_id).state = state_from(own)
+    if strategy.held is not None:
+        held = {i: records.get(HELD_BY_SERVER, {}) for i, records in resumption.states.items()}
+        strategy.held.restore({client_id: state for client_id, state in held.items() if state})
+    for name, part in served.parts.items():
+        if name in checkpoint.parts:
+            part.restore(checkpoint.parts[name])
+    served.store, served.attempt = resumption.store, resumption.attempt
+    served.origin = replace(served.origin, forks=resumption.origin.forks)
+    served.started -= resumption.progress.elapsed_seconds
+    served.best = resumption.progress.best
+    folder.reopen_files(served.run.config, first_step=resumption.server_round + 1)
+    cut_back(folder.path, resumption.progress)
+    served.ledger, served.lines = Ledger.continued(folder.path / LEDGER_FILE), read_lines(folder.path)
+    commit(served)
+    if served.best is not None and served.best[0] == resumption.server_round:
+        save_global(served, "adapter_best", server_round=served.best[0], metric=served.best[1])
 
 
 def build_strategy(run: Run, clients: Mapping[int, int], display: Display | None = None) -> LoRAStrategy:
@@ -169,31 +243,68 @@ def evaluating_clients(run: Run, server_round: int) -> list[int]:
 def close_round(served: Served, server_round: int) -> MetricRecord | None:
     """Evaluate the global state where due, and write the round down; round 0 is before training."""
     run, record = served.run, served.strategy.record
+    if server_round == 0 and served.strategy.rounds_before:
+        return None  # closed by an earlier attempt
     line = round_line(record, served.ledger)
     line |= global_metrics(run, served.strategy.server_state, record)
     now = time.perf_counter()
     line["seconds"] = round(now - served.round_started, 3)
     served.round_started = now
     served.lines.append(line)
-    served.folder.append_metrics(line)
-    served.ledger.write_csv(served.folder.path / "communication.csv")
-    strategy = served.strategy
-    save_checkpoint(
-        served.folder.path / "checkpoint",
-        strategy.server_state.state,
-        server_round=server_round,
-        server=ServerCheckpoint(
-            strategy.server_state,
-            strategy.versions,
-            strategy.current_ranks,
-            {name: part.state() for name, part in served.parts.items()},
-        ),
-        notes=run.notes,
-    )
-    keep_best(served, line)
+    is_best = is_best_so_far(served, line)
+    with unstoppable():
+        served.folder.append_metrics(line)
+        write_ledger(served)
+        commit(served)
+        if is_best:
+            save_global(
+                served, "adapter_best", server_round=line["server_round"], metric=line[run.headline_metric]
+            )
     if served.display is not None:
         served.display.round_done(line)
     return None
+
+
+def write_ledger(served: Served) -> None:
+    """Bring ``communication.csv`` up to date."""
+    path = served.folder.path / LEDGER_FILE
+    with errors_named(path):
+        served.ledger.write_csv(path)
+
+
+def commit(served: Served) -> None:
+    """Write down everything that crosses to the next round: the one place that names it."""
+    strategy, states = served.strategy, served.states
+    checkpoint = served.folder.path / "checkpoint"
+    if states is not None:
+        failed = {failure.client_id for failure in strategy.record.failed}
+        name = client_file_name(served.attempt, strategy.server_state.server_round)
+        served.store.write(
+            name, states.changed_clients() | failed, partial(records_of_client, strategy, states)
+        )
+    content = ServerCheckpoint(
+        server=strategy.server_state,
+        versions=strategy.versions,
+        ranks=strategy.current_ranks,
+        parts={name: part.state() for name, part in served.parts.items()},
+        clients=served.store.index,
+        progress=Progress(
+            attempt=served.attempt,
+            elapsed_seconds=round(time.perf_counter() - served.started, 3),
+            best=served.best,
+            lengths=served.folder.lengths_on_disk(),
+        ),
+        origin=None if states is None else served.origin,
+    )
+    write_commit(checkpoint, content, keep=served.run.config.output.keep_checkpoints, notes=served.run.notes)
+
+
+def records_of_client(strategy: LoRAStrategy, states: ClientStates, client_id: int) -> Records:
+    """Return what a client keeps, and what the server follows of it."""
+    records = records_of(states.context(client_id).state)
+    if strategy.held is not None and (held := strategy.held.kept(client_id)):
+        records[HELD_BY_SERVER] = held
+    return records
 
 
 def round_line(record: RoundRecord, ledger: Ledger) -> dict[str, Any]:
@@ -210,19 +321,19 @@ def round_line(record: RoundRecord, ledger: Ledger) -> dict[str, Any]:
     return line
 
 
-def keep_best(served: Served, line: Mapping[str, Any]) -> None:
-    """Keep the weights of a round that is better than all before it, by the server's own evaluation.
+def is_best_so_far(served: Served, line: Mapping[str, Any]) -> bool:
+    """Note a round that is better than all before it, by the server's own evaluation; its weights are kept.
 
     Round 0, before training, counts as it does in the summary.
     """
     run = served.run
     value = line.get(run.headline_metric)
     if not run.config.federation.keep_best or SCORED_BY in line or value is None or math.isnan(value):
-        return
+        return False
     if not run.aggregator.has_global_model or not (served.best is None or value > served.best[1]):
-        return
+        return False
     served.best = (line["server_round"], value)
-    save_global(served, "adapter_best", server_round=line["server_round"], metric=value)
+    return True
 
 
 def save_global(served: Served, name: str, *, server_round: int, metric: float) -> None:
@@ -240,6 +351,15 @@ def save_global(served: Served, name: str, *, server_round: int, metric: float) 
 
 def finish(served: Served) -> dict[str, Any]:
     """Write what comes at the end: the adapter, ``summary.json`` and, where that can be done, the report."""
+    with unstoppable():
+        summary = save_results(served)
+    if served.run.config.output.report:
+        served.folder.write_report()
+    return summary
+
+
+def save_results(served: Served) -> dict[str, Any]:
+    """Write the adapter and ``summary.json``."""
     run, folder = served.run, served.folder
     metric = run.headline_metric
     first, last = served.lines[0], served.lines[-1]
@@ -260,9 +380,11 @@ def finish(served: Served) -> dict[str, Any]:
     }
     if served.best is not None:
         summary["best_round"] = served.best[0]
+    if served.attempt > 1:
+        summary |= {"attempts": served.attempt, "lost": lost_transfers(folder.path)}
+    if served.origin.forks:
+        summary["forks"] = list(served.origin.forks)
     folder.write_summary(summary)
-    if run.config.output.report:
-        folder.write_report()
     return summary
 
 
@@ -283,58 +405,3 @@ def server_app(run: Run) -> ServerApp:
             serve(grid, run, clients, folder, ledger=ledger)
 
     return app
-
-
-def ask_client_ids(grid: Grid, num_clients: int, ledger: Ledger, *, timeout: float) -> dict[int, int]:
-    """Ask every node which client it is, so that cohorts are the same on every engine.
-
-    Question and answers are the phase ``setup`` of the ledger.
-
-    Raises:
-        UserError: Too few nodes came, or two nodes are the same client.
-    """
-    deadline = time.monotonic() + timeout
-    while len(node_ids := list(grid.get_node_ids())) < num_clients:
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{len(node_ids)} nodes connected within {timeout:.0f} s for {num_clients} clients: "
-                "start one SuperNode a client, or set partition.num_clients"
-            )
-        time.sleep(1.0)
-    question = RecordDict({CONFIG: ConfigRecord({SERVER_ROUND: 0})})
-    messages = [
-        Message(question, dst_node_id=node_id, message_type=MessageType.QUERY) for node_id in node_ids
-    ]
-    sizes = wire_sizes(messages)
-    replies = list(grid.send_and_receive(messages, timeout=timeout))
-    clients = _clients_that_answered(replies)
-    client_of = {node_id: client_id for client_id, node_id in clients.items()}
-    sent = [(m, size) for m, size in zip(messages, sizes, strict=True) if m.metadata.dst_node_id in client_of]
-    sent.sort(key=lambda pair: client_of[pair[0].metadata.dst_node_id])
-    enter(ledger, sent, replies, client_of.__getitem__)
-    missing = [client_id for client_id in range(num_clients) if client_id not in clients]
-    if missing:
-        raise UserError(f"no node answered for client {missing[0]}: give one the partition-id {missing[0]}")
-    return clients
-
-
-def _clients_that_answered(replies: Iterable[Message]) -> dict[int, int]:
-    """Return the node of each client, from the answers of the nodes.
-
-    Raises:
-        UserError: A node failed or gave no client id, or two nodes are the same client.
-    """
-    clients: dict[int, int] = {}
-    for reply in replies:
-        node_id = reply.metadata.src_node_id
-        if not reply.has_content():
-            reason = shown(str(reply.error.reason)) if reply.has_error() else "its reply is empty"
-            raise UserError(f"node {node_id} failed at start: {reason}")
-        metrics = reply.content.get(METRICS)
-        client_id = metrics.get(CLIENT_ID) if isinstance(metrics, MetricRecord) else None
-        if not isinstance(client_id, int):
-            raise UserError(f"node {node_id} did not say which client it is: install the same fedlora on it")
-        if client_id in clients:
-            raise UserError(f"two nodes say they are client {client_id}: give each its own partition-id")
-        clients[client_id] = node_id
-    return clients

@@ -92,6 +92,10 @@ class LoRAStrategy(Strategy):
         error_every: Rounds between measurements of the aggregation error; 0: never.
         evaluates: Which clients evaluate after a round; none by default.
         on_broadcast: Told ``(server_round, number of clients, message type)`` before messages go out.
+
+    Attributes:
+        rounds_before: Rounds that were done before ``start``, whose loop counts from 1.
+        held: What clients hold, where that is neither what the server has nor none of its concern.
     """
 
     def __init__(  # noqa: PLR0913 - keyword-only
@@ -116,6 +120,7 @@ class LoRAStrategy(Strategy):
         self.record = RoundRecord(server_round=0)
         self.versions: dict[int, int] = {}
         self.current_ranks: dict[int, int] = {}
+        self.rounds_before = 0
         self._nodes = dict(clients)
         self._clients = {node_id: client_id for client_id, node_id in clients.items()}
         self._seed = seed
@@ -128,7 +133,7 @@ class LoRAStrategy(Strategy):
         self._shard_sizes = shard_sizes
         self._error_every = error_every if aggregator.has_global_model else 0
         follows = bool(self._error_every) and not self._downlink.lossless
-        self._held = HeldStates(remembers=aggregator.clients_remember) if follows else None
+        self.held = HeldStates(remembers=aggregator.clients_remember) if follows else None
         self._evaluates = evaluates
         self._on_broadcast = on_broadcast
         self._sent: dict[int, Metadata] = {}
@@ -141,6 +146,7 @@ class LoRAStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Sample the cohort and encode what each of its clients receives."""
+        server_round += self.rounds_before
         cohort = sample_cohort(self._seed, server_round, len(self._nodes), self._cohort_size)
         self.record = RoundRecord(server_round=server_round, cohort=cohort)
         return self._broadcast(server_round, cohort, MessageType.TRAIN)
@@ -193,7 +199,7 @@ class LoRAStrategy(Strategy):
             if loss is None:
                 return None
             client_id = reply.update.client_id
-            held = None if self._held is None else self._held.started_from(client_id)
+            held = None if self.held is None else self.held.started_from(client_id)
             known[client_id] = Known(held, loss)
         return aggregation_error(self.aggregator, before, self.server_state, accepted, known)
 
@@ -203,6 +209,7 @@ class LoRAStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send the new global state to the clients that evaluate after this round."""
+        server_round += self.rounds_before
         return self._broadcast(server_round, self._evaluates(server_round), MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -259,8 +266,8 @@ class LoRAStrategy(Strategy):
         self._starts.clear()
         if client_ids:
             self._on_broadcast(server_round, len(client_ids), message_type)
-        if self._held is not None:
-            self._held.begin_broadcast()
+        if self.held is not None:
+            self.held.begin_broadcast()
         contents: dict[tuple[int, int | None], RecordDict] = {}
         messages = []
         for client_id in client_ids:
@@ -271,10 +278,10 @@ class LoRAStrategy(Strategy):
             group = str(server_round)
             messages.append(Message(contents[key], self._nodes[client_id], message_type, group_id=group))
             self._sent[client_id] = messages[-1].metadata
-            if self._held is not None:
+            if self.held is not None:
                 values = read_broadcast(contents[key], self._downlink, self._full_layout)
                 config = cast(Mapping[str, int], contents[key][CONFIG])
-                self._held.sent(client_id, unpack_downlink(values, config))
+                self.held.sent(client_id, unpack_downlink(values, config))
         return messages
 
     def _downlink_content(self, server_round: int, profile: ClientProfile, message_type: str) -> RecordDict:
@@ -323,13 +330,13 @@ class LoRAStrategy(Strategy):
                 reason = reply.error.reason if reply.has_error() else "its reply is empty"
                 self.record.failed.append(Failure(client_id, reason or "no reason given"))
                 self.versions.pop(client_id, None)  # whatever it has lost, it will receive everything
-                if self._held is not None:
-                    self._held.failed(client_id)
+                if self.held is not None:
+                    self.held.failed(client_id)
             else:
                 answered.append(reply)
                 self.versions[client_id] = self._sent_version
-                if self._held is not None:
-                    self._held.answered(client_id)
+                if self.held is not None:
+                    self.held.answered(client_id)
         return answered
 
     def _decode(self, reply: Message) -> TrainingReply | None:
