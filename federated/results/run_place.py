@@ -208,8 +208,10 @@ def reclaim(path: Path) -> int:
 
 def release(path: Path, lock: int) -> None:
     """Give up a folder that ``claim`` gave."""
-    (path / LOCK_FILE).unlink(missing_ok=True)
-    os.close(lock)
+    try:
+        (path / LOCK_FILE).unlink(missing_ok=True)
+    finally:
+        os.close(lock)
 
 
 def _locked(path: Path) -> int:

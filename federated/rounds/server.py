@@ -211,7 +211,7 @@ def go_on(served: Served, resumption: Resumption) -> None:
 def close_round(served: Served, server_round: int) -> MetricRecord | None:
     """Evaluate the global state where due, and write the round down; round 0 is before training."""
     run, record = served.run, served.strategy.record
-    if server_round == 0 and served.strategy.rounds_before:
+    if server_round == 0 and served.lines:
         return None  # closed by an earlier attempt
     line = round_line(record, served.ledger)
     line |= global_metrics(run, served.strategy.server_state, record)
