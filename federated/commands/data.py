@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from federated.data.names import MAX_NAMED, listed, names_in
 from models.errors import UserError
 from models.progress import progress_bar
+from models.untrusted import parse_yaml
 
 if TYPE_CHECKING:
     from federated.data.folders import FolderReport
@@ -31,12 +32,15 @@ app = typer.Typer(
 @app.command()
 def check(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Holds train/, test/ and maybe val/; or a csv file.")
+        Path,
+        typer.Argument(
+            metavar="PATH", help="A folder of images, a csv file, or a data set in the hub's format."
+        ),
     ],
     options: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[OPTION=VALUE]...", help="Of a csv file, as in data.options: image_dir=pictures."
+            metavar="[KEY=VALUE]...", help="For tables: data.options.label_column=kind and so on."
         ),
     ] = None,
     *,
@@ -45,27 +49,30 @@ def check(
     ] = False,
     model: Annotated[
         str,
-        typer.Option("--model", help="For captions of a csv file: the model that reads them."),
+        typer.Option("--model", help="For captions of a table: the model that reads them."),
     ] = "tiny",
 ) -> None:
     """Look at every image of a folder: structure, corrupt files, class balance, doubles across splits.
 
-    A csv file, or a folder of them, is looked at likewise: rows, images, captions or questions.
-    Ends with exit code 0 if a run can use the folder, and with 2 if not.
+    A csv file, a folder of them, a folder of parquet files and what save_to_disk wrote are looked at
+    likewise: rows, images, captions or questions. Ends with exit code 0 if a run can use the folder, and
+    with 2 if not.
 
     Example: fedlora data check my_images
 
-    Example: fedlora data check my_images/all.csv --model openai/clip-vit-base-patch32
+    Example: fedlora data check my_images/all.csv data.options.caption_column=text
 
-    Example: fedlora data check questions.csv image_dir=pictures answer_column=reply
+    Example: fedlora data check questions.csv data.options.image_dir=pictures
     """
-    is_table = folder.is_dir() and not (folder / "train").is_dir() and any(folder.glob("*.csv"))
-    if folder.is_file() or is_table:
-        _check_table(folder, model, allow_outside=allow_outside, options=_parsed(options or []))
+    source = _kind_of(folder)
+    if source != "imagefolder":
+        given = _options_of(options or [], allow_outside=allow_outside and source == "csv")
+        _check_table(folder, source, given, model)
         return
-    if options:
-        raise UserError(f"{folder} is no csv file, and takes no options: leave {listed(options)} out")
     from federated.data.folders import check_folder
+
+    if options:
+        raise UserError(f"{folder} is a folder of images, which has no option {options[0]}; leave it out")
     from federated.results.console import print_table
     from federated.tools.result_tables import class_table, double_table
 
@@ -101,9 +108,13 @@ def prepare(  # noqa: PLR0913 - the command's options
     flat: Annotated[
         Path | None, typer.Option("--from", metavar="FLAT", help="Split a folder that holds <class>/*.")
     ] = None,
-    train: Annotated[float, typer.Option("--train", help="Share of the training images.")] = 0.8,
-    val: Annotated[float, typer.Option("--val", help="Share of the validation images; 0 for none.")] = 0.1,
-    test: Annotated[float, typer.Option("--test", help="Share of the test images.")] = 0.1,
+    train: Annotated[
+        float | None, typer.Option("--train", help="Share of the training images; 0.8 if no share is given.")
+    ] = None,
+    val: Annotated[
+        float | None, typer.Option("--val", help="Share of the validation images, 0 for none; else 0.1.")
+    ] = None,
+    test: Annotated[float | None, typer.Option("--test", help="Share of the test images; else 0.1.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal splits.")] = 0,
     link: Annotated[bool, typer.Option("--link", help="Make hard links instead of copies.")] = False,
     allow_outside: Annotated[
@@ -112,11 +123,13 @@ def prepare(  # noqa: PLR0913 - the command's options
 ) -> None:
     """Make train/ val/ test/<class>/: empty, or from a folder that has one folder of images per class.
 
+    Shares that are not given divide what is left in the proportion of their usual values.
+
     Example: fedlora data prepare my_images --classes "cat,dog"
 
-    Example: fedlora data prepare my_images --from downloads --train 0.7 --val 0.1 --test 0.2
+    Example: fedlora data prepare my_images --from downloads --train 0.7
     """
-    from federated.data.folders import prepare_folder
+    from federated.data.folders import completed_shares, prepare_folder
     from federated.results.console import print_table
     from federated.results.run_place import check_place
     from federated.tools.result_tables import class_table
@@ -134,7 +147,7 @@ def prepare(  # noqa: PLR0913 - the command's options
             target,
             class_names=names,
             source=flat,
-            ratios=(train, val, test),
+            ratios=completed_shares(train, val, test),
             seed=seed,
             link=link,
             allow_outside=allow_outside,
@@ -143,24 +156,32 @@ def prepare(  # noqa: PLR0913 - the command's options
     print_table(Console(), class_table(counts), f"Images in {target}")
 
 
-def _parsed(options: Sequence[str]) -> dict[str, Any]:
-    """The options of a source from ``OPTION=VALUE``; values as in YAML."""
-    import yaml
+def _kind_of(path: Path) -> str:
+    """Return the data source that reads a path."""
+    if path.is_file():
+        return "csv"
+    if not path.is_dir() or any((path / "train").glob("*/")):
+        return "imagefolder"
+    if any(file.suffix.lower() in (".csv", ".tsv") for file in path.iterdir()):
+        return "csv"
+    from federated.data.table_check import is_hub_folder
 
-    found = {}
-    for option in options:
-        name, equals, value = option.partition("=")
-        if not equals or not name.isidentifier():
-            raise UserError(f"{option!r} is no OPTION=VALUE; write it as in image_dir=pictures")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"{option!r}: the value is no YAML ({error}); put it in quotes") from error
-    return found
+    return "hub" if is_hub_folder(path) else "imagefolder"
 
 
-def _check_table(path: Path, model: str, *, allow_outside: bool, options: dict[str, Any]) -> None:
-    """The check of a csv file, or of a folder of them."""
+def _options_of(given: Sequence[str], *, allow_outside: bool) -> dict[str, Any]:
+    """Read ``data.options.KEY=VALUE`` arguments, with or without the first two words."""
+    options: dict[str, Any] = {"allow_outside": True} if allow_outside else {}
+    for argument in given:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise UserError(f"{argument!r} is no option: write data.options.KEY=VALUE")
+        options[key.removeprefix("data.").removeprefix("options.")] = parse_yaml(value, argument)
+    return options
+
+
+def _check_table(path: Path, source: str, options: Mapping[str, Any], model: str) -> None:
+    """The check of rows: of csv files, or of a data set in the hub's format."""
     from federated.data.table_check import check_table
     from federated.results.console import print_table
     from federated.tools.result_tables import count_table
@@ -168,7 +189,7 @@ def _check_table(path: Path, model: str, *, allow_outside: bool, options: dict[s
     from models.prompts import warn_of_cut
 
     with progress_bar("images") as report_progress:
-        report = check_table(path, allow_outside=allow_outside, report=report_progress, **options)
+        report = check_table(path, source=source, options=options, report=report_progress)
     print_table(Console(), count_table(report.counts), f"Rows in {path}")
     if report.leaks:
         groups = [" = ".join(map(str, group[:MAX_NAMED])) for group in report.leaks]

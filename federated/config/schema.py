@@ -21,6 +21,12 @@ from models.untrusted import PathText
 TASK_NAMES = ("classification", "zero_shot", "retrieval")
 """What ``models.tasks`` holds, which imports torch; plugins add others."""
 
+MODEL_FAMILIES = ("clip",)
+"""What ``federated.rounds.families`` holds, likewise."""
+
+ADAPTED = "_lora"
+"""Ends ``model.type`` where adapters train."""
+
 MAY_CHANGE = "may_change"
 """Mark of keys that may differ when a run goes on: they change no round, or no round that is done."""
 ON_RESUME: dict[str, Any] = {MAY_CHANGE: "resume"}
@@ -30,10 +36,13 @@ own, in a branch that says so."""
 
 
 class ModelSection(Section):
-    """Which CLIP, and what of it is fine-tuned."""
+    """Which model, and what of it is fine-tuned."""
 
-    type: Literal["clip", "clip_lora"] = "clip_lora"
-    """``clip_lora``: adapters train and travel; ``clip``: the weights that ``fine_tuning`` names do."""
+    type: str = "clip_lora"
+    """``clip_lora``: adapters train and travel; ``clip``: the weights that ``fine_tuning`` names do. Likewise
+    for another model family: its name, with ``_lora`` behind it for adapters."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the model family's own; CLIP has none."""
     model_name: PathText = "tiny"
     """``tiny`` (bundled), a hub name, a local folder in the hub's format, or ``open_clip:<architecture>``."""
     adapter: PathText | None = None
@@ -41,8 +50,8 @@ class ModelSection(Section):
     num_classes: int | None = Field(None, ge=2)
     """Checked against the data when given; taken from the data otherwise."""
     fine_tuning: str | None = None
-    """What trains and travels when ``type`` is ``clip``: full (the default), head_only or another key of
-    ``models.finetuning.STRATEGIES``; ``clip_lora`` trains adapters."""
+    """What trains and travels when ``type`` names no adapters: full (the default), or for CLIP head_only or
+    another key of ``models.finetuning.STRATEGIES``."""
     pretrained: bool = True
     """False: the same architecture with random weights, a control for what pre-training is worth."""
     device: str = Field("cpu", json_schema_extra=ON_RESUME)
@@ -50,13 +59,27 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen weights; adapters and head are float32 always."""
 
+    @field_validator("type")
+    @classmethod
+    def _type_is_known(cls, value: str) -> str:
+        families = (*MODEL_FAMILIES, *(name for _, name in added("model family")))
+        known = [name + ending for name in families for ending in ("", ADAPTED)]
+        if value not in known:
+            raise ValueError(no_such("model type", value, known))
+        return value
+
+    @property
+    def family(self) -> str:
+        """Name of the model family."""
+        return self.type.removesuffix(ADAPTED)
+
 
 class TaskSection(Section):
     """What is learnt and how it is scored."""
 
     name: str = "classification"
-    """A task of ``models.tasks.TASKS``: classification (by a linear head), zero_shot (by class prompts) or
-    retrieval (match images and captions)."""
+    """A task of ``models.tasks.TASKS``: for CLIP classification (by a linear head), zero_shot (by class
+    prompts) or retrieval (match images and captions)."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Prompts around a class name; their text embeddings are averaged."""
     train_head: bool = True
@@ -72,7 +95,7 @@ class TaskSection(Section):
 
 
 class DataSection(Section):
-    """Which images, and how they reach the model."""
+    """Which rows, and how they reach the model."""
 
     source: str = "fashion_mnist"
     """A registered source: fashion_mnist, emoji, digits, easy_vqa, emoji_vqa (embedded), csv …"""
@@ -338,18 +361,20 @@ class ExperimentConfig(Section):
                 f"{self.client.optimizer} has moments of its own"
             )
         if self.model.adapter is not None and not self.uses_adapters:
-            raise ValueError("model.adapter goes with model.type=clip_lora and lora.enabled=true")
-        if self.model.type == "clip_lora" and self.model.fine_tuning is not None:
             raise ValueError(
-                f"model.fine_tuning={self.model.fine_tuning} goes with model.type=clip; "
-                "model.type=clip_lora trains adapters"
+                f"model.adapter goes with model.type={self.model.family}{ADAPTED} and lora.enabled=true"
+            )
+        if self.model.type.endswith(ADAPTED) and self.model.fine_tuning is not None:
+            raise ValueError(
+                f"model.fine_tuning={self.model.fine_tuning} goes with model.type={self.model.family}; "
+                f"model.type={self.model.type} trains adapters"
             )
         return self
 
     @property
     def uses_adapters(self) -> bool:
         """Whether LoRA adapters are injected."""
-        return self.model.type == "clip_lora" and self.lora.enabled
+        return self.model.type.endswith(ADAPTED) and self.lora.enabled
 
     @property
     def cohort_size(self) -> int:

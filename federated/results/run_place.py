@@ -32,6 +32,7 @@ _ENDINGS = ("png", "svg", "pdf")
 _EVALUATION = (
     "evaluation_report.txt",
     "evaluation_results.json",
+    "predictions.csv",
     *(f"{name}.{end}" for name in _PICTURES for end in _ENDINGS),
 )
 _CHECKPOINT = ("manifest.json", "state.safetensors", "server.safetensors")

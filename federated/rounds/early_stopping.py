@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from federated.data.dataset import ImageTensors, image_tensors
 from federated.methods import ServerState
 from federated.rounds.batches import evaluate_rows
 from federated.rounds.global_model import load_global_state
@@ -100,14 +99,12 @@ class EarlyStopping:
 
     Attributes:
         run: Whose model is evaluated.
-        images: The validation rows.
         best: The best evaluation so far.
         metrics: Of the last evaluation, under their names in ``metrics.jsonl``.
         evaluated: The round that it was after.
     """
 
     run: Run
-    images: ImageTensors
     best: BestSoFar
     metrics: dict[str, float] = field(default_factory=dict)
     evaluated: int = -1
@@ -123,7 +120,7 @@ class EarlyStopping:
             return {}
         if self.evaluated != server_round:
             load_global_state(self.run, server_state)
-            found = evaluate_rows(self.run, self.images)
+            found = evaluate_rows(self.run, "validation")
             found.pop("num_examples", None)
             if self.best.metric not in found:
                 raise UserError(
@@ -164,8 +161,5 @@ def early_stopping(run: Run) -> EarlyStopping | None:
     section = run.config.federation.early_stopping
     if section.patience is None:
         return None
-    images = image_tensors(
-        run.data, "validation", run.model.preprocess, cache_bytes=run.config.data.cache_bytes
-    )
     best = BestSoFar(section.metric or run.headline_metric, section.patience, section.minimum_change)
-    return EarlyStopping(run, images, best)
+    return EarlyStopping(run, best)

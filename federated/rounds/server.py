@@ -142,7 +142,7 @@ def serve(
         display.run_started(
             config.federation.rounds,
             headline_metric=run.headline_metric,
-            notes=run.caches.notes,
+            notes=run.reader.notes,
         )
         if served.lines:
             display.rounds_before(served.lines)
@@ -345,7 +345,7 @@ def save_results(served: Served) -> dict[str, Any]:
         "rounds": last["server_round"],
         "seconds": round(time.perf_counter() - served.started, 3),
         "peak_memory_bytes": peak_memory_bytes(),
-        "caches": list(run.caches.notes),
+        "caches": list(run.reader.notes),
         "parameters": parameter_counts(run),
         "communication": communication_summary(served.ledger, model_sizes(run), bandwidth),
     }
