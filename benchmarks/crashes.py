@@ -195,13 +195,15 @@ def measure_overhead() -> None:
             memory: list[int] = []
             run = run_experiment(config, display=Watch(memory))  # type: ignore[arg-type]
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            first, last = (
-                statistics.median(x["seconds"] for x in part) for part in (lines[1:51], lines[-50:])
+            early, late = (
+                1000 * statistics.median(line["seconds"] for line in part)
+                for part in (lines[1:51], lines[-50:])
             )
+            before, after = memory[50] / 1e6, memory[-1] / 1e6
             print(
-                f"200 rounds, {method}: a round {first * 1000:.0f} ms in the first 50, {last * 1000:.0f} ms in the "
-                f"last 50; memory {memory[50] / 1e6:.0f} MB after round 50, {memory[-1] / 1e6:.0f} MB at the end"
+                f"200 rounds, {method}: {early:.0f} ms a round in the first 50, {late:.0f} ms in the last 50"
             )
+            print(f"    memory {before:.0f} MB after round 50, {after:.0f} MB at the end")
 
 
 class Watch:
