@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.crashes import TINY, results_of, tiny_config
 from federated.cli import main
 from federated.engines.simulation import run_experiment
 from federated.results.run_log import logged
 from federated.rounds import server
 from models.interrupts import StopRequested, stoppable, unstoppable
-from tests.crash_points import TINY, built_once, results_of, tiny_config
+from tests.crash_points import built_once
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,22 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.crashes import METHODS, continued, plain, results_of, tiny_config
 from federated.communication.ledger import Ledger
 from federated.engines.simulation import fork_experiment, resume_experiment, run_experiment
 from federated.rounds import server
-from federated.rounds.checkpoint import commits_of, read_commit, read_latest, round_of
+from federated.rounds.checkpoint import ServerCheckpoint, commits_of, read_commit, read_latest, round_of
 from federated.rounds.fingerprints import fingerprints
 from models.errors import NoRoomError, UserError
-from tests.crash_points import (
-    METHODS,
-    Stopped,
-    built_once,
-    continued,
-    failing_at,
-    results_of,
-    stop,
-    tiny_config,
-)
+from tests.crash_points import Stopped, built_once, failing_at, stop
 from tests.mutations import mutated_bytes
 
 
@@ -299,12 +291,12 @@ def _mutate(rng, folder: Path, originals: dict[Path, bytes]) -> list[Path]:
     return names
 
 
-def _values(content, states) -> object:
-    server_state = {name: tensor.tolist() for name, tensor in content.server.state.items()}
-    clients = {
-        client: {
-            k: {n: getattr(v, "tolist", lambda v=v: v)() for n, v in r.items()} for k, r in records.items()
-        }
-        for client, records in states.items()
-    }
-    return server_state, content.versions, content.ranks, content.parts, content.progress, clients
+def _values(content: ServerCheckpoint, states: object) -> object:
+    return (
+        plain(content.server.state),
+        content.versions,
+        content.ranks,
+        content.parts,
+        content.progress,
+        plain(states),
+    )
