@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from federated.rounds.families import register_model_family
     from federated.tools.export import export_model
     from federated.tools.front_door import RunResult, open_run, run
+    from federated.tools.predictor import Predictor
 
 __all__ = [
     "ExperimentConfig",
+    "Predictor",
     "RunResult",
     "export_model",
     "load_config",
@@ -56,6 +58,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "federated.rounds.families": ("register_model_family",),
     "federated.tools.export": ("export_model",),
     "federated.tools.front_door": ("RunResult", "open_run", "run"),
+    "federated.tools.predictor": ("Predictor",),
     "models.tasks": ("register_task",),
 }
 

@@ -56,6 +56,8 @@ class ModelSection(Section):
     """False: the same architecture with random weights, a control for what pre-training is worth."""
     device: str = Field("cpu", json_schema_extra=ON_RESUME)
     """Device of the model, as torch spells it: ``cpu``, ``cuda``, ``cuda:1``."""
+    cache_dir: PathText | None = None
+    """Folder in which downloaded models are kept and looked for; the hub's own when not given."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen weights; adapters and head are float32 always."""
 
@@ -175,6 +177,8 @@ class ClientSection(Section):
     """Weight decay of matrices (decoupled for ``adamw``, L2 for ``sgd``); biases and norms have none."""
     warmup_steps: int = Field(0, ge=0, json_schema_extra=ON_FORK)
     """Steps in which the learning rate rises linearly, counted anew in each round."""
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, json_schema_extra=ON_FORK)
+    """The same as a share of the steps: of a round's local steps, or of all steps of ``fedlora train``."""
     schedule: Literal["constant", "cosine"] = Field("constant", json_schema_extra=ON_FORK)
     """Learning rate after the warm-up: constant, or a cosine down to 0 at the round's last local step."""
     clip_norm: float | None = Field(None, gt=0, json_schema_extra=ON_FORK)
@@ -238,6 +242,8 @@ class TrainSection(Section):
     """Passes over the training data."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps in all; takes the place of ``epochs`` when given."""
+    save_every: int | None = Field(None, ge=1)
+    """Epochs between adapters that are kept in ``checkpoint-epoch-N/``; none when not given."""
     evaluate_every: int = Field(1, ge=1)
     """Epochs between evaluations; the last epoch is always evaluated."""
     keep_best: bool = True
@@ -359,6 +365,11 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"client.momentum={self.client.momentum} goes with client.optimizer=sgd; "
                 f"{self.client.optimizer} has moments of its own"
+            )
+        if self.client.warmup_steps and self.client.warmup_ratio:
+            raise ValueError(
+                f"client.warmup_steps={self.client.warmup_steps} and client.warmup_ratio="
+                f"{self.client.warmup_ratio} both say how long the warm-up is: leave one out"
             )
         if self.model.adapter is not None and not self.uses_adapters:
             raise ValueError(

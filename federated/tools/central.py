@@ -223,6 +223,15 @@ def close_epoch(training: Training, epoch: int, line: dict[str, Any], start: flo
     if epoch % every == 0 or epoch == last:
         line |= evaluate_epoch(training, epoch)
     line["seconds"] = round(time.perf_counter() - start, 3)
+    save_every = training.run.config.train.save_every
+    if save_every is not None and epoch and epoch % save_every == 0:
+        folder = training.folder.path / f"checkpoint-epoch-{epoch}"
+        save_adapter(
+            training.run,
+            folder,
+            server_round=epoch,
+            final=line.get(training.run.headline_metric),
+        )
     training.lines.append(line)
     training.folder.append_metrics(line)
     if training.display is not None:

@@ -79,7 +79,7 @@ AGREEMENT = 2e-3
 batch sizes and machines round differently, which moves a few images in ten thousand."""
 
 
-def evaluate_source(
+def evaluate_source(  # noqa: PLR0913 - the command's options; all but two are keyword-only
     source: str | Path,
     overrides: Sequence[str] = (),
     *,
@@ -88,6 +88,7 @@ def evaluate_source(
     split: str = "test",
     output: Path | None = None,
     overwrite: bool = False,
+    precision: str = "fp32",
     report: Report = quiet,
 ) -> tuple[Path, str]:
     """Evaluate a run, or a configuration with an adapter or without.
@@ -101,6 +102,7 @@ def evaluate_source(
         output: Where files go; ``evaluation_<split>`` inside the run by default, or
             ``<name>-evaluation_<split>`` under ``output.root``.
         overwrite: Replace the files of an earlier evaluation.
+        precision: Of the forward passes: "fp32", "bf16" or "fp16" (autocast).
         report: Told about the progress, after each batch.
 
     Returns:
@@ -136,6 +138,11 @@ def evaluate_source(
         check_can_score(experiment)
         check_split(experiment, split)
         trained = load_trained(experiment, run, adapter, any_base=any_base)
+        model = unwrap(experiment.model)
+        if hasattr(model, "precision"):
+            model.precision = precision
+        elif precision != "fp32":
+            raise UserError(f"--precision {precision}: model.type={config.model.type} computes in fp32 alone")
         detailed = evaluate_in_detail(experiment, split, report)
     saw_the_same = split == "test" and not overrides and config.evaluation.max_samples is None
     if run is not None and adapter is None and saw_the_same:
