@@ -113,6 +113,7 @@ class _Layouts:
         self._beside = self._auxiliary if train else {}
         self._downlinks: dict[tuple[int, int | None], Layout] = {}
         self._starts: dict[int | None, State] = {}
+        self._trained: dict[int | None, State] = {}
 
     def profile(self, client_id: int) -> ClientProfile:
         rank = rank_of(self._plan, client_id)
@@ -146,9 +147,10 @@ class _Layouts:
 
     def update(self, client_id: int) -> Update:
         profile, start = self.profile(client_id), self.start(client_id)
-        scaling = profile.scaling or self._server.scaling
-        changes = any_values(start)
-        trained = {name: value + changes[name] for name, value in start.items()}
+        if profile.rank not in self._trained:
+            changes = any_values(start)
+            self._trained[profile.rank] = {name: value + changes[name] for name, value in start.items()}
+        trained, scaling = self._trained[profile.rank], profile.scaling or self._server.scaling
         return Update(client_id, 1, trained, scaling, profile.rank, start, self._auxiliary)
 
 
