@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from federated.commands import data, exporting, inference, train_and_evaluate
+from federated.commands import checking, data, exporting, inference, status, sweep, train_and_evaluate
 from federated.commands.importing import PluginsOption, modules_that_stay
 from federated.commands.json_output import JsonOption, print_json
 from federated.config.plugins import load_plugins, plugins_at_fault
@@ -175,6 +175,9 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The f
 
 app.command()(train_and_evaluate.train)
 app.command()(train_and_evaluate.evaluate)
+app.command()(status.status)
+app.command()(checking.doctor)
+app.command()(sweep.sweep)
 inference.register(app)
 app.command()(exporting.export)
 app.add_typer(data.app, name="data")

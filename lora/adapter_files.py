@@ -198,6 +198,12 @@ def read_notes(folder: Path) -> tuple[tuple[str, ...] | None, dict[str, Any]]:
     return None, notes
 
 
+def num_head_classes(found: AdapterFile) -> int:
+    """Return how many outputs the head in an adapter file has; 0 without one."""
+    outputs = (found.head.get(name) for name in ("head.weight", "head.lora_B.weight"))
+    return next((int(tensor.shape[0]) for tensor in outputs if tensor is not None), 0)
+
+
 def names_of_classes(metadata: Mapping[str, Any], source: str | Path) -> tuple[str, ...] | None:
     """Return the classes of the head, in order, from a file's metadata; None where it does not say.
 

@@ -105,17 +105,20 @@ def find_towers(model: nn.Module) -> Towers:
     """The towers of a federated model, or of a bare CLIP in the Hugging Face or open_clip layout.
 
     Raises:
-        UserError: the model has neither layout.
+        UserError: the model has neither layout, and names no towers of its own.
     """
     root = unwrap(model)
     towers = getattr(root, "towers", None)
-    if isinstance(towers, Towers):
+    if isinstance(towers, Towers) and (towers.vision or towers.text):
         return towers
     if hasattr(root, "vision_model") and hasattr(root, "text_model"):
         return HUGGINGFACE_TOWERS
     if hasattr(root, "visual") and hasattr(root, "transformer"):
         return Towers("open_clip", vision=("visual",), text=("transformer",), default_targets=("attn",))
-    raise UserError(f"{type(root).__name__} has no CLIP towers; pass a FederatedCLIPModel or a bare CLIP")
+    raise UserError(
+        f"{type(root).__name__} has no towers that could carry adapters; pass a federated model that names "
+        "its towers, or a bare CLIP"
+    )
 
 
 def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, Any]]:
@@ -182,12 +185,14 @@ def get_lora_state_dict(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -
 def set_lora_state_dict(
     model: nn.Module, state: Mapping[str, torch.Tensor], adapter_name: str = DEFAULT_ADAPTER
 ) -> None:
-    """Copy factors into the model, in place.
+    """Copy factors into the model, in place; names may leave out the prefix of the CLIP in the model.
 
     Raises:
         UserError: names or shapes differ from the model's; the message names the first few.
     """
     parameters = adapter_parameters(model, adapter_name)
+    _, prefix = clip_of(model)
+    state = {name if name in parameters else prefix + name: value for name, value in state.items()}
     check_same_layout(parameters, state)
     for name, parameter in parameters.items():
         parameter.copy_(state[name])

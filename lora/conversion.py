@@ -26,7 +26,7 @@ from peft import LoraConfig
 from torch import nn
 
 from lora.adapter_files import AdapterFile
-from lora.adapters import adapter_layers, clip_of, factor_of, find_towers
+from lora.adapters import adapter_layers, clip_of, factor_of, factor_pairs, find_towers
 from lora.attention import FusedAttentionLoRA
 from lora.config import MAX_RANK, LoRAConfig, TowerOverride
 from lora.peft_settings import check_peft_settings
@@ -36,7 +36,7 @@ from models.state import State
 from models.untrusted import parsing, read_pt
 
 _KEY = re.compile(
-    r"(?:module\.)?(?P<visual>visual\.)?transformer\.resblocks\.(?P<block>[0-9]{1,4})\.lora_(?P<part>q|k|v|out)"
+    r"(?P<visual>visual\.)?transformer\.resblocks\.(?P<block>[0-9]{1,4})\.lora_(?P<part>q|k|v|out)"
     r"\.lora_(?P<factor>[AB])"
 )
 _UNTOUCHED = {
@@ -53,6 +53,21 @@ N = TypeVar("N", int, float)
 Blocks = dict[
     tuple[str, int], dict[str, dict[str, torch.Tensor]]
 ]  # (tower, block) -> part -> "A"/"B" -> factor
+
+
+def is_pt(path: Path) -> bool:
+    """Whether a path is that of a `.pt` file and not of an adapter folder."""
+    return path.suffix in {".pt", ".pth"}
+
+
+def base_named_in(path: Path) -> str:
+    """Return the base model that a `.pt` file names, "" if it does not.
+
+    Raises:
+        UserError: as `read_converted`.
+    """
+    content, _, _ = _parts(path)
+    return str(content.get("model_name", content["lora_config"].get("model_name", "")))
 
 
 def read_converted(path: Path, model: nn.Module, *, fused: bool = False) -> AdapterFile:
@@ -86,6 +101,8 @@ def read_converted(path: Path, model: nn.Module, *, fused: bool = False) -> Adap
     metadata: dict[str, Any] = {key: content[key] for key in ("epoch", "metrics") if key in content}
     name = str(content.get("model_name", config.get("model_name", "")))
     found = AdapterFile(path, {}, base_model=name, metadata=metadata, base=base)
+    if not any(_KEY.fullmatch(key) for key in factors) and all(map(factor_of, factors)) and factors:
+        return _as_named(found, factors, common)
     return _named(found, _grouped(path, factors, rank), model, common, fused=fused)
 
 
@@ -108,6 +125,14 @@ def _named(
     return replace(found, state=dict(sorted(state.items())), peft_config=peft_config, lora_config=ours)
 
 
+def _as_named(found: AdapterFile, factors: Mapping[str, Any], common: dict[str, Any]) -> AdapterFile:
+    """Take factors under the names that `get_lora_state_dict` gave them."""
+    state = {name: _values(found.folder, name, tensor) for name, tensor in factors.items()}
+    targets = "|".join(re.escape(pair.module) for pair in factor_pairs(state))
+    peft_config = LoraConfig(target_modules=targets, **common)
+    return replace(found, state=dict(sorted(state.items())), peft_config=peft_config)
+
+
 def _parts(path: Path) -> tuple[dict[str, Any], Mapping[str, torch.Tensor], State]:
     """The content of a file, its factors, and its base weights if it holds every weight."""
     content = read_pt(path)
@@ -121,9 +146,12 @@ def _parts(path: Path) -> tuple[dict[str, Any], Mapping[str, torch.Tensor], Stat
                 f"{path} has no {wanted}; expected a dict with 'lora_state_dict' and 'lora_config'"
             )
     assert key is not None
+    state = {
+        str(name).removeprefix("module.").removeprefix("clip."): tensor
+        for name, tensor in content[key].items()
+    }
     if key == "lora_state_dict":
-        return content, content[key], {}
-    state = {str(name).removeprefix("module."): tensor for name, tensor in content[key].items()}
+        return content, state, {}
     base = {name: tensor for name, tensor in state.items() if factor_of(name) is None}
     return (
         content,

@@ -31,7 +31,7 @@ from lora.base_check import check_base_model
 from lora.base_delta_file import fitting_base_delta, set_base_delta
 from lora.base_identity import forget_base_digests
 from lora.biases import trained_in_base
-from lora.conversion import check_base_weights, read_converted
+from lora.conversion import check_base_weights, is_pt, read_converted
 from lora.injection import BeforeLoRA, inject_from_peft, inject_lora
 from lora.switching import (
     merge_and_unload,
@@ -98,7 +98,7 @@ def load_full_checkpoint(model: nn.Module, folder: str | Path) -> dict[str, Any]
 def read_any(model: nn.Module, source: str | Path, *, fused: bool = False) -> AdapterFile:
     """Read a PEFT folder, or convert a `.pt` file to this model's layer names (as `read_converted` does)."""
     path = Path(source)
-    return read_converted(path, model, fused=fused) if path.suffix in {".pt", ".pth"} else read_adapter(path)
+    return read_converted(path, model, fused=fused) if is_pt(path) else read_adapter(path)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,16 @@ from typing import Any
 
 from torch import nn
 
-from lora.adapters import FACTORS, adapter_layers, clip_of, exchanged_names, unwrap
+from lora.adapters import (
+    FACTORS,
+    adapter_layers,
+    clip_of,
+    exchanged_names,
+    find_towers,
+    is_adapter_parameter,
+    unwrap,
+    wire_name,
+)
 from lora.base_delta_file import pretrained_base_weights
 from lora.base_identity import forget_base_digests, hold_base_digests
 from lora.biases import forget_base_values, use_base_values, use_trained_values
@@ -105,6 +114,24 @@ def unmerge_lora(model: nn.Module) -> None:
     for _, layer in adapter_layers(model):
         if layer.merged:
             layer.unmerge()
+
+
+def lock_tower(model: nn.Module, tower: str) -> None:
+    """Let the base weights of a tower neither train nor travel; adapters in it go on.
+
+    Args:
+        model: A wrapper, a federated model or a bare CLIP; changed in place.
+        tower: "vision" or "text".
+    """
+    root = unwrap(model)
+    (_, prefix), towers = clip_of(root), find_towers(root)
+    locked = set()
+    for name, parameter in root.named_parameters():
+        if towers.tower_of(name.removeprefix(prefix)) == tower and not is_adapter_parameter(name):
+            parameter.requires_grad_(False)
+            locked.add(wire_name(name))
+    if hasattr(root, "set_exchanged"):
+        root.set_exchanged(name for name in root.exchanged_names if name not in locked)
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from flwr.app import Message, Metadata
 from real_federation import NUM_CLIENTS, small_config
 from small_run import lines_without_times
 
+from benchmarks.unreliable import faulty, outcomes
 from federated.communication.ledger import Ledger
 from federated.config.config_files import load_config
 from federated.config.faults_and_clock import FaultsSection
@@ -44,6 +45,7 @@ REASONS = {
     "lying_examples": "examples, but its shard has",
     "torn_payload": "cannot be read",
     "duplicate": "sent its update again; it counts once",
+    "late": "its reply came late",
 }
 UPLINKS = {"dropout": [], "duplicate": ["ok", "ok"], **dict.fromkeys(FAULTS[1:3], ["failed"])}
 
@@ -69,6 +71,7 @@ class LossyGrid(InProcessGrid):
 
 def with_faults(run: Run, *overrides: str, **shares: float) -> Run:
     given = [f"faults.{fault}={share}" for fault, share in shares.items()]
+    given += ["clock.deadline_seconds=60"] if "late" in shares else []
     config = small_config("federation.rounds=2", "output.report=false", *given, *overrides)
     parts: dict[str, Any] = {"aggregator": build_aggregator(config), "clients": client_settings(config)}
     parts["training_settings"] = training_settings(config)
@@ -102,6 +105,11 @@ def test_who_is_struck_depends_on_seed_round_and_client_alone() -> None:
     again = FaultPlan(0, {"dropout": 0.3, "duplicate": 0.3})
     assert {key: again.of(*key) for key in reversed(struck)} == struck
     assert {key: FaultPlan(1, plan.shares).of(*key) for key in struck} != struck
+
+
+def test_a_late_reply_needs_a_deadline() -> None:
+    with pytest.raises(UserError, match=r"faults\.late=0\.1 .* set clock\.deadline_seconds"):
+        load_config("quickstart", ["faults.late=0.1", "clock.latency_seconds=1"])
 
 
 def test_shares_beyond_all_messages_are_refused() -> None:
@@ -150,7 +158,7 @@ def test_a_reply_that_comes_twice_changes_nothing_of_the_model(clean: Run, tmp_p
     assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
-@pytest.mark.parametrize("fault", ["dropout", "crash_after_training", "not_finite", "lying_examples"])
+@pytest.mark.parametrize("fault", ["dropout", "crash_after_training", "not_finite", "late"])
 def test_clients_that_fail_leave_the_round_to_the_others(fault: str, clean: Run, tmp_path: Path) -> None:
     run = with_faults(clean, **{fault: 0.5})
     _, _, found, _ = play(run, tmp_path / "faulty")
@@ -181,7 +189,7 @@ def test_spoilt_values_are_refused_whatever_the_codec(uplink: str, clean: Run, t
 
 @pytest.mark.parametrize("engine", ["engine.workers=2", "engine.batched_clients=2"])
 def test_every_engine_strikes_the_same_clients(engine: str, tmp_path: Path) -> None:
-    shares = [f"faults.{fault}=0.08" for fault in FAULTS]
+    shares = [*(f"faults.{fault}=0.08" for fault in FAULTS), "clock.deadline_seconds=60"]
     found = {}
     for name in ("engine.workers=1", engine):
         config = small_config(
@@ -195,3 +203,21 @@ def test_every_engine_strikes_the_same_clients(engine: str, tmp_path: Path) -> N
     assert one == two
     if "workers" in engine:
         assert ours == other
+
+
+def test_every_message_of_a_run_with_all_faults_has_one_outcome(clean: Run, tmp_path: Path) -> None:
+    overrides = [*faulty(0.7), "federation.rounds=4"]
+    config = small_config(*overrides, "output.report=false")
+    play(dataclasses.replace(clean, config=config), tmp_path / "run")
+    found = outcomes(config, tmp_path / "run")
+    assert found.total() == NUM_CLIENTS * 4 + found["evaluated"]
+    assert len(found) > 5
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    struck = next(n for n, line in enumerate(lines) if json.loads(line)["failed"])
+    forgotten = json.loads(lines[struck])
+    forgotten["failed"].pop()
+    lines[struck] = json.dumps(forgotten)
+    metrics.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="was planned"):
+        outcomes(config, tmp_path / "run")

@@ -100,7 +100,7 @@ def test_evaluation_traffic_is_counted(quick_run: Path) -> None:
 def test_the_adapter_loads_in_plain_peft_and_gives_the_same_features(quick_run: Path) -> None:
     experiment = build_run(load_config(quick_run / "config.yaml"))
     experiment.model.set_state(load_file(quick_run / "checkpoint" / "state.safetensors"))
-    pixel_values = experiment.test_images.pixel_values(range(8))
+    pixel_values = experiment.reader.test_images.pixel_values(range(8))
     plain = PeftModel.from_pretrained(
         transformers.CLIPModel.from_pretrained(TINY_FOLDER), quick_run / "adapter"
     )

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from federated.commands.importing import PluginsOption, modules_that_stay
+from federated.commands.importing import PluginsOption, Precision, modules_that_stay
 from federated.commands.json_output import JsonOption, print_json
 from federated.config.plugins import load_plugins
 from federated.results.console import BarsDisplay, print_notes, print_where
@@ -84,6 +84,9 @@ def evaluate(  # noqa: PLR0913 - the command's options
     ] = None,
     as_json: JsonOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier evaluation.")] = False,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the forward passes: bf16 and fp16 are half (autocast).")
+    ] = Precision.fp32,
     plugin: PluginsOption = None,
 ) -> None:
     """Evaluate a trained model: per-class report, confusion matrix, or recalls for retrieval.
@@ -110,6 +113,7 @@ def evaluate(  # noqa: PLR0913 - the command's options
             split=split,
             output=output,
             overwrite=overwrite,
+            precision=precision.value,
             report=report_progress,
         )
     if as_json:

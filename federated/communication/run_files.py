@@ -46,6 +46,8 @@ class RoundLine(_Part):
 
     server_round: Round
     seconds: Number | None = None
+    simulated_seconds: Number | None = None
+    simulated_seconds_total: Number | None = None
     cohort: list[Count] | None = None
     clients: dict[ClientKey, _ClientValues] | None = None
     failed: list[_Failed] | None = None
@@ -102,6 +104,8 @@ class Summary(_Part):
     best: Number | None = None
     rounds: Round | None = None
     seconds: Number | None = None
+    simulated_seconds: Number | None = None
+    stopped: str | None = None
     peak_memory_bytes: Count | None = None
     parameters: _Parameters | None = None
     communication: _Communication = _Communication()

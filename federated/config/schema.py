@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from federated.config.augmentation_options import augmentation_from
 from federated.config.choices import no_such
-from federated.config.faults_and_clock import FaultsSection
+from federated.config.faults_and_clock import ClockSection, FaultsSection
 from federated.config.section import Section
 from lora.config import MAX_RANK, LoRAConfig
 from models.registration import added
@@ -21,12 +21,21 @@ from models.untrusted import PathText
 TASK_NAMES = ("classification", "zero_shot", "retrieval")
 """What ``models.tasks`` holds, which imports torch; plugins add others."""
 
+MODEL_FAMILIES = ("clip",)
+"""What ``federated.rounds.families`` holds, likewise."""
+
+ADAPTED = "_lora"
+"""Ends ``model.type`` where adapters train."""
+
 
 class ModelSection(Section):
-    """Which CLIP, and what of it is fine-tuned."""
+    """Which model, and what of it is fine-tuned."""
 
-    type: Literal["clip", "clip_lora"] = "clip_lora"
-    """``clip_lora``: adapters train and travel; ``clip``: the weights that ``fine_tuning`` names do."""
+    type: str = "clip_lora"
+    """``clip_lora``: adapters train and travel; ``clip``: the weights that ``fine_tuning`` names do. Likewise
+    for another model family: its name, with ``_lora`` behind it for adapters."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the model family's own; CLIP has none."""
     model_name: PathText = "tiny"
     """``tiny`` (bundled), a hub name, a local folder in the hub's format, or ``open_clip:<architecture>``."""
     adapter: PathText | None = None
@@ -34,22 +43,38 @@ class ModelSection(Section):
     num_classes: int | None = Field(None, ge=2)
     """Checked against the data when given; taken from the data otherwise."""
     fine_tuning: str | None = None
-    """What trains and travels when ``type`` is ``clip``: full (the default), head_only or another key of
-    ``models.finetuning.STRATEGIES``; ``clip_lora`` trains adapters."""
+    """What trains and travels when ``type`` names no adapters: full (the default), or for CLIP head_only or
+    another key of ``models.finetuning.STRATEGIES``."""
     pretrained: bool = True
     """False: the same architecture with random weights, a control for what pre-training is worth."""
     device: str = "cpu"
     """Device of the model, as torch spells it: ``cpu``, ``cuda``, ``cuda:1``."""
+    cache_dir: PathText | None = None
+    """Folder in which downloaded models are kept and looked for; the hub's own when not given."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen weights; adapters and head are float32 always."""
+
+    @field_validator("type")
+    @classmethod
+    def _type_is_known(cls, value: str) -> str:
+        families = (*MODEL_FAMILIES, *(name for _, name in added("model family")))
+        known = [name + ending for name in families for ending in ("", ADAPTED)]
+        if value not in known:
+            raise ValueError(no_such("model type", value, known))
+        return value
+
+    @property
+    def family(self) -> str:
+        """Name of the model family."""
+        return self.type.removesuffix(ADAPTED)
 
 
 class TaskSection(Section):
     """What is learnt and how it is scored."""
 
     name: str = "classification"
-    """A task of ``models.tasks.TASKS``: classification (by a linear head), zero_shot (by class prompts) or
-    retrieval (match images and captions)."""
+    """A task of ``models.tasks.TASKS``: for CLIP classification (by a linear head), zero_shot (by class
+    prompts) or retrieval (match images and captions)."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Prompts around a class name; their text embeddings are averaged."""
     train_head: bool = True
@@ -65,7 +90,7 @@ class TaskSection(Section):
 
 
 class DataSection(Section):
-    """Which images, and how they reach the model."""
+    """Which rows, and how they reach the model."""
 
     source: str = "fashion_mnist"
     """A registered source: fashion_mnist, emoji, digits, easy_vqa, emoji_vqa (embedded), csv …"""
@@ -100,6 +125,17 @@ class PartitionSection(Section):
     """Part of each shard that its client keeps for its own evaluation and never trains on."""
 
 
+class EarlyStoppingSection(Section):
+    """When training ends before its last epoch or round: the validation split decides."""
+
+    patience: int | None = Field(None, ge=1)
+    """Evaluations without an improvement after which training stops; never before the end when not given."""
+    metric: str | None = None
+    """Metric of the validation split; the task's headline metric when not given. A loss is better lower."""
+    minimum_change: float = Field(0.0, ge=0)
+    """An improvement must be larger than this to count."""
+
+
 class FederationSection(Section):
     """Rounds and cohorts."""
 
@@ -112,6 +148,7 @@ class FederationSection(Section):
     worker is ended then; without workers a running client ends late."""
     keep_best: bool = True
     """Keep the best round's adapter in ``adapter_best/``; the server's test rows choose, so flatter it."""
+    early_stopping: EarlyStoppingSection = EarlyStoppingSection()
 
 
 class ClientSection(Section):
@@ -133,6 +170,8 @@ class ClientSection(Section):
     """Weight decay of matrices (decoupled for ``adamw``, L2 for ``sgd``); biases and norms have none."""
     warmup_steps: int = Field(0, ge=0)
     """Steps in which the learning rate rises linearly, counted anew in each round."""
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """The same as a share of the steps: of a round's local steps, or of all steps of ``fedlora train``."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or a cosine down to 0 at the round's last local step."""
     clip_norm: float | None = Field(None, gt=0)
@@ -189,17 +228,6 @@ class CommunicationSection(Section):
     """True when clients already hold the base model; the one-off base is stated separately either way."""
 
 
-class EarlyStoppingSection(Section):
-    """When training ends before its last epoch: the validation split decides."""
-
-    patience: int | None = Field(None, ge=1)
-    """Evaluations without an improvement after which training stops; never before the end when not given."""
-    metric: str | None = None
-    """Metric of the validation split; the task's headline metric when not given. A loss is better lower."""
-    minimum_change: float = Field(0.0, ge=0)
-    """An improvement must be larger than this to count."""
-
-
 class TrainSection(Section):
     """``fedlora train``: one client that holds all the data, with the settings of ``client``."""
 
@@ -207,6 +235,8 @@ class TrainSection(Section):
     """Passes over the training data."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps in all; takes the place of ``epochs`` when given."""
+    save_every: int | None = Field(None, ge=1)
+    """Epochs between adapters that are kept in ``checkpoint-epoch-N/``; none when not given."""
     evaluate_every: int = Field(1, ge=1)
     """Epochs between evaluations; the last epoch is always evaluated."""
     keep_best: bool = True
@@ -303,6 +333,8 @@ class ExperimentConfig(Section):
     communication: CommunicationSection = CommunicationSection()
     evaluation: EvaluationSection = EvaluationSection()
     faults: FaultsSection = FaultsSection()
+    clock: ClockSection | None = None
+    """Simulated time; none when not given."""
     cache: CacheSection = CacheSection()
     engine: EngineSection = EngineSection()
     output: OutputSection = OutputSection()
@@ -315,25 +347,36 @@ class ExperimentConfig(Section):
                 f"federation.cohort_size is {cohort} but partition.num_clients is {clients}: "
                 f"sample at most {clients} clients a round, or make more clients"
             )
+        if self.faults.late and (self.clock is None or self.clock.deadline_seconds is None):
+            raise ValueError(
+                f"faults.late={self.faults.late:g} is late against a deadline: set clock.deadline_seconds"
+            )
         default = ClientSection.model_fields["momentum"].default
         if self.client.optimizer != "sgd" and self.client.momentum != default:
             raise ValueError(
                 f"client.momentum={self.client.momentum} goes with client.optimizer=sgd; "
                 f"{self.client.optimizer} has moments of its own"
             )
-        if self.model.adapter is not None and not self.uses_adapters:
-            raise ValueError("model.adapter goes with model.type=clip_lora and lora.enabled=true")
-        if self.model.type == "clip_lora" and self.model.fine_tuning is not None:
+        if self.client.warmup_steps and self.client.warmup_ratio:
             raise ValueError(
-                f"model.fine_tuning={self.model.fine_tuning} goes with model.type=clip; "
-                "model.type=clip_lora trains adapters"
+                f"client.warmup_steps={self.client.warmup_steps} and client.warmup_ratio="
+                f"{self.client.warmup_ratio} both say how long the warm-up is: leave one out"
+            )
+        if self.model.adapter is not None and not self.uses_adapters:
+            raise ValueError(
+                f"model.adapter goes with model.type={self.model.family}{ADAPTED} and lora.enabled=true"
+            )
+        if self.model.type.endswith(ADAPTED) and self.model.fine_tuning is not None:
+            raise ValueError(
+                f"model.fine_tuning={self.model.fine_tuning} goes with model.type={self.model.family}; "
+                f"model.type={self.model.type} trains adapters"
             )
         return self
 
     @property
     def uses_adapters(self) -> bool:
         """Whether LoRA adapters are injected."""
-        return self.model.type == "clip_lora" and self.lora.enabled
+        return self.model.type.endswith(ADAPTED) and self.lora.enabled
 
     @property
     def cohort_size(self) -> int:

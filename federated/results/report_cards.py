@@ -81,6 +81,8 @@ def notices(run: RunRecord) -> list[str]:
             "This run has no summary.json: it did not finish, or is still running. "
             "Figures are as far as it went."
         )
+    if stopped := run.summary.get("stopped"):
+        found.append(f"{stopped[0].upper()}{stopped[1:]}.")
     recorded = run.summary.get("communication", {}).get("total_wire_bytes")
     counted = run.ledger.total().wire_bytes
     if len(run.ledger) and recorded is not None and recorded != counted:
@@ -165,8 +167,11 @@ def _saving_card(run: RunRecord) -> Card | None:
 
 def _time_card(run: RunRecord) -> Card:
     notes = [f"{count_steps(run.kind, run.headline['rounds'])} on this machine"]
+    simulated = run.metrics[-1].get("simulated_seconds_total") if run.metrics else None
     link = run.summary.get("communication", {}).get("seconds_at_bandwidth")
-    if link:
+    if simulated is not None:
+        notes.append(f"simulated, on the clients' own links and devices: {format_seconds(simulated)}")
+    elif link:
         notes.append(
             f"sending alone, clients in parallel: {format_seconds(link['uplink_seconds'])} up at "
             f"{link['uplink_mbps']:g} Mbit/s, {format_seconds(link['downlink_seconds'])} down at "

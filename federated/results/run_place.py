@@ -32,6 +32,7 @@ _ENDINGS = ("png", "svg", "pdf")
 _EVALUATION = (
     "evaluation_report.txt",
     "evaluation_results.json",
+    "predictions.csv",
     *(f"{name}.{end}" for name in _PICTURES for end in _ENDINGS),
 )
 WRITTEN = (
@@ -44,6 +45,7 @@ WRITTEN = (
     ),
     *(f"checkpoint/{name}" for name in ("manifest.json", "state.safetensors", "server.safetensors")),
     *(f"{folder}/{name}" for folder in ("adapter", "adapter_best") for name in _WEIGHTS),
+    *(f"checkpoint-epoch-*/{name}" for name in _WEIGHTS),
     *(f"evaluation_{split}/{name}" for split in ("test", "validation") for name in _EVALUATION),
 )
 """Patterns of what runs, reports and evaluations leave in a run's folder: all that --overwrite removes."""
@@ -235,14 +237,14 @@ def _entries(path: Path) -> Iterator[tuple[str, bool]]:
         for name in sorted(folders):
             folder = Path(place) / name
             relative = folder.relative_to(path).as_posix()
-            plain = _settled_name(relative) + "/"
-            yield relative, not folder.is_symlink() and any(known.startswith(plain) for known in WRITTEN)
+            yield relative, not folder.is_symlink() and _is_written(relative, is_folder=True)
 
 
-def _is_written(relative: str) -> bool:
+def _is_written(relative: str, *, is_folder: bool = False) -> bool:
     parts = PurePosixPath(_settled_name(relative)).parts
     return any(
-        len(parts) == len(known) and all(map(fnmatchcase, parts, known))
+        (len(parts) < len(known) if is_folder else len(parts) == len(known))
+        and all(map(fnmatchcase, parts, known))
         for known in (PurePosixPath(pattern).parts for pattern in WRITTEN)
     )
 

@@ -23,6 +23,7 @@ from federated.results.wording import (
 MAX_EXTRA_METRICS = 6
 ERROR = "aggregation_error"
 _OF_CLIENTS = ("clients", "failed", "up MB", "down MB", "total MB")
+SIMULATED = "simulated seconds"
 _NOT_METRICS = frozenset({"server_round", "seconds", "loss", "train_loss"})
 
 
@@ -62,13 +63,12 @@ def round_table(metrics: Sequence[Mapping[str, Any]], metric: str, ledger: Ledge
     shown = [metric, *extra, *(key for key in ("loss", "train_loss") if key != metric)]
     shown += [ERROR] if any(line.get(ERROR) is not None for line in metrics) else []
     kind = kind_of(metrics)
-    columns = (kind.step, *map(metric_label, shown), *_OF_CLIENTS, "seconds")
+    columns = (kind.step, *map(metric_label, shown), *_OF_CLIENTS, "seconds", SIMULATED)
     sent = _bytes_by_round(metrics, ledger)
     so_far, rows = 0, []
     for line in metrics:
         uplink, downlink = sent.get(line["server_round"], (None, None))
         so_far += (uplink or 0) + (downlink or 0)
-        seconds = line.get("seconds")
         rows.append(
             (
                 str(line["server_round"]),
@@ -78,11 +78,18 @@ def round_table(metrics: Sequence[Mapping[str, Any]], metric: str, ledger: Ledge
                 format_megabytes(uplink),
                 format_megabytes(downlink),
                 format_megabytes(so_far),
-                f"{seconds:.1f}" if seconds is not None else MISSING,
+                _one_decimal(line.get("seconds")),
+                _one_decimal(line.get("simulated_seconds")),
             )
         )
     table = TextTable(columns, tuple(rows), optional=tuple(map(metric_label, (ERROR, *reversed(extra)))))
+    if not any("simulated_seconds" in line for line in metrics):
+        table = table.without(SIMULATED)
     return table if kind.has_clients else table.without(*_OF_CLIENTS)
+
+
+def _one_decimal(seconds: float | None) -> str:
+    return MISSING if seconds is None else f"{seconds:.1f}"
 
 
 def _extra_metrics(metrics: Sequence[Mapping[str, Any]], metric: str) -> list[str]:

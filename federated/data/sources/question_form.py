@@ -20,8 +20,6 @@ MEANING: Mapping[str, Any] = {
     "image_column": "image",
     "caption_column": None,
     "picture_column": PICTURE,
-    "question_column": QUESTION,
-    "answer_column": ANSWER,
 }
 """Fields of ``FederatedData`` that all sources of questions share."""
 

@@ -23,6 +23,7 @@ from federated.data.sources.emoji_scenes import emoji_vqa
 from federated.data.sources.folder_scan import ClassFiles, scan_folder
 from federated.data.sources.form import FederatedData, image_dataset, readable_images, split_off
 from federated.data.sources.hub_source import hub
+from federated.data.sources.question_csv import vqa_csv
 from models.errors import UserError
 from models.registration import registering
 
@@ -190,6 +191,7 @@ SOURCES: dict[str, Source] = {
     "hub": hub,
     "easy_vqa": easy_vqa,
     "emoji_vqa": emoji_vqa,
+    "vqa_csv": vqa_csv,
 }
 """Name -> function (rng, **options) -> FederatedData."""
 
