@@ -157,6 +157,9 @@ class LocalTrainer:
     """The optimizer and schedule of the client that is training now.
 
     Lives across clients; `reset` starts the next one.
+
+    Attributes:
+        keeps_gradients: Whether those of a step stay until the next one, to be looked at.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], settings: TrainingSettings) -> None:
@@ -178,6 +181,7 @@ class LocalTrainer:
         self.extra_loss: Callable[[], Tensor] | None = None
         self.steps_done = 0
         self.num_steps = 1
+        self.keeps_gradients = False
 
     def fits(self, parameters: Sequence[nn.Parameter], settings: TrainingSettings) -> bool:
         """Whether this optimizer can serve these parameters and settings after a reset."""
@@ -213,6 +217,7 @@ class LocalTrainer:
         self.extra_loss = extra_loss
         self.num_steps = num_steps
         self.steps_done = 0
+        self.keeps_gradients = False
         self.scaler = torch.amp.GradScaler("cuda") if settings.precision == "fp16" else None
 
     def step(self, loss_of: Callable[[Batch], Tensor], batch: Batch) -> float:
@@ -225,12 +230,15 @@ class LocalTrainer:
         Returns:
             The loss before the step, averaged over the batch.
         """
+        if self.keeps_gradients:
+            self._drop_gradients()
         rate = learning_rate_at(self.settings, self.steps_done, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = self._accumulate_gradients(loss_of, batch)
         self._apply_gradients()
-        self._drop_gradients()
+        if not self.keeps_gradients:
+            self._drop_gradients()
         self.steps_done += 1
         return float(loss)
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +19,7 @@ from models.untrusted import parse_yaml
 
 if TYPE_CHECKING:
     from federated.data.folders import FolderReport
+    from federated.data.question_check import QuestionReport
     from federated.data.table_check import TableReport
 
 app = typer.Typer(
@@ -39,7 +40,8 @@ def check(
     options: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="For tables: data.options.label_column=kind and so on."
+            metavar="[KEY=VALUE]...",
+            help="Of a table: data.options.image_column=Image, or image_dir=pictures.",
         ),
     ] = None,
     *,
@@ -54,21 +56,23 @@ def check(
     """Look at every image of a folder: structure, corrupt files, class balance, doubles across splits.
 
     A csv file, a folder of them, a folder of parquet files and what save_to_disk wrote are looked at
-    likewise: rows, images, captions. Ends with exit code 0 if a run can use the folder, and with 2 if not.
+    likewise: rows, images, captions or questions. Ends with exit code 0 if a run can use the folder, and
+    with 2 if not.
 
     Example: fedlora data check my_images
 
     Example: fedlora data check my_images/all.csv data.options.caption_column=text
-    """
-    source = _kind_of(folder)
-    if source != "imagefolder":
-        given = _options_of(options or [], allow_outside=allow_outside and source == "csv")
-        _check_table(folder, source, given, model)
-        return
-    from federated.data.folders import check_folder
 
+    Example: fedlora data check questions.csv image_dir=pictures answer_column=reply
+    """
+    if _is_table(folder):
+        _check_table(folder, model, allow_outside=allow_outside, options=_parsed(options or []))
+        return
     if options:
-        raise UserError(f"{folder} is a folder of images, which has no option {options[0]}; leave it out")
+        raise UserError(
+            f"{folder} is a folder of images, which takes no options: leave {listed(options)} out"
+        )
+    from federated.data.folders import check_folder
     from federated.results.console import print_table
     from federated.tools.result_tables import class_table, double_table
 
@@ -152,31 +156,34 @@ def prepare(  # noqa: PLR0913 - the command's options
     print_table(Console(), class_table(counts), f"Images in {target}")
 
 
-def _kind_of(path: Path) -> str:
-    """Return the data source that reads a path."""
+def _is_table(path: Path) -> bool:
+    """Whether a path holds rows, csv or in the hub's format, and not folders of images."""
     if path.is_file():
-        return "csv"
+        return True
     if not path.is_dir() or any((path / "train").glob("*/")):
-        return "imagefolder"
+        return False
     if any(file.suffix.lower() in (".csv", ".tsv") for file in path.iterdir()):
-        return "csv"
+        return True
     from federated.data.table_check import is_hub_folder
 
-    return "hub" if is_hub_folder(path) else "imagefolder"
+    return is_hub_folder(path)
 
 
-def _options_of(given: Sequence[str], *, allow_outside: bool) -> dict[str, Any]:
-    """Read ``data.options.KEY=VALUE`` arguments, with or without the first two words."""
-    options: dict[str, Any] = {"allow_outside": True} if allow_outside else {}
-    for argument in given:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            raise UserError(f"{argument!r} is no option: write data.options.KEY=VALUE")
-        options[key.removeprefix("data.").removeprefix("options.")] = parse_yaml(value, argument)
-    return options
+def _parsed(options: Sequence[str]) -> dict[str, Any]:
+    """The options of a source from ``data.options.KEY=VALUE``, or ``KEY=VALUE``; values as in YAML."""
+    found = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        name = key.removeprefix("data.").removeprefix("options.")
+        if not equals or not name.isidentifier():
+            raise UserError(
+                f"{option!r} is no option: write data.options.KEY=VALUE, as in image_dir=pictures"
+            )
+        found[name] = parse_yaml(value, option)
+    return found
 
 
-def _check_table(path: Path, source: str, options: Mapping[str, Any], model: str) -> None:
+def _check_table(path: Path, model: str, *, allow_outside: bool, options: dict[str, Any]) -> None:
     """The check of rows: of csv files, or of a data set in the hub's format."""
     from federated.data.table_check import check_table
     from federated.results.console import print_table
@@ -185,15 +192,41 @@ def _check_table(path: Path, source: str, options: Mapping[str, Any], model: str
     from models.prompts import warn_of_cut
 
     with progress_bar("images") as report_progress:
-        report = check_table(path, source=source, options=options, report=report_progress)
+        report = check_table(path, allow_outside=allow_outside, report=report_progress, **options)
     print_table(Console(), count_table(report.counts), f"Rows in {path}")
     if report.leaks:
         groups = [" = ".join(map(str, group[:MAX_NAMED])) for group in report.leaks]
         typer.echo(f"in more than one split, so that test results would be too good: {listed(groups)}")
     _name_suspects(report)
+    if report.questions is not None:
+        _show_questions(report.questions)
     if report.captions:
         warn_of_cut(load_clip(model).tokenize, report.captions, "captions")
     typer.echo(f"{path} can be used")
+
+
+def _show_questions(report: QuestionReport) -> None:
+    """Frequent answers, lengths, doubles, and what answering without the picture reaches."""
+    from federated.results.wording import format_percent
+
+    shares = [f"{answer} {format_percent(count / report.num_rows)}" for answer, count in report.frequent]
+    typer.echo(f"{report.num_answers} answers, the most frequent: {', '.join(shares)}")
+    for what, (fewest, median, most) in report.words.items():
+        typer.echo(f"words of a{'n' * (what == 'answer')} {what}: {fewest} to {most}, median {median}")
+    if report.repeated:
+        typer.echo(f"{len(report.repeated)} questions are there more than once: {listed(report.repeated)}")
+    if report.contradicted:
+        typer.echo(
+            f"{len(report.contradicted)} questions are there more than once with other answers: "
+            f"{listed(report.contradicted)}"
+        )
+    if report.unseen:
+        typer.echo(f"{report.unseen} of {report.num_test} test answers are in no training row")
+    shown = {name: format_percent(share) for name, share in report.without_picture.items()}
+    typer.echo(
+        f"without the picture, the most frequent answer is right in {shown['majority']} of the test rows, "
+        f"and an answer chosen by the question's words in {shown['question_only']}"
+    )
 
 
 def _name_suspects(report: FolderReport | TableReport) -> None:

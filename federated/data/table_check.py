@@ -1,4 +1,4 @@
-"""Checking a table of images, csv or in the hub's format, before a run: every row, image and caption."""
+"""Checking a table of images, csv or in the hub's format: every row and image, its captions or questions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from datasets import Dataset, Image
 
 from federated.data.dataset import load_data
 from federated.data.names import listed, read_alike
+from federated.data.question_check import QuestionReport, check_questions
+from federated.data.sources.csv_table import read_csv
 from federated.data.sources.folder_scan import Look, look_alike, look_at_all, of_one_colour, of_several_frames
+from federated.data.sources.question_form import ANSWER, QUESTION
 from federated.data.splits import column_values
 from models.errors import UserError
 from models.progress import Report, quiet
@@ -25,13 +28,14 @@ class TableReport:
     """What is known about a table before it is used.
 
     Attributes:
-        counts: what is counted -> split -> how many: "rows", "pictures" and, as far as there are, "captions"
-            that differ and each class.
+        counts: what is counted -> split -> how many: "rows", "pictures" and, as far as there are, "captions",
+            "questions" and "answers" that differ, and each class or type of question.
         captions: all captions.
         one_colour: images whose pixels are all of one colour.
         several_frames: images of which all frames but the first are not read.
         look_alike: groups of images that differ as files hold them and are equal as a model is shown them.
         leaks: groups of files in more than one split that show the same: test results would be too good.
+        questions: what is known about the questions; None: the table has none.
     """
 
     counts: Mapping[str, Mapping[str, int]]
@@ -40,31 +44,37 @@ class TableReport:
     look_alike: tuple[tuple[Path, ...], ...]
     several_frames: tuple[Path, ...] = ()
     leaks: tuple[tuple[Path, ...], ...] = ()
+    questions: QuestionReport | None = None
 
 
-def is_hub_folder(folder: Path) -> bool:
-    """Whether a folder holds parquet files, or what ``save_to_disk`` of ``datasets`` wrote."""
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")) or any(
-        folder.rglob("*.parquet")
+def is_hub_folder(path: Path) -> bool:
+    """Whether a path is a folder of parquet files, or of what ``save_to_disk`` of ``datasets`` wrote."""
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json")) or (
+        path.is_dir() and any(path.rglob("*.parquet"))
     )
 
 
 def check_table(
-    path: Path, *, source: str = "csv", options: Mapping[str, Any] | None = None, report: Report = quiet
+    path: Path, *, allow_outside: bool = False, report: Report = quiet, **options: Any
 ) -> TableReport:
     """Look at every row and image of a csv file, of a folder of them, or of a data set in the hub's format.
 
+    A table with a column of questions is read by the source ``vqa_csv``, another one by ``csv``.
+
     Args:
         path: the file or folder.
-        source: "csv" or "hub".
-        options: of the source, as in ``data.options``.
-        report: told about the progress, after each image.
+        allow_outside: look at images that lie outside the folder.
+        report: told about the progress.
+        **options: of the source, such as ``image_column``.
 
     Raises:
         UserError: a run could not use it; names file and line, or all images that cannot be decoded.
     """
-    unread = {"check_images": False} if source == "csv" else {}  # all are looked at below
-    data = load_data(source, path=str(path), **{**unread, **(options or {})})
+    if is_hub_folder(path):
+        data = load_data("hub", path=str(path), **options)
+    else:
+        source = "vqa_csv" if _has_questions(path, options) else "csv"
+        data = load_data(source, path=str(path), allow_outside=allow_outside, check_images=False, **options)
     parts = {"train": data.train, "val": data.validation, "test": data.test}
     splits = {name: rows for name, rows in parts.items() if rows is not None}
     counts: dict[str, dict[str, int]] = {"rows": {name: len(rows) for name, rows in splits.items()}}
@@ -76,17 +86,23 @@ def check_table(
         of_split = {name: list(rows[data.caption_column][:]) for name, rows in splits.items()}
         captions = [caption for found in of_split.values() for caption in found]
         counts["captions"] = {name: len(set(map(read_alike, found))) for name, found in of_split.items()}
+    has_questions = QUESTION in data.train.column_names
+    for column in (QUESTION, ANSWER) if has_questions else ():
+        counts[f"{column}s"] = {
+            name: len(set(map(read_alike, rows[column][:]))) for name, rows in splits.items()
+        }
     if data.class_names is not None:
+        kind = "type" if has_questions else "class"
         names, labels = data.class_names, data.label_column or ""
         of_class = {
             name: np.bincount(column_values(rows, labels), minlength=len(names))
             for name, rows in splits.items()
         }
         counts |= {
-            f"class {class_name}": {name: int(found[number]) for name, found in of_class.items()}
+            f"{kind} {class_name}": {name: int(found[number]) for name, found in of_class.items()}
             for number, class_name in enumerate(names)
         }
-    files, held = _images(splits, data.image_column)
+    files, held = _images(splits, data.image_column or "image")
     corrupt: list[tuple[Path, str]] = []
     looks = look_at_all(list(files), corrupt, report, lambda image: held[image]() if image in held else image)
     if corrupt:
@@ -99,6 +115,7 @@ def check_table(
         look_alike=look_alike(looks),
         several_frames=of_several_frames(looks),
         leaks=_leaks(files, looks),
+        questions=check_questions(data) if has_questions else None,
     )
 
 
@@ -122,6 +139,13 @@ def _images(
 
 def _content(rows: Dataset, number: int, image_column: str) -> BytesIO:
     return BytesIO(rows[number][image_column]["bytes"])
+
+
+def _has_questions(path: Path, options: Mapping[str, Any]) -> bool:
+    """Whether the file, or the first of the folder's, has the column of questions."""
+    file = min(path.glob("*.csv"), default=path) if path.is_dir() else path
+    rows = read_csv(file, options.get("separator")) if file.is_file() else []
+    return bool(rows) and options.get("question_column", "question") in rows[0]
 
 
 def _leaks(splits_of: Mapping[Path, set[str]], looks: Mapping[Path, Look]) -> tuple[tuple[Path, ...], ...]:

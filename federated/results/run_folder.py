@@ -13,9 +13,12 @@ import importlib.metadata
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +98,7 @@ class RunFolder:
 
 
 def describe_environment(config: ExperimentConfig) -> dict[str, Any]:
-    """Return what a reader needs to judge or repeat the run: versions, machine, threads, commit, seed."""
+    """Return what a reader needs to judge or repeat the run: when, by what, versions, machine, seed."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -104,6 +107,8 @@ def describe_environment(config: ExperimentConfig) -> dict[str, Any]:
             versions[package] = "not installed"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return versions | {
+        "started": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),

@@ -97,8 +97,8 @@ def csv(  # noqa: PLR0913 -- the options of the data section, one by one
     root = None if image_root is None else Path(image_root)
     files = {}
     for split, table in tables.items():
-        tables[split] = _rows_with_images(table, image_column, root, skip_corrupt=skip_corrupt)
-        files[split] = _image_files(tables[split], image_column, root, allow_outside=allow_outside)
+        tables[split] = rows_with_images(table, image_column, root, skip_corrupt=skip_corrupt)
+        files[split] = image_files(tables[split], image_column, root, allow_outside=allow_outside)
     if check_images:
         for split, table in tables.items():
             readable = readable_images(files[split], skip_corrupt=skip_corrupt)
@@ -222,10 +222,26 @@ def _complete(table: Sequence[Row], columns: Columns, *, skip: bool) -> list[Row
     return rows
 
 
-def _rows_with_images(
-    table: Sequence[Row], image_column: str, root: Path | None, *, skip_corrupt: bool
+def rows_with_images(
+    table: Sequence[Row],
+    image_column: str,
+    root: Path | None,
+    *,
+    skip_corrupt: bool,
+    root_option: str = "image_root",
 ) -> list[Row]:
-    """Rows whose image file exists; a missing one is an error, or left out and logged."""
+    """Return the rows whose image file exists; a missing one is an error, or left out and logged.
+
+    Args:
+        table: The rows.
+        image_column: Column of image paths.
+        root: What they are relative to; None: the folder of the csv file.
+        skip_corrupt: Leave rows without an image out.
+        root_option: What the option is called that sets ``root``, for messages.
+
+    Raises:
+        UserError: An image does not exist; names row and file.
+    """
     there, missing = [], []
     for row in table:
         if (reason := unusable(row[image_column])) is not None:
@@ -238,19 +254,30 @@ def _rows_with_images(
     if missing and (not skip_corrupt or not there):
         skip = ", or skip_corrupt=true to leave these rows out" if there else ""
         raise UserError(
-            f"{len(missing)} images do not exist ({listed(missing)}); correct the paths, or set image_root "
-            f"to the folder they are relative to{skip}",
-            options=("image_root", "skip_corrupt") if there else ("image_root",),
+            f"{len(missing)} images do not exist ({listed(missing)}); correct the paths, or set "
+            f"{root_option} to the folder they are relative to{skip}",
+            options=(root_option, "skip_corrupt") if there else (root_option,),
         )
     if missing:
         logger.warning("left out %d rows whose image does not exist: %s", len(missing), listed(missing))
     return there
 
 
-def _image_files(
-    table: Sequence[Row], image_column: str, root: Path | None, *, allow_outside: bool
+def image_files(
+    table: Sequence[Row],
+    image_column: str,
+    root: Path | None,
+    *,
+    allow_outside: bool,
+    root_option: str = "image_root",
 ) -> list[Path]:
-    """Paths of the rows' images; unless allowed, none leaves the folder it starts from."""
+    """Return the paths of the rows' images; unless allowed, none leaves the folder it starts from.
+
+    The arguments are those of ``rows_with_images``.
+
+    Raises:
+        UserError: An image lies outside; names row and file.
+    """
     files, outside = [], []
     for row in table:
         folder = root or file_of(row).parent
@@ -261,8 +288,8 @@ def _image_files(
     if outside:
         raise UserError(
             f"{len(outside)} images lie outside the folder ({listed(outside)}); move them into it, set "
-            "image_root to a folder that holds them all, or allow_outside=true to read them nevertheless",
-            options=("image_root", "allow_outside"),
+            f"{root_option} to a folder that holds them all, or allow_outside=true to read them nevertheless",
+            options=(root_option, "allow_outside"),
         )
     return files
 
