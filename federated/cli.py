@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from federated.commands import checking, data, inference, train_and_evaluate
+from federated.commands import checking, data, exporting, inference, status, train_and_evaluate
 from federated.commands.importing import PluginsOption, modules_that_stay
 from federated.config.plugins import load_plugins, plugins_at_fault
 from models.errors import ROUND_FAILURE, UserError, printable
@@ -155,8 +155,10 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The f
 
 app.command()(train_and_evaluate.train)
 app.command()(train_and_evaluate.evaluate)
+app.command()(status.status)
 app.command()(checking.doctor)
 inference.register(app)
+app.command()(exporting.export)
 app.add_typer(data.app, name="data")
 
 

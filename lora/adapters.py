@@ -105,17 +105,20 @@ def find_towers(model: nn.Module) -> Towers:
     """The towers of a federated model, or of a bare CLIP in the Hugging Face or open_clip layout.
 
     Raises:
-        UserError: the model has neither layout.
+        UserError: the model has neither layout, and names no towers of its own.
     """
     root = unwrap(model)
     towers = getattr(root, "towers", None)
-    if isinstance(towers, Towers):
+    if isinstance(towers, Towers) and (towers.vision or towers.text):
         return towers
     if hasattr(root, "vision_model") and hasattr(root, "text_model"):
         return HUGGINGFACE_TOWERS
     if hasattr(root, "visual") and hasattr(root, "transformer"):
         return Towers("open_clip", vision=("visual",), text=("transformer",), default_targets=("attn",))
-    raise UserError(f"{type(root).__name__} has no CLIP towers; pass a FederatedCLIPModel or a bare CLIP")
+    raise UserError(
+        f"{type(root).__name__} has no towers that could carry adapters; pass a federated model that names "
+        "its towers, or a bare CLIP"
+    )
 
 
 def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, Any]]:

@@ -79,6 +79,8 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, value in clip.state_dict(keep_vars=True).items()
         if value.is_floating_point() and factor_of(name) is None
     }
+    if not prefix:  # a family whose base is the model itself, less its head
+        values = {name: value for name, value in values.items() if not name.startswith("head.")}
     for module, weight in base_weights(root).items():
         if module in overwritten:
             name = next(name for name, value in values.items() if _holds(value, weight))

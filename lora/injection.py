@@ -94,6 +94,10 @@ def inject_lora(
             "target_components has 'classifier' but this model has no head; take it out, or set "
             "task.name to classification"
         )
+    if config.adapts_head and plans and clip is root:
+        raise UserError(
+            "target_components has 'classifier' beside a tower, which goes with CLIP alone: take one out"
+        )
     root.requires_grad_(False)
     generator = generator or torch.Generator().manual_seed(seed)
     if any(plan.blocks for plan in plans):

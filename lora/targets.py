@@ -14,7 +14,7 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from lora.config import LoRAConfig
+from lora.config import TOWERS, LoRAConfig
 from lora.split_attention import PARTS_OF_TARGET, can_split
 from models.errors import UserError
 from models.towers import Towers
@@ -47,13 +47,19 @@ class TowerPlan:
 
 
 def plan_towers(clip: nn.Module, towers: Towers, config: LoRAConfig) -> list[TowerPlan]:
-    """One plan for each tower that the config names.
+    """One plan for each tower that the config names; "encoder" names those that the model has.
 
     Raises:
-        UserError: a tower has no layer of the wanted names; the message lists those it has. A layer whose
-            forward pass is never called (the output projection inside a fused attention) counts as none.
+        UserError: the model has no such tower, or a tower has no layer of the wanted names; the message lists
+            those it has. A layer whose forward pass is never called (the output projection inside a fused
+            attention) counts as none.
     """
     suffixes = config.target_modules or list(towers.default_targets)
+    there = [tower for tower in TOWERS if getattr(towers, tower)]
+    if absent := [t for t in config.tower_names if t not in there and t in config.target_components]:
+        raise UserError(
+            f"this model has no {absent[0]} tower: set lora.target_components=[{', '.join(there)}]"
+        )
     if towers.backend == "open_clip" and (split := [name for name in suffixes if name in PARTS_OF_TARGET]):
         if len(split) < len(suffixes):
             raise UserError(
@@ -65,7 +71,9 @@ def plan_towers(clip: nn.Module, towers: Towers, config: LoRAConfig) -> list[Tow
             for tower in config.tower_names
         ]
     return [
-        _plan_tower(clip, towers, tower, suffixes, config.for_tower(tower)) for tower in config.tower_names
+        _plan_tower(clip, towers, tower, suffixes, config.for_tower(tower))
+        for tower in config.tower_names
+        if tower in there
     ]
 
 

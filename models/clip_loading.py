@@ -219,8 +219,8 @@ def _local_only(source: str) -> bool:
 
 
 @contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """Keep transformers from drawing a bar for reading a local file."""
+def without_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing a bar for reading or writing a local file."""
     was_shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -233,7 +233,7 @@ def _without_progress_bar() -> Iterator[None]:
 def _pretrained(model_name: str, source: str, cache_dir: str | None) -> CLIPModel:
     try:
         local_only = _local_only(source)
-        with _without_progress_bar() if local_only else nullcontext():
+        with without_progress_bar() if local_only else nullcontext():
             loaded: Any = CLIPModel.from_pretrained(
                 source, output_loading_info=True, local_files_only=local_only, cache_dir=cache_dir
             )

@@ -22,6 +22,7 @@ from models.errors import UserError
 from models.exchange import Exchanged, find_parameters
 from models.frozen import dropout_modules
 from models.state import State
+from models.towers import Towers
 from models.training import Batch, LocalTrainer, TrainingSettings, num_examples
 
 
@@ -33,16 +34,22 @@ class FederatedModel(nn.Module):
 
     Attributes:
         task: The task's loss and metrics (`models.tasks.Task`).
+        towers: Where LoRA finds the layers that it may adapt; without any, the model takes no adapters.
+        head: What trains beside the adapters and travels with them, if anything does.
+        train_head: Whether it does.
         exchanged_names: Names of what travels, sorted.
         input_name: Key of a batch under which an input that is given alone stands.
     """
 
     task: Any
+    towers = Towers(backend="none")
     input_name = "inputs"
 
     def __init__(self) -> None:
         """Start without a task; see `ready`."""
         super().__init__()
+        self.head: nn.Module | None = None
+        self.train_head = True
         self._trainer: LocalTrainer | None = None
 
     def ready(self, names: Iterable[str]) -> None:
@@ -65,6 +72,10 @@ class FederatedModel(nn.Module):
     def lean(self) -> AbstractContextManager[None]:
         """Inside, nothing is computed that outputs and gradients do not need."""
         return nullcontext()
+
+    def classes_that_read_alike(self) -> list[tuple[str, ...]]:
+        """Return groups of classes that the model cannot tell apart before training."""
+        return []
 
     @property
     def device(self) -> torch.device:
@@ -178,8 +189,8 @@ class FederatedModel(nn.Module):
     ) -> float:
         """Take one optimizer step.
 
-        Without `start_training` before it, the default settings at a constant rate are used, and gradients
-        stay until the next step (`lora.verify_gradients` looks at them).
+        Without `start_training` before it, the default settings at a constant rate are used, and the
+        gradients stay until the next step (`lora.verify_gradients` looks at them).
 
         Args:
             data: The input alone (B, ...), or a batch: named tensors, as the task needs them.

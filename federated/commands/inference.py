@@ -16,7 +16,8 @@ from rich.console import Console
 
 from federated.commands.importing import PluginsOption, Precision, modules_that_stay
 from federated.config.plugins import load_plugins
-from models.errors import UserError
+from federated.data.names import names_in
+from models.errors import UserError, printable
 from models.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -75,7 +76,11 @@ def predict(  # noqa: PLR0913 - the command's options
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes to show for each image.")] = 5,
     classes: Annotated[
         str | None,
-        typer.Option("--classes", metavar="A,B,C", help="Classify by prompts for these classes instead."),
+        typer.Option(
+            "--classes",
+            metavar="A,B,C",
+            help="Classify by prompts for these classes instead; quote a comma: '\"a, b\",c'.",
+        ),
     ] = None,
     template: Annotated[
         list[str] | None,
@@ -111,7 +116,7 @@ def predict(  # noqa: PLR0913 - the command's options
     if output is not None:
         check_output(output, overwrite=overwrite)
     source, path = _source_and_input(inputs, model)
-    names = None if classes is None else [name.strip() for name in classes.split(",")]
+    names = None if classes is None else names_in(classes)
     opened = _open(source, adapter, model, device, any_base=any_base)
     opened.model.precision = precision.value
     classifier = make_classifier(opened, names, template)
@@ -235,14 +240,21 @@ def compare(
         typer.Option("--output", metavar="FOLDER", help="Write comparison.md, .json, .csv and .png there."),
     ] = None,
     target: Annotated[
-        float | None, typer.Option("--target", help="Value of the metric that the bytes to reach refer to.")
+        str | None,
+        typer.Option(
+            "--target", help="Value of the metric that the rounds and MB to reach refer to: 0.65, or 65%."
+        ),
     ] = None,
 ) -> None:
     """Put runs side by side: what each reached, and the bytes it sent for it.
 
+    A folder that is no run is left out and named; the command then ends with exit code 1.
+
     Example: fedlora compare runs/quickstart runs/full_finetune --output comparison
+
+    Example: fedlora compare runs/quickstart runs/head_only --target 65%
     """
-    from federated.results.compare import compare_runs, terminal_tables, write_comparison
+    from federated.results.compare import compare_runs, parse_target, terminal_tables, write_comparison
     from federated.results.console import print_note, print_table
     from federated.results.run_place import check_place
 
@@ -250,14 +262,19 @@ def compare(
         check_place(output, "name another folder with --output")
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; --output takes a folder")
-    console, comparison = Console(), compare_runs(runs, target=target)
-    written = None if output is None else write_comparison(runs, output, target=target)
+    goal = None if target is None else parse_target(target)
+    console, comparison = Console(), compare_runs(runs, target=goal)
+    written = None if output is None else write_comparison(comparison, output)
     for title, table in terminal_tables(comparison.rows).items():
         print_table(console, table, title)
     for note in comparison.notes:
         print_note(console, note)
     if written is not None:
         typer.echo(f"written: {written}")
+    for reason in comparison.left_out:
+        typer.echo(f"left out: {printable(reason)}", err=True)
+    if comparison.left_out:
+        raise typer.Exit(1)
 
 
 def register(app: typer.Typer) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from federated.config.augmentation_options import augmentation_from
 from federated.config.choices import no_such
+from federated.config.faults_and_clock import ClockSection, FaultsSection
+from federated.config.section import Section
 from lora.config import MAX_RANK, LoRAConfig
 from models.registration import added
 from models.untrusted import PathText
@@ -19,25 +21,30 @@ from models.untrusted import PathText
 TASK_NAMES = ("classification", "zero_shot", "retrieval")
 """What ``models.tasks`` holds, which imports torch; plugins add others."""
 
+MODEL_FAMILIES = ("clip",)
+"""What ``federated.rounds.families`` holds, likewise."""
 
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+ADAPTED = "_lora"
+"""Ends ``model.type`` where adapters train."""
 
 
 class ModelSection(Section):
-    """Which CLIP, and what of it is fine-tuned."""
+    """Which model, and what of it is fine-tuned."""
 
-    type: Literal["clip", "clip_lora"] = "clip_lora"
-    """``clip_lora``: adapters train and travel; ``clip``: the weights that ``fine_tuning`` names do."""
+    type: str = "clip_lora"
+    """``clip_lora``: adapters train and travel; ``clip``: the weights that ``fine_tuning`` names do. Likewise
+    for another model family: its name, with ``_lora`` behind it for adapters."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the model family's own; CLIP has none."""
     model_name: PathText = "tiny"
     """``tiny`` (bundled), a hub name, a local folder in the hub's format, or ``open_clip:<architecture>``."""
+    adapter: PathText | None = None
+    """Start from this adapter, a run's folder or one of PEFT's, that fits ``lora``; fresh ones otherwise."""
     num_classes: int | None = Field(None, ge=2)
     """Checked against the data when given; taken from the data otherwise."""
     fine_tuning: str | None = None
-    """What trains and travels when ``type`` is ``clip``: full (the default), head_only or another key of
-    ``models.finetuning.STRATEGIES``; ``clip_lora`` trains adapters."""
+    """What trains and travels when ``type`` names no adapters: full (the default), or for CLIP head_only or
+    another key of ``models.finetuning.STRATEGIES``."""
     pretrained: bool = True
     """False: the same architecture with random weights, a control for what pre-training is worth."""
     device: str = "cpu"
@@ -47,13 +54,27 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen weights; adapters and head are float32 always."""
 
+    @field_validator("type")
+    @classmethod
+    def _type_is_known(cls, value: str) -> str:
+        families = (*MODEL_FAMILIES, *(name for _, name in added("model family")))
+        known = [name + ending for name in families for ending in ("", ADAPTED)]
+        if value not in known:
+            raise ValueError(no_such("model type", value, known))
+        return value
+
+    @property
+    def family(self) -> str:
+        """Name of the model family."""
+        return self.type.removesuffix(ADAPTED)
+
 
 class TaskSection(Section):
     """What is learnt and how it is scored."""
 
     name: str = "classification"
-    """A task of ``models.tasks.TASKS``: classification (by a linear head), zero_shot (by class prompts) or
-    retrieval (match images and captions)."""
+    """A task of ``models.tasks.TASKS``: for CLIP classification (by a linear head), zero_shot (by class
+    prompts) or retrieval (match images and captions)."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Prompts around a class name; their text embeddings are averaged."""
     train_head: bool = True
@@ -69,10 +90,10 @@ class TaskSection(Section):
 
 
 class DataSection(Section):
-    """Which images, and how they reach the model."""
+    """Which rows, and how they reach the model."""
 
     source: str = "fashion_mnist"
-    """A registered source: fashion_mnist, emoji, digits (embedded), imagefolder, csv, hub."""
+    """A registered source: fashion_mnist, emoji, digits, easy_vqa, emoji_vqa (embedded), csv …"""
     path: PathText | None = None
     """Folder, file or hub name of the sources that need one."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -104,6 +125,17 @@ class PartitionSection(Section):
     """Part of each shard that its client keeps for its own evaluation and never trains on."""
 
 
+class EarlyStoppingSection(Section):
+    """When training ends before its last epoch or round: the validation split decides."""
+
+    patience: int | None = Field(None, ge=1)
+    """Evaluations without an improvement after which training stops; never before the end when not given."""
+    metric: str | None = None
+    """Metric of the validation split; the task's headline metric when not given. A loss is better lower."""
+    minimum_change: float = Field(0.0, ge=0)
+    """An improvement must be larger than this to count."""
+
+
 class FederationSection(Section):
     """Rounds and cohorts."""
 
@@ -116,6 +148,7 @@ class FederationSection(Section):
     worker is ended then; without workers a running client ends late."""
     keep_best: bool = True
     """Keep the best round's adapter in ``adapter_best/``; the server's test rows choose, so flatter it."""
+    early_stopping: EarlyStoppingSection = EarlyStoppingSection()
 
 
 class ClientSection(Section):
@@ -151,6 +184,8 @@ class ClientSection(Section):
     """SCAFFOLD: correct gradients by control variates, which double the payload both ways."""
     augmentation: dict[str, Any] = Field(default_factory=dict)
     """Options of ``federated.config.augmentation_options``, such as ``flip_probability``; empty: none."""
+    gradient_checkpointing: bool = False
+    """Compute each block of the towers again in the backward pass: less memory, one more forward pass."""
     ranks: list[Annotated[int, Field(le=MAX_RANK)]] | None = Field(None, min_length=1)
     """Adapter rank of each client, for aggregators that mix ranks; a shorter list is repeated (groups). The
     largest is ``lora.r``."""
@@ -191,17 +226,6 @@ class CommunicationSection(Section):
     """A client's downlink in megabits a second, likewise."""
     base_preinstalled: bool = False
     """True when clients already hold the base model; the one-off base is stated separately either way."""
-
-
-class EarlyStoppingSection(Section):
-    """When training ends before its last epoch: the validation split decides."""
-
-    patience: int | None = Field(None, ge=1)
-    """Evaluations without an improvement after which training stops; never before the end when not given."""
-    metric: str | None = None
-    """Metric of the validation split; the task's headline metric when not given. A loss is better lower."""
-    minimum_change: float = Field(0.0, ge=0)
-    """An improvement must be larger than this to count."""
 
 
 class TrainSection(Section):
@@ -308,6 +332,9 @@ class ExperimentConfig(Section):
     aggregation: AggregationSection = AggregationSection()
     communication: CommunicationSection = CommunicationSection()
     evaluation: EvaluationSection = EvaluationSection()
+    faults: FaultsSection = FaultsSection()
+    clock: ClockSection | None = None
+    """Simulated time; none when not given."""
     cache: CacheSection = CacheSection()
     engine: EngineSection = EngineSection()
     output: OutputSection = OutputSection()
@@ -320,6 +347,10 @@ class ExperimentConfig(Section):
                 f"federation.cohort_size is {cohort} but partition.num_clients is {clients}: "
                 f"sample at most {clients} clients a round, or make more clients"
             )
+        if self.faults.late and (self.clock is None or self.clock.deadline_seconds is None):
+            raise ValueError(
+                f"faults.late={self.faults.late:g} is late against a deadline: set clock.deadline_seconds"
+            )
         default = ClientSection.model_fields["momentum"].default
         if self.client.optimizer != "sgd" and self.client.momentum != default:
             raise ValueError(
@@ -331,17 +362,21 @@ class ExperimentConfig(Section):
                 f"client.warmup_steps={self.client.warmup_steps} and client.warmup_ratio="
                 f"{self.client.warmup_ratio} both say how long the warm-up is: leave one out"
             )
-        if self.model.type == "clip_lora" and self.model.fine_tuning is not None:
+        if self.model.adapter is not None and not self.uses_adapters:
             raise ValueError(
-                f"model.fine_tuning={self.model.fine_tuning} goes with model.type=clip; "
-                "model.type=clip_lora trains adapters"
+                f"model.adapter goes with model.type={self.model.family}{ADAPTED} and lora.enabled=true"
+            )
+        if self.model.type.endswith(ADAPTED) and self.model.fine_tuning is not None:
+            raise ValueError(
+                f"model.fine_tuning={self.model.fine_tuning} goes with model.type={self.model.family}; "
+                f"model.type={self.model.type} trains adapters"
             )
         return self
 
     @property
     def uses_adapters(self) -> bool:
         """Whether LoRA adapters are injected."""
-        return self.model.type == "clip_lora" and self.lora.enabled
+        return self.model.type.endswith(ADAPTED) and self.lora.enabled
 
     @property
     def cohort_size(self) -> int:

@@ -13,9 +13,12 @@ import importlib.metadata
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from federated.config.config_files import dump_config
 from federated.config.plugins import PLUGINS_FILE, used_plugins
 from federated.config.schema import ExperimentConfig
 from federated.results.run_place import ENVIRONMENT_FILE, claim, release
+from lora.start_adapter import adapter_identity
 from models.files import BestEffort, errors_named, json_text, write_json, write_text
 
 _PACKAGES = ("fedlora", "torch", "transformers", "peft", "flwr", "flwr-datasets", "datasets", "numpy")
@@ -94,7 +98,7 @@ class RunFolder:
 
 
 def describe_environment(config: ExperimentConfig) -> dict[str, Any]:
-    """Return what a reader needs to judge or repeat the run: versions, machine, threads, commit, seed."""
+    """Return what a reader needs to judge or repeat the run: when, by what, versions, machine, seed."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -103,6 +107,8 @@ def describe_environment(config: ExperimentConfig) -> dict[str, Any]:
             versions[package] = "not installed"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return versions | {
+        "started": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),
@@ -111,6 +117,7 @@ def describe_environment(config: ExperimentConfig) -> dict[str, Any]:
         "threads": config.engine.threads,
         "commit": _commit(),
         "seed": config.seed,
+        **({} if config.model.adapter is None else {"adapter": adapter_identity(config.model.adapter)}),
     }
 
 

@@ -27,12 +27,22 @@ _WEIGHTS = (
     "base_delta.safetensors",
     "model.safetensors",
 )
-_PICTURES = ("confusion_matrix.png", "class_performance.png")
-_EVALUATION = ("evaluation_report.txt", "evaluation_results.json", *_PICTURES)
+_PICTURES = ("confusion_matrix", "class_performance", "recall_by_k")
+_ENDINGS = ("png", "svg", "pdf")
+_EVALUATION = (
+    "evaluation_report.txt",
+    "evaluation_results.json",
+    "predictions.csv",
+    *(f"{name}.{end}" for name in _PICTURES for end in _ENDINGS),
+)
 WRITTEN = (
     *("config.yaml", ENVIRONMENT_FILE, LOCK_FILE, "partition.json", "metrics.jsonl", "communication.csv"),
     *("plugins.json", "summary.json", "report.html", "events.out.tfevents.*"),
-    *(f"plots/{kind}_*.png" for kind in ("metric_by", "bytes_by", "client")),
+    *(
+        f"plots/{kind}_*.{ending}"
+        for kind in ("metric_by", "bytes_by", "client", "aggregation", "class")
+        for ending in _ENDINGS
+    ),
     *(f"checkpoint/{name}" for name in ("manifest.json", "state.safetensors", "server.safetensors")),
     *(f"{folder}/{name}" for folder in ("adapter", "adapter_best") for name in _WEIGHTS),
     *(f"checkpoint-epoch-*/{name}" for name in _WEIGHTS),

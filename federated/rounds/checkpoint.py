@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
@@ -46,9 +46,29 @@ class _Notes(TypedDict):
     server: _Numbers
     versions: dict[_ClientId, _Version]
     ranks: dict[_ClientId, Annotated[int, Field(ge=1, le=MAX_RANK)]]
+    parts: dict[str, Any]
 
 
 _NOTES = TypeAdapter(_Notes)
+
+
+class Part(Protocol):
+    """Something of the server's that crosses rounds besides the aggregator's state: one entry in a commit.
+
+    Whoever remembers something from round to round (early stopping, a clock) has these two methods and an
+    entry in ``federated.rounds.server.Served.parts``. ``state`` is asked at the end of every round, round 0
+    included; ``restore`` is told it, once, before the first round that is played after a resumption.
+    """
+
+    def state(self) -> Any:
+        """Return what the rounds to come need, JSON values (numbers, texts, lists, mappings by text)."""
+
+    def restore(self, state: Any) -> None:
+        """Go on from what ``state`` returned.
+
+        Raises:
+            UserError: It is not such a state.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +79,13 @@ class ServerCheckpoint:
         server: The aggregator's state.
         versions: Client id -> version of the last downlink that it answered.
         ranks: Client id -> present adapter rank, where it has changed.
+        parts: Name -> what that ``Part`` remembers.
     """
 
     server: ServerState
     versions: dict[int, int] = field(default_factory=dict)
     ranks: dict[int, int] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -93,6 +115,7 @@ def save_server_checkpoint(folder: Path, checkpoint: ServerCheckpoint) -> None:
     """Write ``server.safetensors`` into a folder."""
     tensors, numbers = save_server(checkpoint.server)
     notes = {"server": numbers, "versions": checkpoint.versions, "ranks": checkpoint.ranks}
+    notes["parts"] = checkpoint.parts
     metadata = {name: json.dumps(value, sort_keys=True) for name, value in notes.items()}
     save_state(tensors, folder / SERVER_FILE, metadata)
 
@@ -117,4 +140,5 @@ def load_server_checkpoint(folder: Path) -> ServerCheckpoint:
         server=server,
         versions={int(client_id): version for client_id, version in notes["versions"].items()},
         ranks={int(client_id): rank for client_id, rank in notes["ranks"].items()},
+        parts=notes["parts"],
     )

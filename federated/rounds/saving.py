@@ -12,6 +12,7 @@ from federated.communication.savings import ModelSizes
 from federated.data.partition import save_partition
 from federated.rounds.run import Run
 from lora.adapter_saving import save_full_checkpoint, save_lora_adapters
+from lora.adapters import is_adapter_parameter, unwrap
 from lora.verify import count_parameters
 from models.state import layout_of, num_values
 
@@ -62,7 +63,8 @@ def parameter_counts(run: Run) -> dict[str, int]:
 def model_sizes(run: Run) -> ModelSizes:
     """Return what one transfer costs in other ways of training, in fp32 bytes."""
     full = count_parameters(run.model)["base"]  # the head included, adapters not
-    head = 0 if run.model.head is None else (run.model.embedding_dim + 1) * run.model.num_classes
+    named = unwrap(run.model).named_parameters()
+    head = sum(p.numel() for name, p in named if name.startswith("head.") and not is_adapter_parameter(name))
     preinstalled = run.config.communication.base_preinstalled
     return ModelSizes(
         full_model_bytes=full * BYTES_PER_FP32,

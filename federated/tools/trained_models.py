@@ -17,7 +17,7 @@ from federated.communication.run_files import PartitionFile, read_run_file
 from federated.config.config_files import load_config
 from federated.config.schema import ExperimentConfig
 from federated.methods import aggregator_from_name
-from federated.rounds.build import build_model, usable_device
+from federated.rounds.build import build_bare_model, usable_device
 from federated.rounds.checkpoint import CHECKPOINT_FILES
 from federated.rounds.trained_record import TrainedRecord, record_from
 from lora.adapter_files import CONFIG_FILE, FILES, FULL_FILE, HEAD_FILE, read_adapter, read_notes
@@ -27,7 +27,8 @@ from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.clip import FederatedCLIPModel
 from models.committed_folders import check_committed, current_folder
 from models.errors import UserError
-from models.tasks import TASKS
+from models.federated_model import FederatedModel
+from models.tasks import CLIP, TASKS
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def open_model(
     device: str = "cpu",
     any_base: bool = False,
 ) -> OpenedModel:
-    """Open a run folder, an adapter folder (or ``.pt`` file), or a model by name.
+    """Open a CLIP: a run folder, an adapter folder (or ``.pt`` file), or a model by name.
 
     Args:
         source: One of them. The ``adapter/`` of a run stands for the run.
@@ -165,22 +166,49 @@ def _is_adapter(path: Path) -> bool:
 
 def _open_run(run: Path, device: torch.device, folder: Path, *, any_base: bool) -> OpenedModel:
     config = load_config(run / "config.yaml")
-    folder = current_folder(folder)
-    if not folder.is_dir():
-        raise UserError(f"{run} has no {folder.name}/: the run did not come to its end; let it finish first")
-    check_global_model(run, config)
-    bare = config.model.model_copy(update={"type": "clip", "fine_tuning": "lora", "device": str(device)})
-    names = record_of_adapter(folder).class_names
-    check_names(run, config, names)
-    model = build_model(config.model_copy(update={"model": bare}), names)
+    if config.model.family != CLIP:
+        raise UserError(
+            f"{run} holds a model of type {config.model.type}, and this command knows CLIP alone: fedlora "
+            f"evaluate {run} writes metrics and predictions, its adapter/ is in PEFT's format"
+        )
+    folder, model = current_folder(folder), model_of_run(run, folder, device, any_base=any_base)
     assert isinstance(model, FederatedCLIPModel)
-    load_adapter_or_checkpoint(model, folder, any_base=any_base)
     return OpenedModel(
-        model.eval(),
+        model,
         run=str(run.resolve()),
         adapter=str(folder.resolve()),
         uses_head=model.task.uses_head,
     )
+
+
+def model_of_run(
+    run: Path,
+    folder: Path,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - does not change
+    *,
+    any_base: bool = False,
+) -> FederatedModel:
+    """Return the trained model of a run, of any family, in eval mode.
+
+    Args:
+        run: The run folder.
+        folder: Of the trained part.
+        device: Where the model goes.
+        any_base: Take the trained part although the base model is not known to be its own.
+
+    Raises:
+        UserError: The run did not end, or has no global model, or what it left does not fit together.
+    """
+    config, folder = load_config(run / "config.yaml"), current_folder(folder)
+    if not folder.is_dir():
+        raise UserError(f"{run} has no {folder.name}/: the run did not come to its end; let it finish first")
+    check_global_model(run, config)
+    names = record_of_adapter(folder).class_names
+    check_names(run, config, names)
+    section = config.model.model_copy(update={"device": str(device)})
+    model = build_bare_model(config.model_copy(update={"model": section}), names)
+    load_adapter_or_checkpoint(model, folder, any_base=any_base)
+    return model.eval()
 
 
 def load_adapter_or_checkpoint(model: nn.Module, folder: Path, *, any_base: bool = False) -> None:
@@ -210,7 +238,8 @@ def check_global_model(run: Path, config: ExperimentConfig) -> None:
     if not has_global_model(config):
         raise UserError(
             f"{run} was aggregated by {config.aggregation.name}, where only the clients hold complete "
-            "models: it has no global model to use"
+            "models: it has no global model to use. Run it again with another aggregation.name, "
+            "such as fedavg"
         )
 
 
