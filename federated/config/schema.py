@@ -314,6 +314,9 @@ class OutputSection(Section):
     """Folder name under ``root``; the configuration's own name when not given."""
     report: bool = True
     """Draw ``report.html`` and ``plots/`` at the end, in some seconds; ``fedlora report`` does it later."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where each round's numbers go beside ``metrics.jsonl``: TensorBoard events in the run folder, Weights &
+    Biases, MLflow. Environment variables of the latter two say where, and whether they are offline."""
 
 
 class ExperimentConfig(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,9 +13,11 @@ from federated.config.schema import ExperimentConfig
 from federated.engines.batched_clients import batched_clients
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.engines.workers import check_workers
+from federated.results.callbacks import Callback, Followers
 from federated.results.console import RunDisplay
 from federated.results.run_folder import RunFolder
 from federated.results.run_place import check_free, run_path
+from federated.results.trackers import check_trackers, tracked
 from federated.rounds.client import client_app
 from federated.rounds.learnable import check_can_learn
 from federated.rounds.local_training import train_locally
@@ -25,7 +27,11 @@ from federated.rounds.server import serve
 
 
 def run_experiment(
-    config: ExperimentConfig, *, overwrite: bool = False, display: RunDisplay | None = None
+    config: ExperimentConfig,
+    *,
+    overwrite: bool = False,
+    display: RunDisplay | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Path:
     """Run a configuration from start to report.
 
@@ -33,6 +39,7 @@ def run_experiment(
         config: The run.
         overwrite: Replace an earlier run's folder of the same name.
         display: Shows progress.
+        callbacks: Told of each round and of the end.
 
     Returns:
         The run folder.
@@ -45,6 +52,7 @@ def run_experiment(
         check_workers(config.engine.workers)
         path = run_path(config.output.root, "run" if config.output.name is None else config.output.name)
         check_free(path, overwrite=overwrite)
+        check_trackers(config.output.trackers)
         run = build_run(config)
         check_can_learn(run)
         together = batched_clients(run)
@@ -64,9 +72,11 @@ def run_experiment(
             contextlib.closing(grid),
             contextlib.closing(RunFolder(path, config, overwrite=overwrite)) as folder,
             display if display is not None else contextlib.nullcontext(),
+            tracked(config.output.trackers, path, config.model_dump(mode="json")) as trackers,
         ):
             save_clients_rows(run, folder.path / "partition.json")
-            serve(grid, run, clients, folder, display)
+            followers = Followers(display, [*trackers, *callbacks])
+            followers.run_done(serve(grid, run, clients, folder, followers))
     return path
 
 

@@ -56,7 +56,7 @@ class RunFolder:
             write_json(path / PLUGINS_FILE, plugins)
         write_text(path / "metrics.jsonl", "")
         self._writer: SummaryWriter | None = None
-        self._has_events = True
+        self._has_events = "tensorboard" in config.output.trackers
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Append one round to ``metrics.jsonl`` and to the TensorBoard events."""

@@ -11,11 +11,11 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -28,8 +28,10 @@ from federated.communication.payload import CONFIG, METRICS
 from federated.communication.savings import Bandwidth, communication_summary
 from federated.config.seeding import generator
 from federated.methods import Limits
+from federated.results.callbacks import Display, Followers
 from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines
 from federated.results.run_folder import RunFolder, peak_memory_bytes
+from federated.results.trackers import check_trackers, tracked
 from federated.rounds.batches import accuracy_by_class
 from federated.rounds.checkpoint import Part, ServerCheckpoint, save_checkpoint
 from federated.rounds.client_ranks import mixed_ranks, rank_of, scaling_at
@@ -48,19 +50,6 @@ from federated.rounds.strategy import LoRAStrategy, Ranks
 from models.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
-class Display(Protocol):
-    """What ``serve`` tells whoever watches; ``federated.results.console.RunDisplay`` is one."""
-
-    def run_started(self, num_rounds: int, *, headline_metric: str, notes: Sequence[str]) -> None:
-        """The run begins; the notes say what is cached and what is not."""
-
-    def round_started(self, server_round: int, cohort_size: int, phase: str) -> None:
-        """Messages of a round are about to be sent."""
-
-    def round_done(self, metrics: Mapping[str, Any]) -> None:
-        """A round's line of ``metrics.jsonl``."""
 
 
 @dataclass
@@ -304,13 +293,18 @@ def server_app(run: Run) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         check_can_learn(run)
         config = run.config
+        check_trackers(config.output.trackers)
         timeout, ledger = config.federation.timeout_seconds, Ledger()
         clients = ask_client_ids(grid, run.num_clients, ledger, timeout=timeout)
         name = str(context.run_config.get("run-dir") or "")
         path = Path(name) if name else Path(config.output.root) / f"{config.output.name}-{context.run_id}"
-        with contextlib.closing(RunFolder(path, config)) as folder:
+        with (
+            contextlib.closing(RunFolder(path, config)) as folder,
+            tracked(config.output.trackers, path, config.model_dump(mode="json")) as trackers,
+        ):
             save_clients_rows(run, folder.path / "partition.json")
-            serve(grid, run, clients, folder, ledger=ledger)
+            followers = Followers(None, trackers)
+            followers.run_done(serve(grid, run, clients, folder, followers, ledger=ledger))
 
     return app
 
