@@ -94,7 +94,8 @@ class RunFolder:
             raise
 
     def write_config(self, config: ExperimentConfig) -> None:
-        """Write ``config.yaml``, and which plugins it needs."""
+        """Write ``config.yaml`` and which plugins it needs; it says whether events are written from now on."""
+        self._has_events = "tensorboard" in config.output.trackers
         write_text(self.path / "config.yaml", dump_config(config))
         if plugins := used_plugins(config):
             write_json(self.path / PLUGINS_FILE, plugins)

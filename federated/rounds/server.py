@@ -11,19 +11,21 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from flwr.app import Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from federated.communication.ledger import Ledger
 from federated.communication.savings import Bandwidth, communication_summary
+from federated.results.callbacks import Display, Followers
 from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines
 from federated.results.run_folder import LEDGER_FILE, RunFolder, peak_memory_bytes
+from federated.results.trackers import check_trackers, tracked
 from federated.rounds.batches import accuracy_by_class
 from federated.rounds.checkpoint import (
     Origin,
@@ -53,22 +55,6 @@ from models.files import errors_named
 from models.interrupts import unstoppable
 
 log = logging.getLogger(__name__)
-
-
-class Display(Protocol):
-    """What ``serve`` tells whoever watches; ``federated.results.console.RunDisplay`` is one."""
-
-    def run_started(self, num_rounds: int, *, headline_metric: str, notes: Sequence[str]) -> None:
-        """The run begins; the notes say what is cached and what is not."""
-
-    def rounds_before(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """The run goes on after these lines of ``metrics.jsonl``."""
-
-    def round_started(self, server_round: int, cohort_size: int, phase: str) -> None:
-        """Messages of a round are about to be sent."""
-
-    def round_done(self, metrics: Mapping[str, Any]) -> None:
-        """A round's line of ``metrics.jsonl``."""
 
 
 @dataclass
@@ -370,12 +356,17 @@ def server_app(run: Run) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         check_can_learn(run)
         config = run.config
+        check_trackers(config.output.trackers)
         timeout, ledger = config.federation.timeout_seconds, Ledger()
         clients = ask_client_ids(grid, run.num_clients, ledger, timeout=timeout)
         name = str(context.run_config.get("run-dir") or "")
         path = Path(name) if name else Path(config.output.root) / f"{config.output.name}-{context.run_id}"
-        with contextlib.closing(RunFolder(path, config)) as folder:
+        with (
+            contextlib.closing(RunFolder(path, config)) as folder,
+            tracked(config.output.trackers, path, config.model_dump(mode="json")) as trackers,
+        ):
             save_clients_rows(run, folder.path / "partition.json")
-            serve(grid, run, clients, folder, ledger=ledger)
+            followers = Followers(None, trackers)
+            followers.run_done(serve(grid, run, clients, folder, followers, ledger=ledger))
 
     return app

@@ -15,6 +15,7 @@ import pandas as pd
 from federated.config.config_files import load_config, parse_config
 from federated.config.plugins import load_plugins
 from federated.config.schema import ExperimentConfig
+from federated.results.callbacks import Callback
 from federated.results.records import RunRecord, read_run
 from federated.results.wording import format_bytes, format_metric
 
@@ -110,6 +111,7 @@ def run(
     overwrite: bool = False,
     show_progress: bool = True,
     plugins: Sequence[str | Path] = (),
+    callbacks: Sequence[Callback] = (),
     **sections: Any,
 ) -> RunResult:
     """Run a federated fine-tuning in this process and return what it left.
@@ -119,6 +121,7 @@ def run(
         overwrite: Replace an earlier run's folder of the same name.
         show_progress: Show bars and a line a round.
         plugins: Python files that register what the configuration names; they stay loaded in this process.
+        callbacks: Told when rounds start, when they are done, and of the end.
         **sections: What differs from ``config``, by section: ``client={"learning_rate": 1e-3}, seed=1``.
 
     Returns:
@@ -137,7 +140,7 @@ def run(
         from federated.results.lasting_console import lasting_console
 
         display = RunDisplay(lasting_console())
-    return RunResult(run_experiment(loaded, overwrite=overwrite, display=display))
+    return RunResult(run_experiment(loaded, overwrite=overwrite, display=display, callbacks=callbacks))
 
 
 def open_run(folder: str | Path) -> RunResult:
