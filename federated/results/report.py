@@ -23,6 +23,7 @@ from federated.results.records import RunRecord, read_run
 from federated.results.report_cards import base_note, cards, notices, provenance, subtitle
 from federated.results.run_settings import leaves
 from federated.results.tables import class_table, failure_table, round_table, saving_table
+from federated.results.time_plot import TIME, metric_by_time
 from federated.results.wording import MISSING, format_bytes, metric_label
 from models.files import BestEffort, errors_named, write_text
 
@@ -115,6 +116,12 @@ def _pictures(run: RunRecord) -> list[Picture]:
             lambda: plots.metric_by_bytes(run.metrics, run.metric, run.ledger),
         ),
         (
+            "metric_by_time",
+            f"{label} against simulated time",
+            "Every point is a round, when it would have ended on the clients' own links and devices.",
+            lambda: metric_by_time({"": run.metrics}, run.metric),
+        ),
+        (
             "bytes_by_round",
             "Bytes by round",
             "All clients together, failed transfers included. The bars add up to "
@@ -156,6 +163,8 @@ def _pictures(run: RunRecord) -> list[Picture]:
     with errors_named(folder):
         folder.mkdir(exist_ok=True)
     shown = [maker for maker in makers if run.kind.has_clients or maker[0] in _OF_CENTRAL_RUNS]
+    has_clock = any(TIME in line for line in run.metrics)
+    shown = [maker for maker in shown if has_clock or maker[0] != "metric_by_time"]
     return [_picture(folder, name, title, caption, make) for name, title, caption, make in shown]
 
 
