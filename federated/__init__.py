@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from federated.data.sources.source_registry import register_source
     from federated.methods.registry import register_aggregator
     from federated.methods.server_optimizers import register_server_optimizer
-    from federated.tools.front_door import RunResult, open_run, run
+    from federated.tools.front_door import RunResult, open_run, resume, run
 
 __all__ = [
     "ExperimentConfig",
@@ -36,6 +36,7 @@ __all__ = [
     "register_selection",
     "register_server_optimizer",
     "register_source",
+    "resume",
     "run",
 ]
 
@@ -49,7 +50,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "federated.data.sources.source_registry": ("register_source",),
     "federated.methods.registry": ("register_aggregator",),
     "federated.methods.server_optimizers": ("register_server_optimizer",),
-    "federated.tools.front_door": ("RunResult", "open_run", "run"),
+    "federated.tools.front_door": ("RunResult", "open_run", "resume", "run"),
     "models.tasks": ("register_task",),
 }
 
