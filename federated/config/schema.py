@@ -323,6 +323,9 @@ class OutputSection(Section):
     """How many of the newest commits stay; ``fedlora fork --at ROUND`` needs the one of that round."""
     report: bool = Field(True, json_schema_extra=ON_RESUME)
     """Draw ``report.html`` and ``plots/`` at the end, in some seconds; ``fedlora report`` does it later."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where each round's numbers go beside ``metrics.jsonl``: TensorBoard events in the run folder, Weights &
+    Biases, MLflow. Environment variables of the latter two say where, and whether they are offline."""
 
 
 class ExperimentConfig(Section):

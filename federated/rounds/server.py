@@ -20,8 +20,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from federated.communication.ledger import Ledger
 from federated.communication.savings import Bandwidth, communication_summary
+from federated.results.callbacks import Display, Followers
 from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines
 from federated.results.run_folder import RunFolder, peak_memory_bytes
+from federated.results.trackers import check_trackers, tracked
 from federated.rounds.batches import accuracy_by_class
 from federated.rounds.checkpoint import (
     Origin,
@@ -36,7 +38,7 @@ from federated.rounds.global_model import (
 from federated.rounds.learnable import check_can_learn
 from federated.rounds.resumption import Resumption, lost_transfers
 from federated.rounds.run import Run
-from federated.rounds.run_in_progress import Display, Served, commit, go_on, save_global, write_ledger
+from federated.rounds.run_in_progress import Served, commit, go_on, save_global, write_ledger
 from federated.rounds.run_strategy import build_strategy
 from federated.rounds.saving import model_sizes, parameter_counts, save_clients_rows
 from models.errors import UserError
@@ -225,12 +227,17 @@ def server_app(run: Run) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         check_can_learn(run)
         config = run.config
+        check_trackers(config.output.trackers)
         timeout, ledger = config.federation.timeout_seconds, Ledger()
         clients = ask_client_ids(grid, run.num_clients, ledger, timeout=timeout)
         name = str(context.run_config.get("run-dir") or "")
         path = Path(name) if name else Path(config.output.root) / f"{config.output.name}-{context.run_id}"
-        with contextlib.closing(RunFolder(path, config)) as folder:
+        with (
+            contextlib.closing(RunFolder(path, config)) as folder,
+            tracked(config.output.trackers, path, config.model_dump(mode="json")) as trackers,
+        ):
             save_clients_rows(run, folder.path / "partition.json")
-            serve(grid, run, clients, folder, ledger=ledger)
+            followers = Followers(None, trackers)
+            followers.run_done(serve(grid, run, clients, folder, followers, ledger=ledger))
 
     return app
