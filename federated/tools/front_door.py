@@ -1,4 +1,4 @@
-"""Runs from Python: ``run`` starts one, ``open_run`` reads one back, both give a ``RunResult``."""
+"""Runs from Python: ``run`` starts one, ``resume`` goes on with one, ``open_run`` reads one back."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from federated.results.records import RunRecord, read_run
 from federated.results.wording import format_bytes, format_metric
 
 if TYPE_CHECKING:
+    from federated.results.console import RunDisplay
     from models.federated_model import FederatedModel
 
 
@@ -131,16 +132,43 @@ def run(
         UserError: The configuration, a plugin, the data or the model is unusable, or the folder exists.
     """
     from federated.engines.simulation import run_experiment
-    from federated.results.console import RunDisplay
 
     load_plugins(plugins)
     loaded = config_from(config, **sections)
-    display = None
-    if show_progress:
-        from federated.results.lasting_console import lasting_console
+    return RunResult(
+        run_experiment(
+            loaded,
+            overwrite=overwrite,
+            display=_display() if show_progress else None,
+            callbacks=callbacks,
+        )
+    )
 
-        display = RunDisplay(lasting_console())
-    return RunResult(run_experiment(loaded, overwrite=overwrite, display=display, callbacks=callbacks))
+
+def resume(folder: str | Path, *, show_progress: bool = True, **sections: Any) -> RunResult:
+    """Go on with a run that was stopped or killed, or with more rounds; it ends as if it had never stopped.
+
+    Args:
+        folder: The run folder.
+        show_progress: As in ``run``.
+        **sections: Keys that may differ from here on, by section: ``federation={"rounds": 20}``.
+
+    Raises:
+        UserError: Nothing can be resumed there, a key may not change, or data or weights are others.
+    """
+    from federated.engines.simulation import resume_experiment
+
+    overrides = [f"{key}={json.dumps(value)}" for key, value in _dotted(sections)]
+    return RunResult(
+        resume_experiment(Path(folder), overrides, display=_display() if show_progress else None)
+    )
+
+
+def _display() -> RunDisplay:
+    from federated.results.console import RunDisplay
+    from federated.results.lasting_console import lasting_console
+
+    return RunDisplay(lasting_console())
 
 
 def open_run(folder: str | Path) -> RunResult:
