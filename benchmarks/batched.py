@@ -106,7 +106,7 @@ def configuration(folder: str, num_clients: int, num_rounds: int, batched: int |
 def engine_run(config: ExperimentConfig) -> tuple[float, float, State]:
     """Run on the in-process engine; CPU and wall seconds of its rounds, and the last global state."""
     experiment = build_run(config)
-    experiment.train_images.pixel_values(np.arange(len(experiment.train_images)))
+    experiment.reader.train_images.pixel_values(np.arange(len(experiment.reader.train_images)))
     stopwatch = Stopwatch()
     path = run_experiment(config, overwrite=True, display=stopwatch)  # type: ignore[arg-type]
     return *stopwatch.seconds(), dict(load_server_checkpoint(latest_checkpoint(path)).server.state)
@@ -122,8 +122,8 @@ def plain_run(experiment: Run) -> tuple[float, float, State]:
     live = {**wanted, "head.weight": head.weight, "head.bias": head.bias}
     state = {name: experiment.initial_state[name].clone() for name in live}
     optimizer = torch.optim.AdamW(list(live.values()), lr=2e-3, weight_decay=0.0, fused=True)
-    images = experiment.train_images.pixel_values(np.arange(len(experiment.train_images)))
-    labels = experiment.train_images.batch(np.arange(len(experiment.train_images)))["labels"]
+    images = experiment.reader.train_images.pixel_values(np.arange(len(experiment.reader.train_images)))
+    labels = experiment.reader.train_images.batch(np.arange(len(experiment.reader.train_images)))["labels"]
     scale = clip.logit_scale.exp()
     started = time.process_time(), time.perf_counter()
     for server_round in range(1, experiment.config.federation.rounds + 1):

@@ -121,7 +121,7 @@ class Engine:
     def __init__(self, workload: Workload, overrides: Sequence[str] = (), num_workers: int = 1) -> None:
         config = load_config(workload.config, [*workload.overrides, *overrides])
         self.experiment = build_run(config)
-        images = self.experiment.train_images
+        images = self.experiment.reader.train_images
         images.pixel_values(np.arange(len(images)))  # decoded, as in the loop
         clients = {client_id: node_id_of(client_id) for client_id in range(self.experiment.num_clients)}
         client_of = {node_id: client_id for client_id, node_id in clients.items()}

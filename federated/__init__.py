@@ -1,7 +1,7 @@
 """Federated fine-tuning in which only LoRA adapters travel: ``run`` a configuration, look at what it left.
 
-The ``register_…`` functions add aggregators, codecs, data sources and partitioners from outside
-(``models.tasks.register_task``: tasks).
+The ``register_…`` functions add aggregators, codecs, data sources, partitioners and model families from
+outside (``models.tasks.register_task``: tasks).
 
 The names are resolved at first use, so that importing the package costs neither torch nor pandas.
 """
@@ -22,16 +22,22 @@ if TYPE_CHECKING:
     from federated.data.sources.source_registry import register_source
     from federated.methods.registry import register_aggregator
     from federated.methods.server_optimizers import register_server_optimizer
+    from federated.rounds.families import register_model_family
+    from federated.tools.export import export_model
     from federated.tools.front_door import RunResult, open_run, resume, run
+    from federated.tools.predictor import Predictor
 
 __all__ = [
     "ExperimentConfig",
+    "Predictor",
     "RunResult",
+    "export_model",
     "load_config",
     "load_plugins",
     "open_run",
     "register_aggregator",
     "register_coding",
+    "register_model_family",
     "register_partitioner",
     "register_selection",
     "register_server_optimizer",
@@ -50,7 +56,10 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "federated.data.sources.source_registry": ("register_source",),
     "federated.methods.registry": ("register_aggregator",),
     "federated.methods.server_optimizers": ("register_server_optimizer",),
+    "federated.rounds.families": ("register_model_family",),
+    "federated.tools.export": ("export_model",),
     "federated.tools.front_door": ("RunResult", "open_run", "resume", "run"),
+    "federated.tools.predictor": ("Predictor",),
     "models.tasks": ("register_task",),
 }
 

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from federated.commands import data, inference, train_and_evaluate
+from federated.commands import checking, data, exporting, inference, status, sweep, train_and_evaluate
 from federated.commands.importing import PluginsOption, modules_that_stay
 from federated.config.plugins import load_plugins, plugins_at_fault
 from models.errors import ROUND_FAILURE, NoRoomError, UserError, printable
@@ -196,7 +196,11 @@ def report(run_folder: RunArgument) -> None:
 
 app.command()(train_and_evaluate.train)
 app.command()(train_and_evaluate.evaluate)
+app.command()(status.status)
+app.command()(checking.doctor)
+app.command()(sweep.sweep)
 inference.register(app)
+app.command()(exporting.export)
 app.add_typer(data.app, name="data")
 
 

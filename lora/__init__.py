@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     )
     from lora.clip_wrapper import CLIPLoRAWrapper
     from lora.config import LoRAConfig
-    from lora.factory import create_model, quick_clip_lora
+    from lora.factory import create_model, load_model_with_lora, quick_clip_lora
     from lora.gradient_checkpointing import disable_gradient_checkpointing, enable_gradient_checkpointing
     from lora.injection import apply_lora_to_text_encoder, inject_lora
     from lora.loading import load_full_checkpoint, load_lora_adapters
+    from lora.lora_layer import LoRALayer
+    from lora.multi_task import MultiTaskCLIP
     from lora.named import (
         compare_embeddings,
         list_adapters,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
         remove_adapter,
         set_active_adapter,
     )
+    from lora.split_attention import add_lora_to_attention_block
     from lora.switching import (
         disable_lora,
         enable_lora,
@@ -35,11 +38,14 @@ if TYPE_CHECKING:
         merge_lora,
         unmerge_lora,
     )
-    from lora.verify import check_lora_injection, count_parameters, verify_gradients
+    from lora.verify import check_lora_injection, count_parameters, print_parameter_stats, verify_gradients
 
 __all__ = [
     "CLIPLoRAWrapper",
     "LoRAConfig",
+    "LoRALayer",
+    "MultiTaskCLIP",
+    "add_lora_to_attention_block",
     "apply_lora_to_text_encoder",
     "check_lora_injection",
     "compare_embeddings",
@@ -54,9 +60,11 @@ __all__ = [
     "list_adapters",
     "load_full_checkpoint",
     "load_lora_adapters",
+    "load_model_with_lora",
     "load_named_adapter",
     "merge_and_unload",
     "merge_lora",
+    "print_parameter_stats",
     "quick_clip_lora",
     "remove_adapter",
     "save_full_checkpoint",
@@ -80,6 +88,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "lora.config": ("LoRAConfig",),
     "lora.factory": (
         "create_model",
+        "load_model_with_lora",
         "quick_clip_lora",
     ),
     "lora.gradient_checkpointing": (
@@ -94,6 +103,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "load_full_checkpoint",
         "load_lora_adapters",
     ),
+    "lora.lora_layer": ("LoRALayer",),
+    "lora.multi_task": ("MultiTaskCLIP",),
     "lora.named": (
         "compare_embeddings",
         "list_adapters",
@@ -101,6 +112,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "remove_adapter",
         "set_active_adapter",
     ),
+    "lora.split_attention": ("add_lora_to_attention_block",),
     "lora.switching": (
         "disable_lora",
         "enable_lora",
@@ -111,6 +123,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "lora.verify": (
         "check_lora_injection",
         "count_parameters",
+        "print_parameter_stats",
         "verify_gradients",
     ),
 }

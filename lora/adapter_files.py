@@ -120,6 +120,7 @@ class AdapterFile:
             class_names, templates, as far as present.
         class_names: Of the head's outputs, in order; None where the file does not say.
         notes: What the folder's manifest says of the run.
+        base: Base weights in open_clip's names, where a `.pt` file holds every weight.
     """
 
     folder: Path
@@ -131,6 +132,7 @@ class AdapterFile:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    base: State = field(default_factory=dict)
 
 
 def read_adapter(folder: str | Path) -> AdapterFile:
@@ -194,6 +196,12 @@ def read_notes(folder: Path) -> tuple[tuple[str, ...] | None, dict[str, Any]]:
         if (folder / name).is_file():
             return names_of_classes(_read_tensors(folder / name, only_metadata=True)[1], folder), notes
     return None, notes
+
+
+def num_head_classes(found: AdapterFile) -> int:
+    """Return how many outputs the head in an adapter file has; 0 without one."""
+    outputs = (found.head.get(name) for name in ("head.weight", "head.lora_B.weight"))
+    return next((int(tensor.shape[0]) for tensor in outputs if tensor is not None), 0)
 
 
 def names_of_classes(metadata: Mapping[str, Any], source: str | Path) -> tuple[str, ...] | None:

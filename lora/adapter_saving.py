@@ -163,7 +163,7 @@ def _exported_config(root: nn.Module, adapter_name: str) -> LoraConfig:
     config.inference_mode = True
     ours = lora_config_of(root)
     config.bias = "none" if ours is None else ours.bias
-    ranks = {name: clip.get_submodule(name).r[adapter_name] for name, _ in adapter_layers(clip, adapter_name)}
+    ranks = {name: layer.r[adapter_name] for name, layer in adapter_layers(clip, adapter_name)}
     actual = scalings(clip, adapter_name)
     if any(not math.isclose(actual[n], expected_scaling(config, n, r)) for n, r in ranks.items()):
         divisors = {n: math.sqrt(r) if config.use_rslora else r for n, r in ranks.items()}

@@ -23,14 +23,16 @@ from torch import nn
 
 from lora.biases import trained_in_base
 from lora.config import LoRAConfig
+from lora.lora_layer import DEFAULT_ADAPTER, FACTORS
+from lora.split_attention import AttentionPart, attention_parts, is_adapted_block
 from models.clip_loading import HUGGINGFACE_TOWERS
 from models.errors import UserError
 from models.state import State
 from models.towers import Towers
 
-DEFAULT_ADAPTER = "default"
-FACTORS = ("lora_A", "lora_B")
-_WITH_ADAPTER_NAME = re.compile(r"\.(lora_[AB])\.([^.]+)\.weight$")
+_FACTOR = re.compile(r"\.(lora_[AB])(?:\.|$)")
+_PARAMETER = re.compile(r"\.lora_[AB](\.[^.]+\.weight)?$")
+_PAIRED = re.compile(r"\.lora_[AB](\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def wire_name(parameter_name: str) -> str:
 
 def factor_of(name: str) -> str | None:
     """ "lora_A" or "lora_B" if a parameter or wire name is that of a factor, else None."""
-    return next((factor for factor in FACTORS if f".{factor}." in name), None)
+    found = _FACTOR.search(name)
+    return None if found is None else found[1]
 
 
 def is_adapter_part(name: str) -> bool:
@@ -73,14 +76,16 @@ def factor_pairs(names: Iterable[str]) -> list[FactorPair]:
     Raises:
         UserError: a factor without its partner.
     """
-    present = set(names)
-    modules = sorted({n.removesuffix(f".{factor}.weight") for n in present if (factor := factor_of(n))})
-    pairs = [FactorPair(m, f"{m}.lora_A.weight", f"{m}.lora_B.weight") for m in modules]
-    for pair in pairs:
-        if not {pair.a, pair.b} <= present:
-            missing = pair.b if pair.a in present else pair.a
-            raise UserError(f"{pair.module} has one factor only: {missing} is missing from the state")
-    return pairs
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        if factor := factor_of(name):
+            found.setdefault(_PAIRED.sub("", name), {})[factor] = name
+    for module, factors in sorted(found.items()):
+        if len(factors) < len(FACTORS):
+            there, name = next(iter(factors.items()))
+            missing = name.replace(f".{there}", f".{FACTORS[1 - FACTORS.index(there)]}")
+            raise UserError(f"{module} has one factor only: {missing} is missing from the state")
+    return [FactorPair(module, *(found[module][factor] for factor in FACTORS)) for module in sorted(found)]
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -100,29 +105,44 @@ def find_towers(model: nn.Module) -> Towers:
     """The towers of a federated model, or of a bare CLIP in the Hugging Face or open_clip layout.
 
     Raises:
-        UserError: the model has neither layout.
+        UserError: the model has neither layout, and names no towers of its own.
     """
     root = unwrap(model)
     towers = getattr(root, "towers", None)
-    if isinstance(towers, Towers):
+    if isinstance(towers, Towers) and (towers.vision or towers.text):
         return towers
     if hasattr(root, "vision_model") and hasattr(root, "text_model"):
         return HUGGINGFACE_TOWERS
     if hasattr(root, "visual") and hasattr(root, "transformer"):
         return Towers("open_clip", vision=("visual",), text=("transformer",), default_targets=("attn",))
-    raise UserError(f"{type(root).__name__} has no CLIP towers; pass a FederatedCLIPModel or a bare CLIP")
+    raise UserError(
+        f"{type(root).__name__} has no towers that could carry adapters; pass a federated model that names "
+        "its towers, or a bare CLIP"
+    )
 
 
 def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, Any]]:
-    """(module name, PEFT layer) of every adapted layer by name; only those with `adapter_name` if given."""
-    layers = [(n, m) for n, m in unwrap(model).named_modules() if isinstance(m, LoraLayer)]
-    return sorted((n, m) for n, m in layers if adapter_name is None or adapter_name in m.lora_A)
+    """(name, layer) of every adapted layer by name; only those with `adapter_name` if given.
+
+    A layer is PEFT's, or an `AttentionPart` with the same surface.
+    """
+    layers: list[tuple[str, Any]] = []
+    for name, module in unwrap(model).named_modules():
+        if isinstance(module, LoraLayer):
+            layers.append((name, module))
+        elif is_adapted_block(module):
+            layers += [(f"{name}.{leaf}".lstrip("."), part) for leaf, part in attention_parts(module)]
+    found = [(n, m) for n, m in layers if adapter_name is None or adapter_name in m.lora_A]
+    return sorted(found, key=lambda item: item[0])
 
 
-def base_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Adapted layer -> the frozen weight that its product is added to, (d_out, d_in)."""
-    found = {}
+def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Adapted layer -> the frozen weight, (d_out, d_in), that its product is added to; written in place."""
+    found: dict[str, torch.Tensor] = {}
     for name, layer in adapter_layers(model, DEFAULT_ADAPTER):
+        if isinstance(layer, AttentionPart):
+            found[name] = layer.base_weight
+            continue
         base = layer.get_base_layer()
         found[name] = base.in_proj_weight if isinstance(base, nn.MultiheadAttention) else base.weight
     return found
@@ -132,8 +152,9 @@ def adapter_parameters(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) ->
     """Wire name -> parameter of every factor of one adapter, sorted by name."""
     found = {}
     for name, layer in adapter_layers(model, adapter_name):
+        suffix = "" if isinstance(layer, AttentionPart) else ".weight"
         for factor in FACTORS:
-            found[f"{name}.{factor}.weight"] = getattr(layer, factor)[adapter_name].weight
+            found[f"{name}.{factor}{suffix}"] = getattr(layer, factor)[adapter_name].weight
     return dict(sorted(found.items()))
 
 
@@ -151,7 +172,7 @@ def owner_of(model: nn.Module, name: str) -> nn.Module:
 
 def is_adapter_parameter(name: str) -> bool:
     """Whether a name from `model.named_parameters()` is that of an adapter's factor, whatever the adapter."""
-    return _WITH_ADAPTER_NAME.search(name) is not None
+    return _PARAMETER.search(name) is not None
 
 
 def get_lora_state_dict(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> State:
@@ -164,12 +185,14 @@ def get_lora_state_dict(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -
 def set_lora_state_dict(
     model: nn.Module, state: Mapping[str, torch.Tensor], adapter_name: str = DEFAULT_ADAPTER
 ) -> None:
-    """Copy factors into the model, in place.
+    """Copy factors into the model, in place; names may leave out the prefix of the CLIP in the model.
 
     Raises:
         UserError: names or shapes differ from the model's; the message names the first few.
     """
     parameters = adapter_parameters(model, adapter_name)
+    _, prefix = clip_of(model)
+    state = {name if name in parameters else prefix + name: value for name, value in state.items()}
     check_same_layout(parameters, state)
     for name, parameter in parameters.items():
         parameter.copy_(state[name])

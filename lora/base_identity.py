@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.adapters import FACTORS, base_weights, clip_of, unwrap
+from lora.adapters import base_weights, clip_of, factor_of, unwrap
 from lora.base_delta_file import pretrained_base_weights
 from lora.biases import base_values
 
@@ -74,14 +74,30 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
     root = unwrap(model)
     clip, prefix = clip_of(root)
     overwritten = pretrained_base_weights(root)
-    start = {id(p): overwritten[module] for module, p in base_weights(root).items() if module in overwritten}
     values = {
-        name: start.get(id(value), value)
+        name: value
         for name, value in clip.state_dict(keep_vars=True).items()
-        if value.is_floating_point() and not any(f".{factor}." in name for factor in FACTORS)
+        if value.is_floating_point() and factor_of(name) is None
     }
+    if not prefix:  # a family whose base is the model itself, less its head
+        values = {name: value for name, value in values.items() if not name.startswith("head.")}
+    for module, weight in base_weights(root).items():
+        if module in overwritten:
+            name = next(name for name, value in values.items() if _holds(value, weight))
+            first = (
+                weight.storage_offset() - values[name].storage_offset()
+            )  # a part of a stacked weight has one
+            values[name] = values[name].detach().clone()
+            values[name].view(-1)[first : first + weight.numel()] = overwritten[module].flatten()
     values |= {n.removeprefix(prefix): v for n, v in base_values(root).items() if n.startswith(prefix)}
     return {name.replace("base_layer.", ""): value for name, value in sorted(values.items())}
+
+
+def _holds(tensor: Tensor, part: Tensor) -> bool:
+    """Whether a tensor's memory contains that of another."""
+    first = part.storage_offset() - tensor.storage_offset()
+    same = tensor.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+    return same and 0 <= first <= tensor.numel() - part.numel()
 
 
 def _stamp(tensors: Mapping[str, Tensor]) -> _Stamp:

@@ -62,7 +62,7 @@ class LoRAConfig(BaseModel):
         text: What the text tower does differently.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
     r: int = Field(default=16, ge=1, le=MAX_RANK)
     lora_alpha: int | float = Field(default=32, gt=0, le=MOST_ALPHA)
@@ -93,6 +93,15 @@ class LoRAConfig(BaseModel):
                 "vision, text or encoder to target_components, or leave train_temperature out"
             )
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign a setting if the whole then holds; what is injected already does not change.
+
+        Raises:
+            ValidationError: There is no such setting, or the value does not fit.
+        """
+        type(self)(**{**dict(self), name: value})
+        super().__setattr__(name, value)
 
     @property
     def tower_names(self) -> tuple[str, ...]:

@@ -1,23 +1,23 @@
-"""Read adapters in the `.pt` layout of hand-written CLIP LoRA code and give them our names.
+"""Read adapters in the documented `.pt` layouts, and give them the names of this model's layers.
 
-Such a file holds `lora_state_dict`, with keys like `transformer.resblocks.0.attn.lora_q.lora_A` (text tower)
-and `visual.transformer.resblocks.0.attn.lora_v.lora_B` (vision tower), and `lora_config` with the rank and
-alpha. It is read with weights_only=True: a file that would run code is refused. Used once, before round 1.
+A file is `{"epoch", "lora_state_dict", "lora_config"}` (adapters alone) or `{"epoch", "state_dict",
+"optimizer", "lora_config"}` (every weight, in open_clip's names). Its factors are called
+`transformer.resblocks.0.lora_q.lora_A` (text tower), `visual.transformer.resblocks.0.lora_v.lora_B` (vision
+tower) and so on; `lora_config` has the rank and alpha. It is read with weights_only=True
+(`models.untrusted`).
 
-For a Hugging Face CLIP each of q, k, v and out becomes the adapter of its projection. For a fused attention
-the three of q, k, v become one of rank 3 r, A stacked and B block-diagonal, which is the same function.
+open_clip models take such factors as they are (`lora.split_attention`). For a Hugging Face CLIP each of q, k,
+v and out becomes the adapter of its projection. Where the attention carries PEFT's fused form, the three of
+q, k, v become one of rank 3 r, A stacked and B block-diagonal, which is the same function.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import pickle
 import re
-import zipfile
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,16 +26,27 @@ from peft import LoraConfig
 from torch import nn
 
 from lora.adapter_files import AdapterFile
-from lora.adapters import find_towers
-from lora.config import MAX_RANK
+from lora.adapters import adapter_layers, clip_of, factor_of, factor_pairs, find_towers
+from lora.attention import FusedAttentionLoRA
+from lora.config import MAX_RANK, LoRAConfig, TowerOverride
 from lora.peft_settings import check_peft_settings
+from lora.split_attention import PARTS_OF_TARGET
 from models.errors import UserError, shortened
 from models.state import State
-from models.untrusted import parsing
+from models.untrusted import parsing, read_pt
 
 _KEY = re.compile(
-    r"(?P<visual>visual\.)?transformer\.resblocks\.(?P<block>[0-9]{1,4})\.attn\.lora_(?P<part>q|k|v|out)(_proj)?\.lora_(?P<factor>[AB])(\.weight)?"
+    r"(?P<visual>visual\.)?transformer\.resblocks\.(?P<block>[0-9]{1,4})\.lora_(?P<part>q|k|v|out)"
+    r"\.lora_(?P<factor>[AB])"
 )
+_UNTOUCHED = {
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+}
+"""Weights that LoRA never touches: open_clip's name -> Hugging Face's."""
+_ROUNDING = 1e-3
 _LARGEST = 1e9  # of a rank, an alpha or a dropout
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 N = TypeVar("N", int, float)
@@ -44,73 +55,147 @@ Blocks = dict[
 ]  # (tower, block) -> part -> "A"/"B" -> factor
 
 
-def read_converted(path: Path, model: nn.Module) -> AdapterFile:
+def is_pt(path: Path) -> bool:
+    """Whether a path is that of a `.pt` file and not of an adapter folder."""
+    return path.suffix in {".pt", ".pth"}
+
+
+def base_named_in(path: Path) -> str:
+    """Return the base model that a `.pt` file names, "" if it does not.
+
+    Raises:
+        UserError: as `read_converted`.
+    """
+    content, _, _ = _parts(path)
+    return str(content.get("model_name", content["lora_config"].get("model_name", "")))
+
+
+def read_converted(path: Path, model: nn.Module, *, fused: bool = False) -> AdapterFile:
     """Read a `.pt` file and name its factors as `model`'s layers are named.
+
+    Args:
+        path: The file.
+        model: A federated model or a bare CLIP.
+        fused: Take PEFT's fused form for open_clip's attention even where the model carries no adapter yet.
 
     Raises:
         UserError: no such file, not this layout, a pickled object inside, or no rank or alpha.
     """
-    content = _read(path)
+    content, factors, base = _parts(path)
     config = content["lora_config"]
     _check_settings(path, config)
-    rank = _setting(path, config, int, "r", "rank")
-    alpha = _setting(path, config, float, "lora_alpha", "alpha")
-    dropout = _setting(path, config, float, "lora_dropout", "dropout", default=0.0)
+    rank = _setting(path, config, int, "r")
+    alpha = _setting(path, config, float, "lora_alpha")
+    dropout = _setting(path, config, float, "lora_dropout", default=0.0)
     if not (1 <= rank <= MAX_RANK and 0 < alpha < math.inf and 0 <= dropout < 1):
         raise UserError(
             f"{path}: lora_config says r={rank}, lora_alpha={alpha}, lora_dropout={dropout}; a rank of 1 to "
             f"{MAX_RANK}, a positive alpha and a dropout below 1 are possible"
         )
-    blocks = _grouped(path, content["lora_state_dict"], rank)
-    fused = find_towers(model).backend == "open_clip"
-    state, modules = _fused(blocks, rank) if fused else _separate(blocks)
-    width, rank_stabilised = 3 if fused else 1, bool(config.get("use_rslora"))
-    peft_config = LoraConfig(
-        r=width * rank,
-        lora_alpha=(width**0.5 if rank_stabilised else width) * alpha,  # type: ignore[arg-type]
-        use_rslora=rank_stabilised,
-        lora_dropout=dropout,
-        target_modules="|".join(re.escape(name) for name in modules),
-    )
+    common = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "use_rslora": bool(config.get("use_rslora")),
+    }
     metadata: dict[str, Any] = {key: content[key] for key in ("epoch", "metrics") if key in content}
     name = str(content.get("model_name", config.get("model_name", "")))
-    return AdapterFile(path, dict(sorted(state.items())), {}, peft_config, None, name, metadata)
+    found = AdapterFile(path, {}, base_model=name, metadata=metadata, base=base)
+    if not any(_KEY.fullmatch(key) for key in factors) and all(map(factor_of, factors)) and factors:
+        return _as_named(found, factors, common)
+    return _named(found, _grouped(path, factors, rank), model, common, fused=fused)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
-    remedy = "save tensors and plain values only, with torch.save"
-    with parsing(path, "cannot be read safely", remedy, pickle.UnpicklingError, zipfile.BadZipFile):
-        _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    for key in ("lora_state_dict", "lora_config"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), Mapping):
+def _named(
+    found: AdapterFile, blocks: Blocks, model: nn.Module, common: dict[str, Any], *, fused: bool
+) -> AdapterFile:
+    """Add the factors under the model's names, and how to inject adapters for them."""
+    ours = None
+    if find_towers(model).backend != "open_clip":
+        state, modules = _separate(blocks)
+    elif fused or any(isinstance(layer, FusedAttentionLoRA) for _, layer in adapter_layers(model)):
+        state, modules = _fused(blocks, common["r"])
+        width = 3**0.5 if common["use_rslora"] else 3
+        common = {**common, "r": 3 * common["r"], "lora_alpha": width * common["lora_alpha"]}
+    else:
+        state, modules = _split(blocks, common["r"])
+        ours = _split_config(blocks, common)
+    targets = "|".join(re.escape(name) for name in modules)
+    peft_config = LoraConfig(target_modules=targets, **common)
+    return replace(found, state=dict(sorted(state.items())), peft_config=peft_config, lora_config=ours)
+
+
+def _as_named(found: AdapterFile, factors: Mapping[str, Any], common: dict[str, Any]) -> AdapterFile:
+    """Take factors under the names that `get_lora_state_dict` gave them."""
+    state = {name: _values(found.folder, name, tensor) for name, tensor in factors.items()}
+    targets = "|".join(re.escape(pair.module) for pair in factor_pairs(state))
+    peft_config = LoraConfig(target_modules=targets, **common)
+    return replace(found, state=dict(sorted(state.items())), peft_config=peft_config)
+
+
+def _parts(path: Path) -> tuple[dict[str, Any], Mapping[str, torch.Tensor], State]:
+    """The content of a file, its factors, and its base weights if it holds every weight."""
+    content = read_pt(path)
+    layouts = ("lora_state_dict", "state_dict")
+    key = next(
+        (k for k in layouts if isinstance(content, dict) and isinstance(content.get(k), Mapping)), None
+    )
+    for wanted, there in ((" or ".join(map(repr, layouts)), key), ("'lora_config'", "lora_config")):
+        if there is None or not isinstance(content.get(there), Mapping):
             raise UserError(
-                f"{path} has no {key!r}; expected a dict with 'lora_state_dict' and 'lora_config'"
+                f"{path} has no {wanted}; expected a dict with 'lora_state_dict' and 'lora_config'"
             )
-    return content
+    assert key is not None
+    state = {
+        str(name).removeprefix("module.").removeprefix("clip."): tensor
+        for name, tensor in content[key].items()
+    }
+    if key == "lora_state_dict":
+        return content, state, {}
+    base = {name: tensor for name, tensor in state.items() if factor_of(name) is None}
+    return (
+        content,
+        {name: tensor for name, tensor in state.items() if name not in base},
+        {name: _values(path, name, tensor) for name, tensor in base.items() if _is_weight(tensor)},
+    )
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse an archive whose parts are together larger than it is: what torch unpacks is in memory then."""
-    with zipfile.ZipFile(path) as archive:
-        claimed = sum(part.file_size for part in archive.infolist())
-    if claimed > path.stat().st_size:
-        raise UserError(f"{path} claims to hold {claimed} bytes, more than it has; save it with torch.save")
+def _is_weight(tensor: Any) -> bool:
+    """Whether it is one of the floats of a state; masks and counters are not."""
+    return not isinstance(tensor, torch.Tensor) or tensor.dtype.is_floating_point
 
 
-def _setting(
-    path: Path, config: Mapping[str, Any], kind: type[N], *names: str, default: N | None = None
-) -> N:
-    """Return a number of ``lora_config`` by the first of its names that is there."""
-    value = next((config[name] for name in names if name in config), default)
+def check_base_weights(model: nn.Module, found: AdapterFile) -> None:
+    """Refuse a file whose own base weights are not the model's, as far as LoRA never touches them.
+
+    Raises:
+        UserError: One of them differs.
+    """
+    clip, _ = clip_of(model)
+    here = dict(clip.named_parameters())
+    for theirs, other in _UNTOUCHED.items():
+        mine = here.get(theirs, here.get(other))
+        if theirs not in found.base or mine is None or mine.is_meta:
+            continue
+        value = found.base[theirs]
+        if value.shape != mine.shape or not torch.allclose(
+            value, mine.detach().cpu().float(), atol=_ROUNDING
+        ):
+            raise UserError(
+                f"{found.folder}: its own {theirs} is not this model's; load the base model it was trained "
+                "on, or pass --any-base (check_base=False) to use the adapter on this one all the same"
+            )
+
+
+def _setting(path: Path, config: Mapping[str, Any], kind: type[N], name: str, default: N | None = None) -> N:
+    """Return a number of ``lora_config``."""
+    value = config.get(name, default)
     if value is None:
-        raise UserError(f"{path}: lora_config has no {names[0]!r}")
+        raise UserError(f"{path}: lora_config has no {name!r}")
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _LARGEST:
-        raise UserError(f"{path}: lora_config has {names[0]}={shortened(repr(value))}, which is no number")
+        raise UserError(f"{path}: lora_config has {name}={shortened(repr(value))}, which is no number")
     if kind(value) != value:
-        raise UserError(f"{path}: lora_config has {names[0]}={value}, which is no whole number")
+        raise UserError(f"{path}: lora_config has {name}={value}, which is no whole number")
     return kind(value)
 
 
@@ -133,8 +218,6 @@ def _grouped(path: Path, factors: Mapping[str, torch.Tensor], rank: int) -> Bloc
             )
         axis = 0 if match["factor"] == "A" else 1  # A is (r, d_in), B is (d_out, r)
         value = _values(path, key, tensor)
-        if value.ndim == 2 and value.shape[axis] != rank and value.shape[1 - axis] == rank:
-            value = value.T
         if value.ndim != 2 or value.shape[axis] != rank:
             raise UserError(f"{path}: {key} has shape {tuple(tensor.shape)}, which does not fit rank {rank}")
         tower = "vision" if match["visual"] else "text"
@@ -144,7 +227,7 @@ def _grouped(path: Path, factors: Mapping[str, torch.Tensor], rank: int) -> Bloc
             if set(pair) != {"A", "B"}:
                 raise UserError(f"{path}: lora_{part} of {tower} block {block} has one factor only")
     if not blocks:
-        raise UserError(f"{path}: lora_state_dict is empty")
+        raise UserError(f"{path} holds no factors of LoRA")
     return blocks
 
 
@@ -177,6 +260,31 @@ def _separate(blocks: Blocks) -> tuple[State, list[str]]:
             module = f"{tower}_model.encoder.layers.{block}.self_attn.{part}_proj"
             state |= {f"{module}.lora_{factor}.weight": value for factor, value in pair.items()}
     return state, sorted({name.rsplit(".lora_", 1)[0] for name in state})
+
+
+def _split(blocks: Blocks, rank: int) -> tuple[State, list[str]]:
+    """Four adapters per attention, as in the file; what it leaves out is zero."""
+    state: dict[str, torch.Tensor] = {}
+    parts = [part for target in _targets(blocks) for part in PARTS_OF_TARGET[target]]
+    for (tower, block), pairs in blocks.items():
+        width = next(iter(pairs.values()))["A"].shape[1]
+        zero = {"A": torch.zeros(rank, width), "B": torch.zeros(width, rank)}
+        module = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{block}"
+        for part in parts:
+            pair = pairs.get(part, zero)
+            state |= {f"{module}.lora_{part}.lora_{factor}": value for factor, value in pair.items()}
+    return state, sorted({name.rsplit(".", 1)[0] for name in state})
+
+
+def _targets(blocks: Blocks) -> list[str]:
+    present = {part for pairs in blocks.values() for part in pairs}
+    return [target for target, parts in PARTS_OF_TARGET.items() if present & set(parts)]
+
+
+def _split_config(blocks: Blocks, common: Mapping[str, Any]) -> LoRAConfig:
+    layers = {tower: sorted(block for t, block in blocks if t == tower) for tower, _ in blocks}
+    towers: dict[str, Any] = {tower: TowerOverride(layers=found) for tower, found in layers.items()}
+    return LoRAConfig(**common, target_modules=_targets(blocks), target_components=sorted(layers), **towers)
 
 
 def _fused(blocks: Blocks, rank: int) -> tuple[State, list[str]]:

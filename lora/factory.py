@@ -1,6 +1,6 @@
 """Thin doors for scripts and notebooks: build a model from a config, keep configs and models in folders.
 
-Nothing in this project imports them; the run engine builds its models from the experiment's config.
+A run builds its models in `federated.rounds.build`.
 """
 
 from __future__ import annotations
@@ -14,25 +14,28 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import nn
 
-from lora.adapter_files import CONFIG_FILE, FULL_FILE, HEAD_FILE, read_adapter
+from lora.adapter_files import CONFIG_FILE, FULL_FILE, HEAD_FILE, AdapterFile, num_head_classes, read_adapter
 from lora.adapter_saving import save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
+from lora.conversion import base_named_in, is_pt
 from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
 from models.files import write_text
+from models.shipped_configs import find_config
 from models.untrusted import MOST_YAML_BYTES, parse_yaml, read_text
 
+DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 MODEL_TYPES = ("clip", "clip_lora")
 LATER_MODEL_TYPES = ("vqa", "vqa_lora")
 
 
-def quick_clip_lora(
-    model_name: str = "openai/clip-vit-base-patch32",
+def quick_clip_lora(  # noqa: PLR0913 - the documented signature; all but four are keyword-only
+    model_name: str = DEFAULT_MODEL,
     num_classes: int = 10,
     r: int = 16,
     lora_alpha: float = 32,
@@ -40,6 +43,7 @@ def quick_clip_lora(
     lora_dropout: float = 0.1,
     target_modules: Sequence[str] | None = None,
     target_components: Sequence[str] = ("encoder",),
+    lora_r: int | None = None,
     seed: int = 0,
     **model_options: Any,
 ) -> CLIPLoRAWrapper:
@@ -53,11 +57,12 @@ def quick_clip_lora(
         lora_dropout: Dropout on the adapters' input.
         target_modules: Layers to adapt; the backend's default if left out.
         target_components: Any of "encoder", "vision", "text", "classifier".
+        lora_r: Another name of `r`.
         seed: Seeds the draw of lora_A.
         **model_options: Further arguments of FederatedCLIPModel, such as class_names or pretrained.
     """
     config = LoRAConfig(
-        r=r,
+        r=r if lora_r is None else lora_r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         target_modules=None if target_modules is None else list(target_modules),
@@ -68,12 +73,13 @@ def quick_clip_lora(
     return CLIPLoRAWrapper(model, config, seed=seed).apply_lora_to_federated_model()
 
 
-def create_model(config: Mapping[str, Any] | str | Path, **model_options: Any) -> nn.Module:
+def create_model(config: Any, **model_options: Any) -> nn.Module:
     """Build the model that a configuration describes.
 
     Args:
-        config: A mapping with sections `model` (type, model_name, num_classes, ...), `lora` and `task`, or
-            the path of a YAML file that holds one; other sections are not looked at.
+        config: With sections `model` (type, model_name, num_classes, ...), `lora` and `task`; other sections
+            are not looked at. A mapping, an object with attributes, a loaded configuration, the path of a
+            YAML file, or the name of a shipped configuration.
         **model_options: Further arguments of FederatedCLIPModel, such as class_names.
 
     Returns:
@@ -82,7 +88,11 @@ def create_model(config: Mapping[str, Any] | str | Path, **model_options: Any) -
     Raises:
         UserError: an unknown type or key, with the nearest valid one.
     """
-    tree = _read_yaml(Path(config)) if isinstance(config, str | Path) else dict(config)
+    tree = _read_yaml(find_config(config)) if isinstance(config, str | Path) else _plain(config)
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"a {type(config).__name__} is no configuration; give sections, a YAML file or a name"
+        )
     section = dict(tree.get("model") or {})
     model_type = section.pop("type", "clip_lora")
     if model_type not in MODEL_TYPES:
@@ -95,6 +105,35 @@ def create_model(config: Mapping[str, Any] | str | Path, **model_options: Any) -
         return model
     wrapper = CLIPLoRAWrapper(model, _lora_config(tree.get("lora") or {}, "lora"), seed=seed)
     return wrapper.apply_lora_to_federated_model()
+
+
+def load_model_with_lora(
+    source: str | Path, model_name: str | None = None, *, check_base: bool = True, **model_options: Any
+) -> FederatedCLIPModel:
+    """Build the base model of an adapter and put the adapter on it, ready to encode and to evaluate.
+
+    Args:
+        source: An adapter folder, or a `.pt` file of a documented layout (`lora.conversion`).
+        model_name: The base model, where the adapter does not name it; ViT-B/32 if nothing says.
+        check_base: Refuse a base model that the adapter was not trained on.
+        **model_options: Further arguments of FederatedCLIPModel, such as device or class_names.
+
+    Returns:
+        The model in eval mode; with a head where the adapter brings one.
+
+    Raises:
+        UserError: The file is missing or damaged, or does not go with the model.
+    """
+    path = Path(source)
+    found = AdapterFile(path, {}, base_model=base_named_in(path)) if is_pt(path) else read_adapter(path)
+    num_classes, names = num_head_classes(found), found.class_names
+    if names is not None and len(names) != num_classes:
+        raise UserError(f"{path} has a head for {num_classes} classes and names {len(names)}; copy it again")
+    task = "classification" if num_classes else "zero_shot"
+    options: dict[str, Any] = {"class_names": names, "task": task, "strategy": "lora", **model_options}
+    model = FederatedCLIPModel(model_name or found.base_model or DEFAULT_MODEL, num_classes or 2, **options)
+    load_lora_adapters(model, path, check_base=check_base)
+    return model.eval()
 
 
 class LoRAConfigManager:
@@ -192,6 +231,16 @@ class LoRAModelManager:
         if not folder.is_dir():
             raise UserError(f"no saved model {name!r} in {self.root}; known are {self.list_models()}")
         return folder
+
+
+def _plain(config: Any) -> Any:
+    """Mappings, loaded configurations and objects with attributes as dicts; other values as they are."""
+    if isinstance(config, BaseModel):
+        return config.model_dump(mode="json")
+    if isinstance(config, Mapping) or type(config).__module__ != "builtins" and hasattr(config, "__dict__"):
+        values = config if isinstance(config, Mapping) else vars(config)
+        return {str(key): _plain(value) for key, value in values.items()}
+    return config
 
 
 def _checked(name: str) -> str:

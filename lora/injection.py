@@ -32,7 +32,8 @@ from lora.attention import FusedAttentionLoRA
 from lora.biases import is_bias, train_in_base
 from lora.config import LoRAConfig
 from lora.linear import LinearLoRA
-from lora.targets import TowerPlan, plan_towers
+from lora.split_attention import add_lora_to_attention_block, attention_parts
+from lora.targets import TowerPlan, block_of, plan_towers
 from models.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -93,19 +94,28 @@ def inject_lora(
             "target_components has 'classifier' but this model has no head; take it out, or set "
             "task.name to classification"
         )
+    if config.adapts_head and plans and clip is root:
+        raise UserError(
+            "target_components has 'classifier' beside a tower, which goes with CLIP alone: take one out"
+        )
     root.requires_grad_(False)
-    if plans:
+    generator = generator or torch.Generator().manual_seed(seed)
+    if any(plan.blocks for plan in plans):
+        _split_attention(clip, plans, config, generator)
+    elif plans:
         inject_peft(clip, peft_config_for(plans, config), DEFAULT_ADAPTER)
         _set_dropout(clip, plans)
     if config.adapts_head:
         _inject_head(root, config.for_tower("head"))
-    init_adapters(root, generator or torch.Generator().manual_seed(seed))
+    init_adapters(root, generator)
     train_in_base(
-        root, _biases_to_train(root, [prefix + name for plan in plans for name in plan.modules], config)
+        root, _biases_to_train(root, [prefix + name for plan in plans for name in plan.owners], config)
     )
     if config.train_temperature:
         train_in_base(root, [f"{prefix}logit_scale"])
-    root.lora_config = config
+    root.lora_config = config.model_copy(
+        deep=True
+    )  # what is in force, whatever is assigned to `config` later
     _name_what_trains_and_travels(root)
     _warn_of_idle_text_adapters(root, config)
     logger.info("injected %d adapted layers", len(adapter_layers(root)))
@@ -130,24 +140,43 @@ def inject_from_peft(model: nn.Module, peft_config: LoraConfig, base_names: Sequ
     _name_what_trains_and_travels(root)
 
 
-def apply_lora_to_text_encoder(
-    model: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
-) -> nn.Module:
-    """Adapt the text tower alone; by default q, k, v and out projections at r=16, lora_alpha=32.
+def apply_lora_to_text_encoder(  # noqa: PLR0913 - the documented signature
+    model: nn.Module,
+    r: int = 16,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.1,
+    target_modules: Sequence[str] | None = None,
+    *,
+    config: LoRAConfig | None = None,
+    seed: int = 0,
+) -> int:
+    """Adapt the text tower alone; by default its q, k, v and out projections, each by itself.
 
     On ViT-B/32 the default trains exactly 786,432 parameters.
 
     Args:
-        model: A federated model or a bare CLIP; changed in place and returned.
-        config: Other settings; its target_components are replaced by ["text"].
+        model: A federated model or a bare CLIP; changed in place.
+        r: Rank.
+        lora_alpha: The update is scaled by lora_alpha / r.
+        lora_dropout: Dropout of the adapters' inputs.
+        target_modules: Layers to adapt.
+        config: Takes the place of the four before it; its target_components are replaced by ["text"].
         seed: Seeds the draw of lora_A.
+
+    Returns:
+        How many blocks were adapted.
     """
     if config is None:
-        backend = find_towers(unwrap(model)).backend
-        targets = ["attn"] if backend == "open_clip" else ["q_proj", "k_proj", "v_proj", "out_proj"]
-        config = LoRAConfig(r=16, lora_alpha=32, target_modules=targets)
+        is_fused = find_towers(unwrap(model)).backend == "open_clip"
+        all_four = ["in_proj", "out_proj"] if is_fused else ["q_proj", "k_proj", "v_proj", "out_proj"]
+        config = LoRAConfig(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=all_four if target_modules is None else list(target_modules),
+        )
     inject_lora(model, config.model_copy(update={"target_components": ["text"]}), seed=seed)
-    return model
+    return len({block_of(name) for name, _ in adapter_layers(model)} - {None})
 
 
 def inject_peft(model: Any, peft_config: LoraConfig, adapter_name: str) -> None:
@@ -177,8 +206,9 @@ def inject_peft(model: Any, peft_config: LoraConfig, adapter_name: str) -> None:
 
 def peft_config_for(plans: Sequence[TowerPlan], config: LoRAConfig) -> LoraConfig:
     """The PEFT configuration of a set of towers; what is saved as adapter_config.json."""
+    split = [name for plan in plans if plan.blocks for name in plan.modules]
     settings: dict[str, Any] = {
-        "target_modules": "|".join(plan.pattern for plan in plans),
+        "target_modules": split or "|".join(plan.pattern for plan in plans),
         "r": plans[0].config.r,
         "lora_alpha": plans[0].config.lora_alpha,
         "lora_dropout": plans[0].config.lora_dropout,
@@ -188,6 +218,22 @@ def peft_config_for(plans: Sequence[TowerPlan], config: LoRAConfig) -> LoraConfi
         settings["rank_pattern"] = {plan.prefix_pattern: plan.config.r for plan in plans}
         settings["alpha_pattern"] = {plan.prefix_pattern: plan.config.lora_alpha for plan in plans}
     return LoraConfig(**settings)
+
+
+def _split_attention(
+    clip: Any, plans: Sequence[TowerPlan], config: LoRAConfig, generator: torch.Generator
+) -> None:
+    """Adapters of q, k, v and out apart; plain PEFT refuses the configuration, whose modules it lacks."""
+    targets = config.target_modules or []
+    for plan in plans:
+        own = plan.config
+        for block in map(clip.get_submodule, plan.blocks):
+            add_lora_to_attention_block(
+                block, own.r, own.lora_alpha, own.lora_dropout, targets, generator=generator
+            )
+            for _, part in attention_parts(block):
+                part.layer.scaling = own.scaling
+    clip.peft_config = {DEFAULT_ADAPTER: peft_config_for(plans, config)}
 
 
 def _inject_head(root: nn.Module, config: LoRAConfig) -> None:

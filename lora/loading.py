@@ -24,14 +24,14 @@ from lora.adapters import (
     check_same_layout,
     clip_of,
     factor_of,
-    scalings,
+    find_towers,
     unwrap,
 )
 from lora.base_check import check_base_model
 from lora.base_delta_file import fitting_base_delta, set_base_delta
 from lora.base_identity import forget_base_digests
 from lora.biases import trained_in_base
-from lora.conversion import read_converted
+from lora.conversion import check_base_weights, is_pt, read_converted
 from lora.injection import BeforeLoRA, inject_from_peft, inject_lora
 from lora.switching import (
     merge_and_unload,
@@ -65,6 +65,8 @@ def load_lora_adapters(model: nn.Module, source: str | Path, *, check_base: bool
     found = read_any(root, source)
     if check_base:
         check_base_model(root, found)
+        if find_towers(root).backend != "open_clip":  # which takes the file's own base weights
+            check_base_weights(root, found)
     with _as_before_on_error(root):
         if not adapter_layers(root, DEFAULT_ADAPTER):
             _inject(root, found)
@@ -93,10 +95,10 @@ def load_full_checkpoint(model: nn.Module, folder: str | Path) -> dict[str, Any]
     return metadata
 
 
-def read_any(model: nn.Module, source: str | Path) -> AdapterFile:
-    """Read a PEFT folder, or convert a `.pt` file to this model's layer names."""
+def read_any(model: nn.Module, source: str | Path, *, fused: bool = False) -> AdapterFile:
+    """Read a PEFT folder, or convert a `.pt` file to this model's layer names (as `read_converted` does)."""
     path = Path(source)
-    return read_converted(path, model) if path.suffix in {".pt", ".pth"} else read_adapter(path)
+    return read_converted(path, model, fused=fused) if is_pt(path) else read_adapter(path)
 
 
 @contextlib.contextmanager
@@ -136,9 +138,28 @@ def _fill(root: nn.Module, found: AdapterFile) -> None:
     _check_scaling(root, found)
     head = _fitting_head(outside, in_class_order(root, found))
     deltas = fitting_base_delta(root, found.folder)
+    base = _fitting_base(root, found)
+    if base:
+        _copy(base, {name: found.base[name] for name in base})
+        forget_base_digests(root)
     _copy(inside, found.state)
     _copy(outside, head)
     set_base_delta(root, deltas)
+
+
+def _fitting_base(root: nn.Module, found: AdapterFile) -> dict[str, nn.Parameter]:
+    """Where the base weights of a full `.pt` file go, by their names there; empty if they stay out.
+
+    Raises:
+        UserError: They are those of another architecture.
+    """
+    if not found.base or find_towers(root).backend != "open_clip":
+        return {}
+    clip, _ = clip_of(root)
+    named = {n.replace("base_layer.", ""): p for n, p in clip.named_parameters() if factor_of(n) is None}
+    there = {name: tensor for name, tensor in found.base.items() if name in named}
+    check_same_layout(named, there, f"{found.folder}, base weights", same="architecture")
+    return named
 
 
 def _parameters(root: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -157,9 +178,9 @@ def _check_scaling(root: nn.Module, found: AdapterFile) -> None:
     clip, _ = clip_of(root)
     if found.peft_config is None:
         return
-    for name, value in scalings(clip).items():
-        rank = clip.get_submodule(name).r[DEFAULT_ADAPTER]
-        wanted = expected_scaling(found.peft_config, name, rank)
+    for name, layer in adapter_layers(clip, DEFAULT_ADAPTER):
+        value = float(layer.scaling[DEFAULT_ADAPTER])
+        wanted = expected_scaling(found.peft_config, name, layer.r[DEFAULT_ADAPTER])
         if not math.isclose(value, wanted, rel_tol=1e-6):
             raise UserError(
                 f"{found.folder}: scaling of {name} is {wanted:g} in the file and {value:g} in the model; "

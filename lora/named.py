@@ -23,8 +23,10 @@ from lora.adapters import (
 )
 from lora.base_check import check_base_model
 from lora.base_delta_file import BASE_DELTA_FILE
+from lora.conversion import check_base_weights
 from lora.injection import inject_peft
 from lora.loading import read_any
+from lora.split_attention import AttentionPart
 from lora.switching import (
     disable_lora,
     enable_lora,
@@ -54,9 +56,14 @@ def load_named_adapter(model: nn.Module, source: str | Path, name: str, *, check
         raise UserError(
             f"adapter name {name!r} is taken or not of letters, digits, '_' and '-'; choose another"
         )
-    found = read_any(root, source)
+    if any(isinstance(layer, AttentionPart) for _, layer in adapter_layers(root)):
+        raise UserError(
+            "adapters on in_proj and out_proj stand alone; take the target attn to load others beside"
+        )
+    found = read_any(root, source, fused=True)
     if check_base:
         check_base_model(root, found)
+        check_base_weights(root, found)
     if (found.folder / BASE_DELTA_FILE).is_file():
         raise UserError(
             f"{source} comes with changes of the base weights ({BASE_DELTA_FILE}), which adapters loaded "

@@ -14,6 +14,7 @@ from torch import nn
 
 from lora.adapters import DEFAULT_ADAPTER, FACTORS, adapter_layers, clip_of, init_adapters, unwrap, wire_name
 from lora.injection import inject_peft
+from lora.split_attention import AttentionPart
 from models.errors import UserError
 
 
@@ -35,6 +36,8 @@ def add_second_adapter(model: nn.Module, name: str, *, seed: int) -> None:
     layers = adapter_layers(root, DEFAULT_ADAPTER)
     if not layers or adapter_layers(root, name):
         raise UserError(f"a second adapter {name!r} needs a model that has adapters, and none of this name")
+    if any(isinstance(layer, AttentionPart) for _, layer in layers):
+        raise UserError("a second adapter needs PEFT's layers: set lora.target_modules to [attn]")
     clip, _ = clip_of(root)
     for owner in (clip, root):
         config = owner.__dict__.get("peft_config", {}).get(DEFAULT_ADAPTER)

@@ -13,17 +13,28 @@ from typing import Any
 
 from torch import nn
 
-from lora.adapters import FACTORS, adapter_layers, clip_of, exchanged_names, unwrap
+from lora.adapters import (
+    FACTORS,
+    adapter_layers,
+    clip_of,
+    exchanged_names,
+    find_towers,
+    is_adapter_parameter,
+    unwrap,
+    wire_name,
+)
 from lora.base_delta_file import pretrained_base_weights
 from lora.base_identity import forget_base_digests, hold_base_digests
 from lora.biases import forget_base_values, use_base_values, use_trained_values
+from lora.split_attention import AttentionPart
 from models.errors import UserError
 
 
 @contextlib.contextmanager
 def trainability_kept(layers: Iterable[tuple[str, Any]]) -> Iterator[None]:
     """Undo PEFT's changes of requires_grad, which would thaw a frozen factor (FFA-LoRA)."""
-    factors = [p for _, layer in layers for f in FACTORS for p in getattr(layer, f).parameters()]
+    modules = [getattr(layer, factor) for _, layer in layers for factor in FACTORS]
+    factors = [module[name].weight for module in modules for name in module]
     before = [(p, p.requires_grad) for p in factors]
     yield
     for parameter, requires_grad in before:
@@ -105,6 +116,24 @@ def unmerge_lora(model: nn.Module) -> None:
             layer.unmerge()
 
 
+def lock_tower(model: nn.Module, tower: str) -> None:
+    """Let the base weights of a tower neither train nor travel; adapters in it go on.
+
+    Args:
+        model: A wrapper, a federated model or a bare CLIP; changed in place.
+        tower: "vision" or "text".
+    """
+    root = unwrap(model)
+    (_, prefix), towers = clip_of(root), find_towers(root)
+    locked = set()
+    for name, parameter in root.named_parameters():
+        if towers.tower_of(name.removeprefix(prefix)) == tower and not is_adapter_parameter(name):
+            parameter.requires_grad_(False)
+            locked.add(wire_name(name))
+    if hasattr(root, "set_exchanged"):
+        root.set_exchanged(name for name in root.exchanged_names if name not in locked)
+
+
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Merge, then put plain layers back: the model without any trace of LoRA, changed in place and returned.
 
@@ -114,6 +143,9 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     root = unwrap(model)
     _merge(root)
     for name, layer in sorted(adapter_layers(root), key=lambda item: -item[0].count(".")):
+        if isinstance(layer, AttentionPart):
+            layer.unload()
+            continue
         parent, _, leaf = name.rpartition(".")
         setattr(root.get_submodule(parent), leaf, layer.base_layer)
     forget_base_values(root)

@@ -14,7 +14,8 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from lora.config import LoRAConfig
+from lora.config import TOWERS, LoRAConfig
+from lora.split_attention import PARTS_OF_TARGET, can_split
 from models.errors import UserError
 from models.towers import Towers
 
@@ -29,6 +30,7 @@ class TowerPlan:
         pattern: Regular expression that matches the adapted modules in full, and nothing else.
         modules: Names of the adapted modules inside the CLIP, in the model's order.
         config: The LoRAConfig with this tower's overrides applied.
+        blocks: Blocks whose attention gets adapters of q, k, v and out apart; `modules` names those then.
     """
 
     tower: str
@@ -36,18 +38,42 @@ class TowerPlan:
     pattern: str
     modules: tuple[str, ...]
     config: LoRAConfig
+    blocks: tuple[str, ...] = ()
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Names of the base modules beside the adapters, whose biases may train."""
+        return tuple(f"{block}.attn" for block in self.blocks) or self.modules
 
 
 def plan_towers(clip: nn.Module, towers: Towers, config: LoRAConfig) -> list[TowerPlan]:
-    """One plan for each tower that the config names.
+    """One plan for each tower that the config names; "encoder" names those that the model has.
 
     Raises:
-        UserError: a tower has no layer of the wanted names; the message lists those it has. A layer whose
-            forward pass is never called (the output projection inside a fused attention) counts as none.
+        UserError: the model has no such tower, or a tower has no layer of the wanted names; the message lists
+            those it has. A layer whose forward pass is never called (the output projection inside a fused
+            attention) counts as none.
     """
     suffixes = config.target_modules or list(towers.default_targets)
+    there = [tower for tower in TOWERS if getattr(towers, tower)]
+    if absent := [t for t in config.tower_names if t not in there and t in config.target_components]:
+        raise UserError(
+            f"this model has no {absent[0]} tower: set lora.target_components=[{', '.join(there)}]"
+        )
+    if towers.backend == "open_clip" and (split := [name for name in suffixes if name in PARTS_OF_TARGET]):
+        if len(split) < len(suffixes):
+            raise UserError(
+                f"{' and '.join(split)} make adapters of q, k, v and out apart and go with no other target; "
+                "take attn, PEFT's form for the whole attention, beside c_fc and c_proj"
+            )
+        return [
+            _plan_split(clip, towers, tower, suffixes, config.for_tower(tower))
+            for tower in config.tower_names
+        ]
     return [
-        _plan_tower(clip, towers, tower, suffixes, config.for_tower(tower)) for tower in config.tower_names
+        _plan_tower(clip, towers, tower, suffixes, config.for_tower(tower))
+        for tower in config.tower_names
+        if tower in there
     ]
 
 
@@ -72,6 +98,31 @@ def _plan_tower(
             f"{num_blocks(clip, prefixes)} layers: set lora.layers, or lora.{tower}.layers for one tower"
         )
     return TowerPlan(tower, _prefix_pattern(prefixes), pattern, modules, config)
+
+
+def _plan_split(
+    clip: nn.Module, towers: Towers, tower: str, targets: Sequence[str], config: LoRAConfig
+) -> TowerPlan:
+    prefixes = getattr(towers, tower)
+    blocks = [
+        name
+        for name, module in clip.named_modules()
+        if any(name.startswith(f"{prefix}.") for prefix in prefixes) and can_split(module)
+    ]
+    chosen = tuple(b for b in blocks if config.layers is None or block_of(b) in config.layers)
+    if without := sorted(set(config.layers or []) - {block_of(name) for name in chosen}):
+        raise UserError(
+            f"no attention in layers {without} of the {tower} tower, which has {len(blocks)}: set "
+            f"lora.layers, or lora.{tower}.layers for one tower"
+        )
+    if not chosen:
+        raise UserError(
+            f"the {tower} tower has no fused attention whose {' and '.join(targets)} could be adapted: set "
+            "lora.target_modules to other layers"
+        )
+    parts = [part for target in PARTS_OF_TARGET if target in targets for part in PARTS_OF_TARGET[target]]
+    modules = tuple(f"{block}.lora_{part}" for block in chosen for part in parts)
+    return TowerPlan(tower, _prefix_pattern(prefixes), "", modules, config, chosen)
 
 
 def adaptable_modules(clip: nn.Module, prefixes: Sequence[str]) -> Iterator[tuple[str, Any]]:

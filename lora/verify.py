@@ -72,6 +72,19 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     }
 
 
+def print_parameter_stats(model: nn.Module) -> dict[str, int]:
+    """Print how many parameters there are, train, and are adapters.
+
+    Returns:
+        "total", "trainable" and "lora"; `count_parameters` has the parts.
+    """
+    counts = count_parameters(model)
+    stats = {"total": counts["total"], "trainable": counts["trainable"], "lora": counts["adapter"]}
+    for name, number in stats.items():
+        print(f"{name:>9}: {number:>13,} ({number / counts['total']:.3%})")  # noqa: T201 - what it is for
+    return stats
+
+
 @dataclass(frozen=True)
 class GradientReport:
     """What a backward pass left behind; true if everything that trains, and only that, has a gradient.

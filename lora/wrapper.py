@@ -59,6 +59,12 @@ class LoRAWrapper(nn.Module):
                 raise
             return getattr(super().__getattr__("federated_model"), name)
 
+    def __repr__(self) -> str:
+        """One line: the model and its adapters."""
+        config = self.lora_config
+        adapted = f"r={config.r}, lora_alpha={config.lora_alpha:g}, {'+'.join(config.target_components)}"
+        return f"{type(self).__name__}({self.federated_model!r}, {adapted})"
+
     def apply_lora_to_federated_model(self) -> Self:
         """Inject the adapters, freeze the base model, name what travels. Without effect if not `enabled`.
 
@@ -121,8 +127,14 @@ class LoRAWrapper(nn.Module):
         """Copy named values into the model; options are those of the federated model (`partial=True`)."""
         self.federated_model.set_state(state, **options)
 
-    def train_step(self, data: torch.Tensor | Mapping[str, Any], labels: torch.Tensor | None = None) -> float:
-        """One optimizer step on one batch; returns the loss.
+    def forward(self, data: torch.Tensor | Mapping[str, Any]) -> torch.Tensor:
+        """Logits of a batch, as the federated model gives them."""
+        return self.federated_model(data)
+
+    def train_step(
+        self, data: torch.Tensor | Mapping[str, Any], labels: torch.Tensor | None = None, **options: Any
+    ) -> float:
+        """One optimizer step on one batch; returns the loss. Options are the federated model's.
 
         Raises:
             UserError: the adapters are merged or disabled, so that the step could not train them.
@@ -132,7 +144,7 @@ class LoRAWrapper(nn.Module):
                 "the adapters are merged or disabled, so a step would not train them; "
                 "call unmerge_lora or enable_lora_layers first"
             )
-        return self.federated_model.train_step(data, labels)
+        return self.federated_model.train_step(data, labels, **options)
 
     def evaluate(
         self,

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.adapter_verbs import AdapterVerbs
 from models.clip_loading import Tokens, load_clip
 from models.errors import UserError
-from models.features import check_given, image_features, text_features
+from models.features import check_given, image_features, patch_features, text_features
 from models.federated_model import FederatedModel
 from models.finetuning import STRATEGIES, check_choice, check_strategy, trains
 from models.frozen import moving_parts
@@ -38,12 +39,12 @@ from models.prompts import (
 )
 from models.tasks import TASKS
 from models.temperature import MAX_LOG_TEMPERATURE
-from models.training import Batch
+from models.training import Batch, autocast
 
 logger = logging.getLogger(__name__)
 
 
-class FederatedCLIPModel(FederatedModel):
+class FederatedCLIPModel(AdapterVerbs, FederatedModel):
     """A CLIP to be fine-tuned by clients who exchange only part of it.
 
     Attributes:
@@ -60,6 +61,7 @@ class FederatedCLIPModel(FederatedModel):
         keeps_class_embeddings: Compute the class prompts once while the text tower is frozen.
         trims_prompts: Tokens end with the longest text; False: with the tower's context length. Padding
             after the end-of-text token cannot change the output of a causal tower, only its cost.
+        precision: Of forward passes outside training: "fp32", "bf16" or "fp16" (autocast).
     """
 
     input_name = "pixel_values"
@@ -78,6 +80,7 @@ class FederatedCLIPModel(FederatedModel):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        cache_dir: str | None = None,
     ) -> None:
         """Load the CLIP, start the head from the class names, and freeze what does not train.
 
@@ -93,6 +96,7 @@ class FederatedCLIPModel(FederatedModel):
             device: Where the model runs.
             dtype: Of the CLIP's weights; the head stays float32.
             seed: Of whatever starts random.
+            cache_dir: Where downloads are kept; the hub's own folder if left out.
 
         Raises:
             UserError: An argument is unknown or contradicts another.
@@ -101,7 +105,9 @@ class FederatedCLIPModel(FederatedModel):
         check_choice("task", task, TASKS)
         check_choice("strategy", strategy, STRATEGIES)
         check_classes(num_classes, class_names, templates)
-        loaded = load_clip(model_name, pretrained=pretrained, device=device, dtype=dtype, seed=seed)
+        loaded = load_clip(
+            model_name, pretrained=pretrained, device=device, dtype=dtype, seed=seed, cache_dir=cache_dir
+        )
         self.clip = loaded.clip
         self.towers, self.tokenize, self.preprocess = loaded.towers, loaded.tokenize, loaded.preprocess
         self.image_size, self.embedding_dim = loaded.image_size, loaded.embedding_dim
@@ -112,7 +118,7 @@ class FederatedCLIPModel(FederatedModel):
         self.num_classes = num_classes
         self.class_names = tuple(class_names) if class_names is not None else None
         self.templates = tuple(templates)
-        self.keeps_class_embeddings, self.trims_prompts = True, True
+        self.keeps_class_embeddings, self.trims_prompts, self.precision = True, True, "fp32"
         self._class_tokens: Tokens | None = None
         self._class_cache: Tensor | None = None
         self.head: nn.Module | None = self._build_head() if self.task.uses_head else None
@@ -171,6 +177,28 @@ class FederatedCLIPModel(FederatedModel):
 
     # Features and logits
 
+    def __repr__(self) -> str:
+        """One line: what it is, what trains, what travels; `print(model.clip)` shows the modules."""
+        parameters = list(self.parameters())
+        total, trained = (
+            sum(p.numel() for p in parameters),
+            sum(p.numel() for p in parameters if p.requires_grad),
+        )
+        classes = f", {self.num_classes} classes" if self.head is not None or self.class_names else ""
+        return (
+            f"{type(self).__name__}({self.model_name}, {self.task.name}{classes}: {trained:,} of "
+            f"{total:,} parameters train, {len(self.exchanged_names)} tensors travel)"
+        )
+
+    def forward(self, data: Tensor | Batch) -> Tensor:
+        """Class logits of images (B, 3, H, W) or a batch, (B, C): the head's, else by class prompts.
+
+        Raises:
+            UserError: There is neither a head nor class names.
+        """
+        batch = self._batch(data, None)
+        return self.zero_shot_logits(batch) if self.head is None else self.logits(batch)
+
     @property
     def logit_scale(self) -> nn.Parameter:
         """The CLIP's log-temperature, a scalar."""
@@ -192,10 +220,20 @@ class FederatedCLIPModel(FederatedModel):
         """Of the CLIP's weights; a temperature that trains beside adapters is float32 whatever they are."""
         return next(parameter.dtype for parameter in self.clip.parameters() if parameter.ndim > 1)
 
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """Project images: (B, 3, H, W) -> (B, D) float32, not normalised."""
+    def encode_image(self, pixel_values: Tensor, *, patches: bool = False, block: int = -1) -> Tensor:
+        """Project images: (B, 3, H, W) -> (B, D) float32, not normalised.
+
+        Args:
+            pixel_values: The images.
+            patches: Give what a block of the vision tower says of each patch instead, (B, T, width), not
+                projected: the input of a language model that sees.
+            block: Which block then; the last one. LLaVA takes the one before, -2.
+        """
         pixel_values = pixel_values.to(self.device, self.dtype)
-        with self._lean_without_gradients():
+        if patches:
+            with autocast(self.precision, self.device.type):
+                return patch_features(self, pixel_values, block)
+        with self._lean_without_gradients(), autocast(self.precision, self.device.type):
             return self._encode_image(self.clip, pixel_values).float()
 
     def encode_text(self, texts: Sequence[str] | Tokens) -> Tensor:
@@ -204,7 +242,7 @@ class FederatedCLIPModel(FederatedModel):
         tokens = {key: value.to(self.device) for key, value in tokens.items()}
         if not self.trims_prompts:
             tokens = pad_tokens(tokens, self.clip)
-        with self._lean_without_gradients():
+        with self._lean_without_gradients(), autocast(self.precision, self.device.type):
             return self._encode_text(self.clip, tokens).float()
 
     def _lean_without_gradients(self) -> AbstractContextManager[None]:

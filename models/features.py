@@ -56,6 +56,36 @@ def text_features(model: FederatedCLIPModel, batch: Batch) -> Tensor:
     return _encode_captions(model, {key: value[first] for key, value in captions.items()})[places]
 
 
+def patch_features(model: FederatedCLIPModel, pixel_values: Tensor, block: int) -> Tensor:
+    """What a block of the vision tower gives for each patch, (B, T, width) float32, the class token left out.
+
+    Args:
+        model: The federated model.
+        pixel_values: (B, 3, H, W).
+        block: Index of the block; negative from the end.
+
+    Raises:
+        UserError: The tower has no such block, or is no transformer.
+    """
+    clip: Any = model.clip
+    try:
+        blocks = (
+            clip.vision_model.encoder.layers
+            if model.towers.backend == "huggingface"
+            else clip.visual.transformer.resblocks
+        )
+        chosen = blocks[block]
+    except (AttributeError, IndexError) as error:
+        raise UserError(f"{model.model_name} has no block {block} of patches in its vision tower") from error
+    seen: list[Any] = []
+    with chosen.register_forward_hook(lambda _, __, output: seen.append(output)):
+        model._encode_image(clip, pixel_values)
+    hidden = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    if not getattr(getattr(chosen, "attn", None), "batch_first", True):
+        hidden = hidden.transpose(0, 1)
+    return hidden[:, 1:].float()
+
+
 def activations(model: FederatedCLIPModel, tower: str, batch: Batch) -> Tensor:
     """What enters the first block of a tower that changes over a run, (B, T, width).
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from models.errors import UserError
 from models.exchange import Exchanged, find_parameters
 from models.frozen import dropout_modules
 from models.state import State
+from models.towers import Towers
 from models.training import Batch, LocalTrainer, TrainingSettings, num_examples
 
 
@@ -32,16 +34,22 @@ class FederatedModel(nn.Module):
 
     Attributes:
         task: The task's loss and metrics (`models.tasks.Task`).
+        towers: Where LoRA finds the layers that it may adapt; without any, the model takes no adapters.
+        head: What trains beside the adapters and travels with them, if anything does.
+        train_head: Whether it does.
         exchanged_names: Names of what travels, sorted.
         input_name: Key of a batch under which an input that is given alone stands.
     """
 
     task: Any
+    towers = Towers(backend="none")
     input_name = "inputs"
 
     def __init__(self) -> None:
         """Start without a task; see `ready`."""
         super().__init__()
+        self.head: nn.Module | None = None
+        self.train_head = True
         self._trainer: LocalTrainer | None = None
 
     def ready(self, names: Iterable[str]) -> None:
@@ -64,6 +72,10 @@ class FederatedModel(nn.Module):
     def lean(self) -> AbstractContextManager[None]:
         """Inside, nothing is computed that outputs and gradients do not need."""
         return nullcontext()
+
+    def classes_that_read_alike(self) -> list[tuple[str, ...]]:
+        """Return groups of classes that the model cannot tell apart before training."""
+        return []
 
     @property
     def device(self) -> torch.device:
@@ -166,25 +178,34 @@ class FederatedModel(nn.Module):
         """
         trainable = [parameter for parameter in self._trainable if parameter.requires_grad]
         if self._trainer is None or not self._trainer.fits(trainable, settings):
+            for parameter in self._trainable:
+                parameter.grad = None
             self._trainer = LocalTrainer(trainable, settings)
             self.parameters_changed()
         self._trainer.reset(settings, num_steps, extra_loss=extra_loss)
 
-    def train_step(self, data: Tensor | Batch, labels: Tensor | None = None) -> float:
+    def train_step(
+        self, data: Tensor | Batch, labels: Tensor | None = None, *, learning_rate: float | None = None
+    ) -> float:
         """Take one optimizer step.
 
-        Without `start_training` before it, the default settings at a constant rate are used.
+        Without `start_training` before it, the default settings at a constant rate are used, and the
+        gradients stay until the next step (`lora.verify_gradients` looks at them).
 
         Args:
             data: The input alone (B, ...), or a batch: named tensors, as the task needs them.
             labels: Class indices (B,), where `data` does not carry them.
+            learning_rate: Peak learning rate from this step on; what it was if left out.
 
         Returns:
             The batch's mean loss before the step.
         """
         if self._trainer is None:
             self.start_training(TrainingSettings(), num_steps=1)
+            self._trainer.keeps_gradients = True  # type: ignore[attr-defined]
         assert self._trainer is not None
+        if learning_rate is not None:
+            self._trainer.settings = replace(self._trainer.settings, learning_rate=learning_rate)
         batch = self._batch(data, labels)
         self.check_batch(batch)
         self._check_micro_batches(batch)

@@ -42,11 +42,10 @@ def moving_parts(names: Iterable[str], towers: Towers, num_blocks: dict[str, int
         num_blocks: Tower -> number of its transformer blocks.
     """
     first: dict[str, int] = {}
-    for name in names:
-        inside = name.removeprefix("clip.")
-        tower = towers.tower_of(inside) if inside != name else None
+    inside = [name.removeprefix("clip.") for name in names if name.startswith("clip.")]
+    for name, tower in [(name, towers.tower_of(name)) for name in inside]:
         if tower is not None:
-            first[tower] = min(first.get(tower, num_blocks[tower]), _block(inside, num_blocks[tower]))
+            first[tower] = min(first.get(tower, num_blocks[tower]), _block(name, num_blocks[tower]))
     return Moving("vision" not in first, "text" not in first, first)
 
 

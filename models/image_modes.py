@@ -34,7 +34,7 @@ def load_image(path: Path | str | BinaryIO) -> Image.Image:
         return upright
 
 
-def num_frames(path: Path | str) -> int:
+def num_frames(path: Path | str | BinaryIO) -> int:
     """Return how many frames or pages an image file has; of those, `load_image` reads the first.
 
     The second picture in a camera's JPEG (MPO) is a preview or another eye's view, and does not count.

@@ -51,13 +51,9 @@ def registering(
             raise UserError(
                 f'registering: a name is needed before the {kind} itself, as in @register("NAME")'
             )
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise UserError(
-                f"{shortened(repr(name))} cannot be the name of a new {kind}: take letters, digits and '_'"
-            )
 
         def enter(function: Thing) -> Thing:
-            _check_call(kind, name, function, arguments)
+            check_call(kind, name, function, arguments)
             add(kind, name, function, registry)
             return function
 
@@ -70,8 +66,12 @@ def add(kind: str, name: str, thing: Any, registry: MutableMapping[str, Any]) ->
     """Enter something into a registry.
 
     Raises:
-        UserError: The name is taken.
+        UserError: The name is taken, or cannot be one.
     """
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(
+            f"{shortened(repr(name))} cannot be the name of a new {kind}: take letters, digits and '_'"
+        )
     if name in registry:
         by = _added[kind, name].source if (kind, name) in _added else "fedlora itself"
         raise UserError(f"{kind} {name!r} is there already, from {by}: choose another name")
@@ -113,7 +113,12 @@ def additions_by(source: str) -> Iterator[list[tuple[str, str]]]:
         _source.reset(token)
 
 
-def _check_call(kind: str, name: str, function: Any, arguments: Sequence[str]) -> None:
+def check_call(kind: str, name: str, function: Any, arguments: Sequence[str]) -> None:
+    """Refuse a function that cannot be called with these arguments and options behind them.
+
+    Raises:
+        UserError: It cannot.
+    """
     call = f"{name}({', '.join([*arguments, '*', 'options'])})"
     if not callable(function):
         raise UserError(f"{kind} {name!r} must be a function, called as {call}")

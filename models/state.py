@@ -31,6 +31,17 @@ _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 
 
+def _apart(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors as a file takes them: of tied weights, which share memory, each has its own."""
+    tensors, owned = dict[str, torch.Tensor](), set[int]()
+    for name, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in owned else tensor
+        owned.add(place)
+    return tensors
+
+
 def save_state(
     state: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -43,9 +54,7 @@ def save_state(
         path: The file; replaced.
         metadata: Texts by key, stored in sorted order.
     """
-    content = save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, dict(metadata or {})
-    )
+    content = save(_apart(state), dict(metadata or {}))
     length = int.from_bytes(content[:_LENGTH_BYTES], "little")
     end = _LENGTH_BYTES + length
     header = json.loads(content[_LENGTH_BYTES:end])
@@ -107,6 +116,10 @@ class FlatState(Mapping[str, torch.Tensor]):
         self.vector, self.layout, self.names = vector, layout, plan.names
         self._plan = plan
         self._tensors: dict[str, torch.Tensor] | None = None
+
+    def __repr__(self) -> str:
+        """One line, however many tensors there are."""
+        return f"FlatState({len(self.names)} tensors, {self.vector.numel():,} values)"
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Tasks: what a client minimises and what an evaluation reports.
 
 `loss` is called by every local step, `evaluate` by the server (and by clients in rounds with client
-evaluation). Three tasks:
+evaluation). CLIP has three tasks; other model families bring their own (`register_task`):
 
 - classification: cross-entropy of a linear head on the image features;
 - zero_shot: cross-entropy against the embeddings of the class prompts (Radford et al. 2021, 3.1);
@@ -11,9 +11,9 @@ evaluation). Three tasks:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,31 +30,45 @@ if TYPE_CHECKING:
 
 RECALL_CUTOFFS = (1, 5, 10)
 
+CLIP = "clip"
+"""Name of the model family whose tasks these are."""
+
+Rows = Mapping[str, Sequence[Any]]
+"""Column -> values, one a row, as the data source gives them: texts, numbers, PIL images."""
+
 
 @dataclass(frozen=True)
 class Task:
-    """A loss with its metrics.
+    """What is learnt from rows and how it is scored, for the models of one family.
 
     Attributes:
         name: Key in TASKS.
         loss: Mean loss over the examples of a batch, a scalar tensor.
         evaluate: Metrics over batches as Python floats, with "loss" and "num_examples".
         headline_metric: The metric that a run is judged by (higher is better).
-        uses_head: Whether the model carries a linear head.
+        uses_head: Whether the model carries a head, whose outputs are the classes of the data.
         uses_text: Whether the loss reaches the text tower.
         splits_into_micro_batches: Whether the loss of a batch is the mean of its parts' losses.
         reads_captions: Whether a batch holds the captions of its images, as ``models.features`` reads them;
             otherwise their labels.
+        family: The model family whose models it takes.
+        reads: Columns of the rows that `batch` is given.
+        batch: (model, rows) -> named tensors; None: the family reads the rows in its own way.
+        predict: (model, batch) -> what the model says of each row, as text.
     """
 
     name: str
-    loss: Callable[[FederatedCLIPModel, Batch], Tensor]
-    evaluate: Callable[[FederatedCLIPModel, Iterable[Batch]], dict[str, float]]
+    loss: Callable[[Any, Batch], Tensor]
+    evaluate: Callable[[Any, Iterable[Batch]], dict[str, float]]
     headline_metric: str
-    uses_head: bool
-    uses_text: bool
-    splits_into_micro_batches: bool
+    uses_head: bool = False
+    uses_text: bool = True
+    splits_into_micro_batches: bool = False
     reads_captions: bool = False
+    family: str = CLIP
+    reads: tuple[str, ...] = ()
+    batch: Callable[[Any, Rows], Batch] | None = None
+    predict: Callable[[Any, Batch], Sequence[str]] | None = None
 
 
 def _labels(batch: Batch) -> Tensor:
@@ -73,7 +87,12 @@ def zero_shot_loss(model: FederatedCLIPModel, batch: Batch) -> Tensor:
     return F.cross_entropy(model.zero_shot_logits(batch), _labels(batch))
 
 
-def _evaluate_logits(logits_of: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate_logits(logits_of: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> dict[str, float]:
+    """Loss and accuracy of class logits (B, C) against "labels"; the accuracy is NaN where one is not finite.
+
+    Raises:
+        UserError: There is no batch, or one has no labels.
+    """
     loss_sum: Tensor | float = 0.0
     correct: Tensor | int = 0
     finite: Tensor | bool = True
@@ -94,12 +113,12 @@ def _evaluate_logits(logits_of: Callable[[Batch], Tensor], batches: Iterable[Bat
 
 def evaluate_classification(model: FederatedCLIPModel, batches: Iterable[Batch]) -> dict[str, float]:
     """Loss and accuracy of the head; the accuracy is NaN where a logit is not finite."""
-    return _evaluate_logits(model.logits, batches)
+    return evaluate_logits(model.logits, batches)
 
 
 def evaluate_zero_shot(model: FederatedCLIPModel, batches: Iterable[Batch]) -> dict[str, float]:
     """Loss and accuracy against the class prompts; as `evaluate_classification`."""
-    return _evaluate_logits(model.zero_shot_logits, batches)
+    return evaluate_logits(model.zero_shot_logits, batches)
 
 
 def positives(batch: Batch) -> Tensor | None:
@@ -208,13 +227,55 @@ TASKS: dict[str, Task] = {
 """Task name -> task."""
 
 
+def classification_task(
+    name: str,
+    logits: Callable[[Any, Batch], Tensor],
+    *,
+    family: str,
+    reads: tuple[str, ...],
+    batch: Callable[[Any, Rows], Batch],
+) -> Task:
+    """Make the task of telling classes apart: cross-entropy, judged by accuracy, predicting class names.
+
+    Args:
+        name: Of the task.
+        logits: (model, batch) -> class logits (B, C); the model has ``class_names``.
+        family: The model family whose models it takes.
+        reads: Columns of the rows that ``batch`` is given.
+        batch: (model, rows) -> named tensors, "labels" (B,) int64 among them.
+    """
+
+    def predict(model: Any, batch: Batch) -> list[str]:
+        return [model.class_names[number] for number in logits(model, batch).argmax(dim=1).tolist()]
+
+    return Task(
+        name=name,
+        loss=lambda model, batch: F.cross_entropy(logits(model, batch), _labels(batch)),
+        evaluate=lambda model, batches: evaluate_logits(lambda batch: logits(model, batch), batches),
+        headline_metric="accuracy",
+        uses_head=True,
+        splits_into_micro_batches=True,
+        family=family,
+        reads=reads,
+        batch=batch,
+        predict=predict,
+    )
+
+
+def tasks_of(family: str) -> list[str]:
+    """Return the names of the tasks that a model family takes."""
+    return [name for name, task in TASKS.items() if task.family == family]
+
+
 def register_task(task: Task) -> Task:
     """Add a task under its own name.
 
     Raises:
-        UserError: It is no task, or the name is taken.
+        UserError: It is no task, the name is taken, or it makes batches of no column.
     """
     if not isinstance(task, Task):
         raise UserError(f"register_task takes a Task, not a {type(task).__name__}")
+    if (task.batch is None) != (not task.reads):
+        raise UserError(f"task {task.name!r}: batch and reads, the columns that it is given, go together")
     add("task", task.name, task, TASKS)
     return task

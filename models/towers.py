@@ -1,6 +1,6 @@
-"""What every backend gives: a CLIP of two towers, with all that is needed to feed it.
+"""Where a model's towers are; and what every backend gives: a CLIP of two, and all that feeds it.
 
-Before the first round `models.clip_loading` and `models.open_clip_backend` make one; from then on nothing
+Before the first round `models.clip_loading` and `models.open_clip_backend` make a CLIP; from then on nothing
 asks which of the two it was.
 """
 
@@ -19,19 +19,20 @@ Tokens = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Towers:
-    """Where the two towers live inside a CLIP module.
+    """Where the towers live inside a CLIP, or inside another federated model.
 
     Attributes:
-        backend: "huggingface" or "open_clip".
-        vision: Name prefixes, relative to the CLIP module, of the vision tower and its projection.
+        backend: "huggingface" or "open_clip"; another family's own name.
+        vision: Name prefixes, relative to the module, of the vision tower and its projection; none: there is
+            no such tower.
         text: Likewise for the text tower.
         default_targets: Name suffixes of the layers that LoRA adapts when no target is given.
     """
 
     backend: str
-    vision: tuple[str, ...]
-    text: tuple[str, ...]
-    default_targets: tuple[str, ...]
+    vision: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    default_targets: tuple[str, ...] = ()
 
     def tower_of(self, name: str) -> str | None:
         """Tower of a module or parameter: "vision", "text", or None (the temperature).

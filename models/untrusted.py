@@ -11,11 +11,13 @@ import contextlib
 import itertools
 import math
 import os
+import pickle
 import re
 import reprlib
 import stat
 import struct
 import tokenize
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -307,6 +309,28 @@ def read_tensors(
                 if math.prod(max(size, 1) for size in shape) > length:
                     raise UserError(f"{path}: {shortened(name)} claims shape {shape}; {remedy}")
             return {name: handle.get_tensor(name) for name in names}, dict(handle.metadata() or {})
+
+
+def read_pt(path: str | Path) -> Any:
+    """Return what `torch.save` wrote, tensors mapped and not copied: plain values and tensors, never code.
+
+    Raises:
+        UserError: It is missing, damaged, holds an object that a pickle would construct, or claims more bytes
+            than it has.
+    """
+    import torch
+
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    remedy = "save tensors and plain values only, with torch.save"
+    with parsing(path, "cannot be read safely", remedy, pickle.UnpicklingError, zipfile.BadZipFile):
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(part.file_size for part in archive.infolist())
+        if claimed > os.path.getsize(path):  # what torch unpacks is in memory then
+            raise UserError(
+                f"{path} claims to hold {claimed} bytes, more than it has; save it with torch.save"
+            )
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _opener(path: str, flags: int) -> int:

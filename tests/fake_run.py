@@ -125,6 +125,7 @@ class FakeRun:
                 line |= {SCORED_BY: CLIENTS} if self.personal else {}
                 line |= {
                     "train_loss": 2.1 - 1.9 * accuracy,
+                    **({} if self.personal else {"aggregation_error": 0.1 / server_round}),
                     "cohort": cohorts[server_round],
                     "failed": [{"client_id": client, "reason": why} for client, why in failed.items()],
                     "clients": {
@@ -172,8 +173,21 @@ class FakeRun:
             "communication": communication_summary(self.ledger(), sizes, Bandwidth()),
         }
 
+    def per_class(self) -> list[dict[str, Any]]:
+        """Return the classes' accuracies around the final one, some 200 rows each."""
+        last, middle = self.accuracies[-1], (len(self.class_names) - 1) / 2
+        return [
+            {
+                "name": name,
+                "num_examples": 200 + i,
+                "accuracy": min(1.0, max(0.0, last + 0.02 * (i - middle))),
+            }
+            for i, name in enumerate(self.class_names)
+        ]
+
     def _headline(self) -> dict[str, Any]:
-        return {
+        by_class = {} if self.personal or self.metric != "accuracy" else {"per_class": self.per_class()}
+        return by_class | {
             "headline_metric": self.metric,
             "zero_shot": self.accuracies[0],
             "final": self.accuracies[-1],
@@ -195,6 +209,8 @@ class FakeRun:
             "python": "3.11",
             "torch": "2.13.0",
             "commit": "0" * 40,
+            "started": "2026-01-02 03:04 UTC",
+            "command": "fedlora run quickstart output.name='a b'",
             "gpu": None,
         }
         for name, content in (

@@ -234,7 +234,9 @@ class RealFederation:
         """Image features of the global model, (20, D)."""
         load_global_state(self.experiment, self.strategy.server_state)
         with torch.no_grad():
-            return self.experiment.model.encode_image(self.experiment.test_images.pixel_values(range(20)))
+            return self.experiment.model.encode_image(
+                self.experiment.reader.test_images.pixel_values(range(20))
+            )
 
     def private_state(self, client_id: int) -> State:
         """What a client keeps for itself in its ``Context.state``."""

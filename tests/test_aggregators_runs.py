@@ -539,7 +539,7 @@ def test_adapter_and_base_delta_together_are_the_trained_model(
     line = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()][-1]
     assert line["aggregation_error"] < 1e-6
     experiment = build_run(config)
-    pixel_values = experiment.test_images.pixel_values(range(8))
+    pixel_values = experiment.reader.test_images.pixel_values(range(8))
     load_global_state(experiment, load_server_checkpoint(latest_checkpoint(run)).server)
     with torch.no_grad():
         wanted = experiment.model.encode_image(pixel_values)

@@ -17,6 +17,7 @@ from federated.config.augmentation_options import CLIP_DEVIATION, CLIP_MEAN
 from federated.config.config_files import dump_config, load_config
 from federated.config.seeding import generator
 from federated.data.augmented_batches import augment_batch, colour_range, training_augmentation
+from federated.data.batch_order import local_index_batches
 from federated.engines.flower_apps import run_of
 from federated.rounds.batches import evaluate_client, evaluate_server, local_batches
 from federated.rounds.local_training import Assignment, train_locally
@@ -77,7 +78,8 @@ def augmented() -> Run:
 
 def test_without_augmentation_batches_are_bit_by_bit_the_shard_s_rows(plain: Run) -> None:
     rng = generator(0, "client", 1, 0)
-    raw = plain.train_images.local_batches(plain.shards[0].train, 8, 3, rng)
+    order = local_index_batches(plain.shards[0].train, 8, 3, rng)
+    raw = (plain.reader.train_images.batch(rows) for rows in order)
     for ours, theirs in zip(client_batches(plain), raw, strict=True):
         assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
         assert torch.equal(ours["labels"], theirs["labels"])
@@ -94,14 +96,14 @@ def test_a_client_s_augmentation_repeats_and_belongs_to_it_and_its_round(augment
     first, again = client_batches(augmented), client_batches(augmented)
     assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(first, again, strict=True))
     rows = augmented.shards[0].train[:8]
-    batch = augmented.train_images.batch(rows)
+    batch = augmented.reader.train_images.batch(rows)
     seen = [
-        augment_batch(batch, augmented.augmentation, generator(0, "augment", server_round, client_id))
+        augment_batch(batch, augmented.reader.augmentation, generator(0, "augment", server_round, client_id))
         for server_round, client_id in ((1, 0), (1, 1), (2, 0))
     ]
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert not torch.equal(seen[a]["pixel_values"], seen[b]["pixel_values"])
-    assert torch.equal(batch["pixel_values"], augmented.train_images.pixel_values(rows))
+    assert torch.equal(batch["pixel_values"], augmented.reader.train_images.pixel_values(rows))
 
 
 def test_evaluation_never_sees_augmentation(plain: Run, augmented: Run) -> None:
@@ -283,5 +285,5 @@ def test_gradients_are_clipped_where_the_yaml_says_so(
 def test_the_configuration_survives_the_way_to_a_client(plain: Run) -> None:
     config = load_config("quickstart", [*SMALL, AUGMENTATION, "client.schedule=cosine"])
     experiment = run_of({"config": dump_config(config)})
-    assert experiment.augmentation.crop_scale == (0.5, 1.0)
+    assert experiment.reader.augmentation.crop_scale == (0.5, 1.0)
     assert experiment.training_settings.schedule == "cosine"

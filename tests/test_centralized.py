@@ -21,10 +21,10 @@ from federated.config.schema import ExperimentConfig
 from federated.engines.simulation import limited_threads, run_experiment
 from federated.results.compare import compare_runs
 from federated.results.run_folder import RunFolder
+from federated.rounds.early_stopping import BestSoFar
 from federated.rounds.local_training import Assignment, train_locally
 from federated.rounds.run import Run, build_run
 from federated.tools.central import central_config, train_centrally
-from federated.tools.early_stopping import BestSoFar
 from models.errors import UserError
 
 SMALL = (
@@ -76,6 +76,8 @@ def test_there_is_a_line_an_epoch_and_training_raises_accuracy(central: Path) ->
     assert summary["final"] == lines[summary["training"]["kept_epoch"]]["accuracy"]
     assert summary["final"] > summary["zero_shot"] + 0.1
     assert summary["parameters"]["exchanged"] == 0
+    right = sum(row["accuracy"] * row["num_examples"] for row in summary["per_class"])
+    assert right / sum(row["num_examples"] for row in summary["per_class"]) == pytest.approx(summary["final"])
 
 
 @pytest.mark.usefixtures("without_report")
@@ -137,8 +139,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, without_report: None) -> list[dict
     script: list[dict[str, float]] = []
     upcoming: list[Iterator[dict[str, float]]] = []
 
-    def evaluate_rows(run: Run, images: Any, rows: Any = None) -> dict[str, float]:
-        if images is run.test_images:
+    def evaluate_rows(run: Run, split: str, rows: Any = None) -> dict[str, float]:
+        if split == "test":
             return {"accuracy": 0.5, "loss": 1.0, "num_examples": 1.0}
         if not upcoming:
             upcoming.append(iter(script))

@@ -93,7 +93,7 @@ def test_classes_give_empty_folders_that_the_check_finds_wanting(tmp_path, capsy
         ((), "give either --classes"),
         (("--classes", "a,b", "--from", "{flat}"), "give either --classes"),
         (("--classes", "a,../b"), "plain folder names"),
-        (("--from", "{flat}", "--train", 0.9), "sum to 1"),
+        (("--from", "{flat}", "--train", 0.9, "--val", 0.2), "sum to 1"),
         (("--from", "{flat}/none"), "no folder"),
         (("--from", "{flat}/cat"), "no class folders"),
     ],

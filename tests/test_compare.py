@@ -12,6 +12,8 @@ import pytest
 from federated.results.compare import (
     compare_runs,
     comparison_table,
+    parse_target,
+    terminal_tables,
     to_csv,
     to_json,
     to_markdown,
@@ -61,7 +63,7 @@ def test_what_the_mb_are_is_said_with_and_without_a_target(two_runs: list[Path])
 
 
 def test_markdown_json_and_csv_agree(two_runs: list[Path], tmp_path: Path) -> None:
-    path = write_comparison(two_runs, tmp_path / "out")
+    path = write_comparison(compare_runs(two_runs), tmp_path / "out")
     rows = compare_runs(two_runs).rows
     markdown = path.read_text()
     assert to_markdown(rows) in markdown
@@ -73,6 +75,8 @@ def test_markdown_json_and_csv_agree(two_runs: list[Path], tmp_path: Path) -> No
     assert to_csv(rows).count("\n") == 3
     for one, other in zip(from_json, from_csv, strict=True):
         assert {key: str(value) for key, value in one.items()} == other
+    for ending in ("png", "svg", "pdf"):
+        assert (tmp_path / "out" / f"comparison.{ending}").stat().st_size > 1000
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -81,19 +85,98 @@ def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> Non
     assert [row.name for row in compare_runs(folders).rows] == ["a/run", "b/run"]
 
 
-def test_runs_of_different_tasks_do_not_compare(tmp_path: Path) -> None:
-    one = FakeRun().write(tmp_path / "one")
+def test_a_foreign_a_damaged_and_another_tasks_folder_are_named_and_left_out(
+    two_runs: list[Path], tmp_path: Path
+) -> None:
     other = FakeRun(metric="image_to_text_recall_at_5").write(tmp_path / "other")
-    with pytest.raises(UserError, match="different headline metrics"):
-        compare_runs([one, other])
+    (tmp_path / "foreign").mkdir()
+    damaged = FakeRun().write(tmp_path / "damaged")
+    (damaged / "communication.csv").write_text("a,b\n")
+    broken = FakeRun().write(tmp_path / "broken")
+    (broken / "config.yaml").write_text("seed: [")
+    comparison = compare_runs([other, tmp_path / "foreign", *two_runs, damaged, broken, tmp_path / "none"])
+    assert [row.name for row in comparison.rows] == ["fp32", "int8|x"]
+    reasons = sorted(comparison.left_out)
+    for folder, reason in zip(("broken", "damaged", "foreign", "none", "other"), reasons, strict=True):
+        assert str(tmp_path / folder) in reason
+    assert "is not a run folder" in reasons[2]
+    assert "image_to_text_recall_at_5" in reasons[4]
+    assert "foreign" in write_comparison(comparison, tmp_path / "out").read_text()
+
+
+def test_without_a_run_there_is_nothing_to_compare(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no runs"):
         compare_runs([])
+    with pytest.raises(UserError, match="not a run folder"):
+        compare_runs([tmp_path])
 
 
-def test_an_unfinished_run_compares_as_far_as_it_went(two_runs: list[Path]) -> None:
+def test_an_unfinished_run_is_marked_and_compares_as_far_as_it_went(two_runs: list[Path]) -> None:
     (two_runs[0] / "summary.json").unlink()
-    row = compare_runs(two_runs).rows[0]
+    comparison = compare_runs(two_runs)
+    row, other = comparison.rows
     assert (row.final, row.exchanged_parameters, row.peak_memory_bytes) == (0.708, None, None)
+    assert (row.finished, other.finished) == (False, True)
+    assert [cells[0] for cells in comparison_table(comparison.rows).rows] == ["fp32 (unfinished)", "int8|x"]
+    assert any(note.startswith("Unfinished") and note.endswith(": fp32.") for note in comparison.notes)
+
+
+@pytest.mark.parametrize("text", ["0.65", "65%", "65 %", " 65.0%"])
+def test_a_target_is_a_share_or_a_percentage(text: str) -> None:
+    assert parse_target(text) == 0.65
+
+
+def test_a_target_that_is_no_number_is_refused() -> None:
+    with pytest.raises(UserError, match=r"0\.65, or 65%"):
+        parse_target("two thirds")
+
+
+def test_the_rounds_to_a_target_are_those_of_its_bytes(two_runs: list[Path]) -> None:
+    fp32, int8 = compare_runs(two_runs, target=parse_target("65 %")).rows
+    assert (fp32.rounds_to_target, int8.rounds_to_target) == (3, None)  # 65.1 % after round 3
+    assert fp32.wire_bytes_to_target == 3 * 2 * 10 * (4 * EXCHANGED + OVERHEAD_BYTES)
+    header = comparison_table([fp32, int8]).columns
+    assert {"rounds to reach 65.0 %", "MB to reach 65.0 %"} <= set(header)
+
+
+def test_a_central_run_reaches_a_target_in_epochs_without_bytes(tmp_path: Path) -> None:
+    (row,) = compare_runs([FakeRun(central=True).write(tmp_path / "central")], target=0.6).rows
+    assert (row.rounds_to_target, row.wire_bytes_to_target) == (2, None)
+
+
+def test_method_alpha_seed_and_every_key_that_differs_are_columns(tmp_path: Path) -> None:
+    folders = [FakeRun().write(tmp_path / name) for name in "abc"]
+    changes = {
+        "b": {"seed: 0": "seed: 3", "alpha: 0.5": "alpha: 5.0", "r: 8": "r: 4"},
+        "c": {"name: fedavg": "name: flora\n  server_optimizer:\n    name: fedadam", "clip_lora": "clip"},
+    }
+    for name, pairs in changes.items():
+        path = tmp_path / name / "config.yaml"
+        for there, instead in pairs.items():
+            assert there in path.read_text()
+            path.write_text(path.read_text().replace(there, instead))
+    rows = compare_runs(folders).rows
+    assert [(row.method, row.alpha, row.seed) for row in rows] == [
+        ("fedavg", 0.5, 0),
+        ("fedavg", 5.0, 3),
+        ("flora + fedadam, full", 0.5, 0),
+    ]
+    assert [row.settings for row in rows] == [
+        {"model.type": "clip_lora", "lora.r": 8, "aggregation.server_optimizer.name": None},
+        {"model.type": "clip_lora", "lora.r": 4, "aggregation.server_optimizer.name": None},
+        {"model.type": "clip", "lora.r": 8, "aggregation.server_optimizer.name": "fedadam"},
+    ]
+    table = comparison_table(rows)
+    assert [cells[table.columns.index("lora.r")] for cells in table.rows] == ["8", "4", "8"]
+    assert set(table.columns) == {
+        head.replace(". ", ".") for part in terminal_tables(rows).values() for head in part.columns
+    }
+
+
+def test_runs_with_equal_settings_have_no_column_of_settings(two_runs: list[Path]) -> None:
+    rows = compare_runs(two_runs).rows
+    assert [row.settings for row in rows] == [{}, {}]
+    assert set(terminal_tables(rows)) == {"Runs", "What they took"}
 
 
 def test_what_is_sent_in_all_is_up_and_down_together(two_runs: list[Path]) -> None:
@@ -137,7 +220,9 @@ def test_runs_that_differ_in_more_than_the_method_are_named_with_the_difference(
     differing = [line for line in compare_runs(folders).notes if " differs: " in line]
     assert len(differing) == (0 if note is None else 1)
     assert all(line.startswith(str(note)) for line in differing)
-    assert all(line in write_comparison(folders, tmp_path / "out").read_text() for line in differing)
+    assert all(
+        line in write_comparison(compare_runs(folders), tmp_path / "out").read_text() for line in differing
+    )
 
 
 def test_central_and_personal_runs_are_marked_in_table_and_notes(tmp_path: Path) -> None:

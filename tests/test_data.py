@@ -134,4 +134,5 @@ def test_split_off_is_complete_and_keeps_order(digits):
 
 
 def test_the_registry_holds_the_documented_sources():
-    assert set(SOURCES) == {"fashion_mnist", "emoji", "digits", "imagefolder", "csv", "hub"}
+    pictures = {"fashion_mnist", "emoji", "digits", "imagefolder", "csv", "hub"}
+    assert set(SOURCES) == pictures | {"easy_vqa", "emoji_vqa", "vqa_csv"}

@@ -96,10 +96,9 @@ def test_a_table_of_no_split_is_named_and_left_alone(tmp_path, caplog):
     ("content", "message"),
     [
         ("image,label,label\n0.png,cat,a\n", "two columns 'label'"),
-        ("image;label\n0.png;cat\n", "separated by semicolons.*delimiter=';'"),
         (
             "image,Label,caption\n0.png,cat,a cat\n",
-            "column 'Label', which is not 'label'.*label_column=Label",
+            "has 'Label', which is not 'label': set data.options.label_column=Label",
         ),
         ('image,label\n0.png,"cat\n1.png,dog\n', "line 3: no csv"),
         ("", "no header"),
@@ -110,7 +109,7 @@ def test_a_table_of_no_split_is_named_and_left_alone(tmp_path, caplog):
         ("image,label,split\n0.png,cat,\n", "line 2: no split ''"),
         (
             "image,label,Split\n0.png,cat,train\n1.png,cat,test\n",
-            "column 'Split', which is not 'split'.*split_column=Split, or null",
+            "has 'Split', which is not 'split': set data.options.split_column=Split.* null does without",
         ),
         ("image,label\n0.png,cat\n1.png,cat\u200b\n", "differ in blanks, in invisible characters"),
     ],
@@ -131,10 +130,54 @@ def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path):
         load_data("csv", path=str(path))
 
 
-def test_another_delimiter_is_read_when_asked_for(tmp_path):
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_the_separator_of_a_csv_is_found_out_and_the_one_asked_for_is_taken(separator, tmp_path):
     write_images(tmp_path, 2)
-    path = write_csv(tmp_path / "all.csv", "image;label;split", ["0.png;a, b;train", "1.png;a, b;test"])
-    assert load_data("csv", path=path, delimiter=";").class_names == ("a, b",)
+    name = '"a, b; c"'
+    rows = [separator.join(row) for row in (["0.png", name, "train"], ["1.png", name, "test"])]
+    path = write_csv(tmp_path / "all.csv", separator.join(["image", "label", "split"]), rows)
+    assert load_data("csv", path=path).class_names == ("a, b; c",)
+    assert load_data("csv", path=path, separator=separator).class_names == ("a, b; c",)
+
+
+def test_a_separator_inside_the_fields_is_not_taken_for_the_one_of_the_file(tmp_path):
+    write_images(tmp_path, 2)
+    path = write_csv(
+        tmp_path / "all.csv", "image;caption;a,b", ["0.png;red, green, blue;1", "1.png;no comma;2"]
+    )
+    assert set(load_data("csv", path=path, test_fraction=0.5).train.column_names) >= {"image", "caption"}
+
+
+def test_missing_images_are_left_out_under_skip_corrupt_and_counted(tmp_path, caplog):
+    write_images(tmp_path, 2)
+    rows = ["0.png,a,train", "7.png,a,train", "1.png,a,test"]
+    path = write_csv(tmp_path / "all.csv", "image,label,split", rows)
+    with pytest.raises(UserError, match=r"line 3: .*7\.png.*skip_corrupt=true"):
+        load_data("csv", path=path)
+    data = load_data("csv", path=path, skip_corrupt=True)
+    assert (len(data.train), len(data.test), data.num_skipped) == (1, 1, 1)
+    assert "7.png" in caplog.text
+
+
+def test_images_that_are_all_missing_are_an_error_whatever_may_be_skipped(tmp_path):
+    path = write_csv(tmp_path / "all.csv", "image,label", ["0.png,a", "1.png,a"])
+    with pytest.raises(UserError, match="2 images do not exist.*set image_root"):
+        load_data("csv", path=path, skip_corrupt=True)
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ("Image,Label", "set data.options.image_column=Image data.options.label_column=Label, or rename"),
+        ("file,label", r"has no column 'image'; it has file, label: set data\.options\.image_column=file"),
+        ("image,kind", r"set data\.options\.label_column to the column of class names"),
+    ],
+)
+def test_the_message_about_a_column_is_the_option_to_set(header, said, tmp_path):
+    write_images(tmp_path, 1)
+    path = write_csv(tmp_path / "all.csv", header, ["0.png,a"])
+    with pytest.raises(UserError, match=said):
+        load_data("csv", path=path)
 
 
 @pytest.mark.parametrize(

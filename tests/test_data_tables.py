@@ -82,7 +82,7 @@ def test_numbers_as_class_names_are_in_numerical_order(tmp_path):
     ("header", "lines", "message"),
     [
         ("file,label", ["0.png,a"], r"all\.csv has no column 'image'; it has file, label"),
-        ("image,name", ["0.png,a"], "neither 'label' nor 'caption'.*set label_column"),
+        ("image,name", ["0.png,a"], "neither 'label' nor 'caption'.*set data.options.label_column"),
         ("image,label", ["0.png,a", "9.png,b", "8.png,b"], r"2 images do not exist .*line 3: .*9\.png"),
         (
             "image,label,split",

@@ -165,17 +165,6 @@ def test_local_batches_reshuffle_and_are_a_function_of_the_generator():
     assert len(list(local_index_batches(np.arange(5), 2, 0, np.random.default_rng(0)))) == 0
 
 
-def test_tensors_follow_the_local_order():
-    tensors = ImageTensors(rows(), Counting())
-    shard = np.array([1, 4, 6, 9])
-    expected = list(local_index_batches(shard, 3, 5, np.random.default_rng(7)))
-    for batch, chosen in zip(
-        tensors.local_batches(shard, 3, 5, np.random.default_rng(7)), expected, strict=True
-    ):
-        assert batch["index"].tolist() == chosen.tolist()
-        assert torch.equal(batch["pixel_values"], tensors.pixel_values(chosen))
-
-
 def test_empty_shards_and_batch_sizes_below_one_are_refused():
     with pytest.raises(UserError, match="without training samples"):
         next(local_index_batches([], 4, 1, np.random.default_rng(0)))

@@ -24,6 +24,7 @@ from federated.communication.codings import CODINGS
 from federated.config.plugins import load_plugins
 from federated.config.schema import ExperimentConfig
 from federated.data.partitioners import PARTITIONERS
+from federated.data.sources import scene_vocabulary
 from federated.data.sources.source_registry import SOURCES
 from federated.engines.simulation import run_experiment
 from federated.methods import AGGREGATORS
@@ -205,3 +206,17 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     architecture = (tmp_path / "architecture.html").read_text(encoding="utf-8")
     assert "images/stations.svg" in architecture
     assert "federated.methods.registry.aggregator_from_name" in (tmp_path / "api/methods.html").read_text()
+
+
+def test_the_page_of_questions_names_every_word_and_question_of_the_scenes() -> None:
+    page = " ".join((DOCS / "questions.md").read_text(encoding="utf-8").replace("`", "").split())
+    objects = [f"{thing.vi} ({thing.en})" for thing in scene_vocabulary.OBJECTS]
+    colours = [f"{name['vi']} ({name['en']})" for _, name in scene_vocabulary.COLOURS]
+    questions = [
+        f"| {kind} | {vi} | {en} |"
+        for kind in scene_vocabulary.KINDS
+        for vi, en in zip(
+            *(scene_vocabulary.TEMPLATES[language][kind] for language in ("vi", "en")), strict=True
+        )
+    ]
+    assert not [words for words in (*objects, *colours, *questions) if words not in page]

@@ -17,7 +17,7 @@ from PIL import Image
 from federated.cli import main
 from federated.config.config_files import load_config
 from federated.engines.simulation import run_experiment
-from federated.results.plot_style import save_png
+from federated.results.plot_style import save_figure
 from federated.tools.central import train_centrally
 from federated.tools.detailed_metrics import (
     Predictions,
@@ -32,7 +32,10 @@ from models.errors import UserError
 from models.metrics import retrieval_set
 
 SMALL = ("data.max_train_samples=96", "data.max_validation_samples=60", "data.max_test_samples=80")
-FILES = {"evaluation_report.txt", "evaluation_results.json", "confusion_matrix.png", "class_performance.png"}
+PICTURES = {
+    f"{name}.{end}" for name in ("confusion_matrix", "class_performance") for end in ("png", "svg", "pdf")
+}
+FILES = {"evaluation_report.txt", "evaluation_results.json", *PICTURES}
 
 
 def summary_of(run: Path) -> dict[str, Any]:
@@ -236,10 +239,10 @@ def test_pictures_hold_few_and_many_classes(num_classes: int, tmp_path: Path) ->
     names = [f"class number {number} with a long name $x_{number}$" for number in range(num_classes)]
     counts = rng.integers(0, 9, (num_classes, num_classes)) + 20 * np.eye(num_classes, dtype=np.int64)
     rows = [ClassFigures(name, *rng.random(3).tolist(), support=9) for name in names]
-    save_png(confusion_matrix(counts, names), tmp_path / "confusion.png")
+    save_figure(confusion_matrix(counts, names), tmp_path, "confusion")
     figure = class_performance(rows)
-    save_png(figure, tmp_path / "classes.png")
+    save_figure(figure, tmp_path, "classes")
     assert len(figure.axes[0].get_yticks()) == min(num_classes, MAX_BARS)
-    for path in tmp_path.iterdir():
+    for path in tmp_path.glob("*.png"):
         with Image.open(path) as picture:
             assert max(picture.size) < 2500

@@ -86,7 +86,7 @@ def test_the_command_at_the_top_of_a_plugin_runs_it(
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 60
     monkeypatch.chdir(EXAMPLES.parent)
-    (command,) = [line.split() for line in text.splitlines() if line.startswith("    fedlora run quickstart")]
+    (command,) = [line.split() for line in text.splitlines() if line.startswith("    fedlora run ")]
     status, _, error = fedlora(capsys, *command[1:], *SMALL, f"output.root={tmp_path}", "output.report=false")
     assert status == 0, error
     (folder,) = tmp_path.iterdir()

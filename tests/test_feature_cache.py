@@ -90,8 +90,8 @@ def assert_close(first: Any, second: Any, tolerance: float) -> None:
 def test_a_run_is_the_same_with_and_without_caches(case: str) -> None:
     name, overrides, expected_note = CASES[case]
     cached, plain = build(name, overrides), build(name, [*overrides, *ALL_OFF])
-    assert any(note.startswith(f"{expected_note}: computed once") for note in cached.caches.notes)
-    assert not any("computed once" in note for note in plain.caches.notes)
+    assert any(note.startswith(f"{expected_note}: computed once") for note in cached.reader.caches.notes)
+    assert not any("computed once" in note for note in plain.reader.caches.notes)
     first = train(cached)
     assert_close(first, train(plain), 1e-5)
     again = train(cached)  # from rows that are all kept by now
@@ -103,15 +103,15 @@ def test_images_that_are_cached_are_not_decoded_again() -> None:
     experiment = build("head_only")
     first = train(experiment)
     # a call fails from here on
-    experiment.train_images.pixel_values = None  # type: ignore[method-assign,assignment]
+    experiment.reader.train_images.pixel_values = None  # type: ignore[method-assign,assignment]
     assert train(experiment)[0] == first[0]
 
 
 def test_augmented_training_images_are_not_cached_but_test_images_are() -> None:
     experiment = build("head_only", ["client.augmentation={flip_probability: 0.5}"])
-    assert "train images: not cached (client.augmentation changes them)" in experiment.caches.notes
-    assert not experiment.caches.serves_images(experiment.train_images, training=True)
-    assert experiment.caches.serves_images(experiment.test_images, training=False)
+    assert "train images: not cached (client.augmentation changes them)" in experiment.reader.caches.notes
+    assert not experiment.reader.caches.serves_images(experiment.reader.train_images, training=True)
+    assert experiment.reader.caches.serves_images(experiment.reader.test_images, training=False)
 
 
 def test_augmented_captions_are_not_taken_from_the_cache() -> None:
@@ -122,16 +122,16 @@ def test_augmented_captions_are_not_taken_from_the_cache() -> None:
 
 
 def test_what_trains_is_never_cached() -> None:
-    (note,) = build("quickstart").caches.notes
+    (note,) = build("quickstart").reader.caches.notes
     reason = "training changes the vision tower from its first block on, so its work cannot be kept"
     assert note == f"images: not cached ({reason})"
 
 
 def test_dropout_in_the_text_tower_keeps_equal_captions_apart() -> None:
     experiment = build("retrieval_vi", [*RETRIEVAL, "lora.lora_dropout=0.1"])
-    batch = experiment.caches.of_texts(["a cat", "a cat"])
+    batch = experiment.reader.caches.of_texts(["a cat", "a cat"])
     assert "caption_id" not in batch
-    assert "repeated captions: not cached (dropout differs for each)" in experiment.caches.notes
+    assert "repeated captions: not cached (dropout differs for each)" in experiment.reader.caches.notes
 
 
 def test_repeated_captions_are_encoded_once_with_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_repeated_captions_are_encoded_once_with_the_same_gradient(monkeypatch: 
 
     monkeypatch.setattr(model.federated_model, "_encode_text", counting)
     texts = ["a cat", "a red apple on a tree", "a cat", "a cat"]
-    shared = experiment.caches.of_texts(texts)
+    shared = experiment.reader.caches.of_texts(texts)
     apart = {key: value for key, value in shared.items() if key != "caption_id"}
     weights = torch.randn(4, model.embedding_dim, generator=torch.Generator().manual_seed(0))
     gradients = []
@@ -162,12 +162,12 @@ def test_tokens_end_with_the_longest_caption_and_trimming_changes_nothing() -> N
     texts = ["a cat", "a red apple on a tree"]
     trimmed = build("retrieval_vi", RETRIEVAL)
     padded = build("retrieval_vi", [*RETRIEVAL, "cache.trim_prompts=false"])
-    tokens = trimmed.caches.of_texts(texts)
+    tokens = trimmed.reader.caches.of_texts(texts)
     direct = trimmed.model.tokenize(texts)
     assert all(torch.equal(tokens[key], direct[key]) for key in direct)
     assert int(tokens["attention_mask"].sum(dim=1).max()) == tokens["input_ids"].shape[1]
     with torch.no_grad():
-        short, long = (e.model.text_features(e.caches.of_texts(texts)) for e in (trimmed, padded))
+        short, long = (e.model.text_features(e.reader.caches.of_texts(texts)) for e in (trimmed, padded))
     torch.testing.assert_close(short, long, rtol=1e-5, atol=1e-5)
 
 

@@ -188,7 +188,7 @@ def _converted(folder: Path) -> Target:
     model, targets = small_clip(), []
     for old in (False, True):
         factors = {"lora_A": torch.ones(2, 20), "lora_B": torch.ones(20, 2)}
-        state = {f"transformer.resblocks.0.attn.lora_q.{name}": value for name, value in factors.items()}
+        state = {f"transformer.resblocks.0.lora_q.{name}": value for name, value in factors.items()}
         content = {"lora_state_dict": state, "lora_config": {"r": 2, "lora_alpha": 4}, "epoch": 3}
         path = folder / f"{old}.pt"
         torch.save(content, path, _use_new_zipfile_serialization=not old)

@@ -286,12 +286,12 @@ def test_blocks_without_adapters_are_listed_too() -> None:
 
 def test_text_encoder_gets_all_four_projections_by_default() -> None:
     model = CLIPModel(small_config())
-    assert apply_lora_to_text_encoder(model) is model
+    assert apply_lora_to_text_encoder(model) == NUM_BLOCKS
     assert len(adapters.scalings(model)) == 4 * NUM_BLOCKS
     assert all(name.startswith("text_model.") for name in adapters.scalings(model))
     fused = small_clip("fused")
-    apply_lora_to_text_encoder(fused)
-    assert len(adapters.factor_pairs(adapters.get_lora_state_dict(fused))) == 2 * NUM_BLOCKS
+    assert apply_lora_to_text_encoder(fused) == NUM_BLOCKS
+    assert len(adapters.factor_pairs(adapters.get_lora_state_dict(fused))) == 4 * NUM_BLOCKS
 
 
 def test_models_without_towers_are_refused() -> None:

@@ -74,9 +74,9 @@ def test_one_step_moves_every_factor_of_every_projection() -> None:
     assert sum(name.endswith("out_proj.lora_B.weight") for name in start) == 4
 
 
-def test_out_proj_alone_would_train_nothing_and_is_refused() -> None:
-    with pytest.raises(UserError, match=r"out_proj.*'attn'"):
-        fused(target_modules=["out_proj"])
+def test_documented_targets_go_with_no_other_target() -> None:
+    with pytest.raises(UserError, match=r"out_proj.*take attn"):
+        fused(target_modules=["out_proj", "c_fc"])
 
 
 def test_dropout_drops_input_features_and_is_unbiased() -> None:

@@ -7,9 +7,12 @@ import re
 import pytest
 from pydantic import ValidationError
 
+from lora.adapters import lora_config_of
 from lora.config import LoRAConfig, TowerOverride
+from lora.injection import inject_lora
 from lora.lora_config import LoRAConfig as DocumentedLoRAConfig
 from lora.targets import block_of, target_pattern
+from tests.lora_models import small_clip
 
 
 def test_defaults_are_the_documented_ones() -> None:
@@ -79,3 +82,26 @@ def test_patterns_match_the_first_number_as_the_block() -> None:
     assert list(matches.values()) == [True, True, False, False, False, False, False]
     assert block_of("a.layers.3.experts.1") == 3
     assert block_of("visual_projection") is None
+
+
+def test_settings_can_be_assigned_and_are_checked_as_a_whole() -> None:
+    config = LoRAConfig(target_components=["classifier"])
+    config.save_only_trainable = False
+    assert config.save_only_trainable is False
+    for name, value in (
+        ("save_only_trainable", "no idea"),
+        ("r", 0),
+        ("rank", 4),
+        ("train_temperature", True),
+    ):
+        before = config.model_copy()
+        with pytest.raises(ValidationError, match=name):
+            setattr(config, name, value)
+        assert config == before
+
+
+def test_what_is_assigned_after_injection_does_not_change_what_is_in_force() -> None:
+    model, config = small_clip(), LoRAConfig(r=2)
+    inject_lora(model, config)
+    config.r = 4
+    assert lora_config_of(model).r == 2  # type: ignore[union-attr]

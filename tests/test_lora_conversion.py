@@ -8,18 +8,20 @@ import pytest
 import torch
 from torch import nn
 
-from lora.adapters import adapter_layers
+from lora.adapters import adapter_layers, get_lora_state_dict
+from lora.config import LoRAConfig
+from lora.injection import inject_lora
 from lora.loading import load_lora_adapters
 from lora.named import load_named_adapter, set_active_adapter
 from models.errors import UserError
-from tests.lora_models import BACKENDS, outputs, small_clip
+from tests.lora_models import BACKENDS, disturb, outputs, small_clip
 
 RANK, ALPHA = 2, 6
 WIDTHS = {"": 20, "visual.": 16}
 
 
 def state_dict(
-    parts: tuple[str, ...] = ("q", "k", "v", "out"), *, transposed: bool = False
+    parts: tuple[str, ...] = ("q", "k", "v", "out"),
 ) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     state = {}
@@ -30,8 +32,8 @@ def state_dict(
                     torch.randn(RANK, width, generator=generator),
                     torch.randn(width, RANK, generator=generator),
                 )
-                key = f"{tower}transformer.resblocks.{block}.attn.lora_{part}"
-                state[f"{key}.lora_A"], state[f"{key}.lora_B"] = (a.T, b.T) if transposed else (a, b)
+                key = f"{tower}transformer.resblocks.{block}.lora_{part}"
+                state[f"{key}.lora_A"], state[f"{key}.lora_B"] = a, b
     return state
 
 
@@ -46,7 +48,7 @@ def by_hand(backend: str, state: dict[str, torch.Tensor]) -> nn.Module:
     model = small_clip(backend)
     for key in [k for k in state if k.endswith("lora_A")]:
         product = ALPHA / RANK * state[key.replace("lora_A", "lora_B")] @ state[key]
-        block, part = key.split(".attn.lora_")[0], key.split(".attn.lora_")[1].removesuffix(".lora_A")
+        block, part = key.split(".lora_")[0], key.split(".lora_")[1]
         if backend == "fused":
             attention = model.get_submodule(f"{block}.attn")
             index = {"q": 0, "k": 1, "v": 2}.get(part)
@@ -94,14 +96,6 @@ def test_settings_that_change_what_the_factors_compute_are_refused(
         load_lora_adapters(small_clip(), save(tmp_path, state_dict(), lora_config=config))
 
 
-def test_transposed_factors_are_recognised_by_the_rank(tmp_path: Path) -> None:
-    model = small_clip()
-    load_lora_adapters(model, save(tmp_path, state_dict(transposed=True)))
-    torch.testing.assert_close(
-        outputs(model), outputs(by_hand("huggingface", state_dict())), rtol=0, atol=1e-5
-    )
-
-
 def test_converted_adapters_can_be_loaded_by_name(tmp_path: Path) -> None:
     model = small_clip()
     load_named_adapter(model, save(tmp_path, state_dict(), epoch=3), "old")
@@ -116,6 +110,49 @@ def test_metadata_are_kept(tmp_path: Path) -> None:
         small_clip(), save(tmp_path, state_dict(), epoch=4, metrics={"accuracy": 0.25})
     )
     assert dict(found.metadata) == {"epoch": 4, "metrics": {"accuracy": 0.25}}
+
+
+def full_file(path: Path, trained: nn.Module) -> Path:
+    """A file of every weight, as a training loop on an open_clip model writes it."""
+    content = {"epoch": 7, "state_dict": {f"module.{n}": t for n, t in trained.state_dict().items()}}
+    config = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0}
+    torch.save({**content, "optimizer": {"state": {}, "param_groups": []}, "lora_config": config}, path)
+    return path
+
+
+def test_a_file_of_every_weight_makes_another_open_clip_model_the_same(tmp_path: Path) -> None:
+    trained = small_clip("fused")
+    config = LoRAConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0, target_modules=["in_proj", "out_proj"])
+    inject_lora(trained, config)
+    disturb(trained)
+    path = full_file(tmp_path / "epoch_7.pt", trained)
+    fresh = small_clip("fused", seed=5)
+    assert load_lora_adapters(fresh, path).metadata["epoch"] == 7
+    assert torch.equal(outputs(fresh), outputs(trained))
+    assert get_lora_state_dict(fresh).keys() == get_lora_state_dict(trained).keys()
+
+
+def test_a_file_of_every_weight_is_refused_on_another_base_of_other_names(tmp_path: Path) -> None:
+    model = small_clip()
+    state = state_dict() | {"token_embedding.weight": model.text_model.embeddings.token_embedding.weight.data}
+    content = {"state_dict": state, "lora_config": {"r": RANK, "lora_alpha": ALPHA}}
+    torch.save(content, tmp_path / "full.pt")
+    load_lora_adapters(model, tmp_path / "full.pt")
+    torch.testing.assert_close(
+        outputs(model), outputs(by_hand("huggingface", state_dict())), rtol=0, atol=1e-5
+    )
+    with pytest.raises(UserError, match=r"its own token_embedding\.weight is not this model's"):
+        load_lora_adapters(small_clip(seed=5), tmp_path / "full.pt")
+    assert load_lora_adapters(small_clip(seed=5), tmp_path / "full.pt", check_base=False)
+
+
+@pytest.mark.parametrize("targets", [["in_proj", "out_proj"], ["attn"]], ids="-".join)
+def test_a_file_goes_into_adapters_that_are_there_in_either_form(targets: list[str], tmp_path: Path) -> None:
+    model, state = small_clip("fused"), state_dict()
+    width = 3 if targets == ["attn"] else 1
+    inject_lora(model, LoRAConfig(r=width * RANK, lora_alpha=width * ALPHA, target_modules=targets))
+    load_lora_adapters(model, save(tmp_path, state))
+    torch.testing.assert_close(outputs(model), outputs(by_hand("fused", state)), rtol=0, atol=1e-5)
 
 
 class Payload:
@@ -133,7 +170,7 @@ def test_bad_files_are_refused_with_the_reason(tmp_path: Path) -> None:
     refuses("unknown key 'bert.weight'", {**good, "bert.weight": torch.ones(1)})
     refuses("one factor only", {n: t for n, t in good.items() if n != first})
     refuses("does not fit rank 2", {**good, first: torch.ones(5, 20)})
-    refuses("is empty", {})
+    refuses("holds no factors", {})
     refuses("has no 'r'", good, lora_config={"lora_alpha": 1})
     refuses("has no 'lora_config'", good, lora_config=None)
     (tmp_path / "adapter.pt").write_bytes(b"not a torch file")

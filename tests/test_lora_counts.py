@@ -57,7 +57,9 @@ def test_one_tower_leaves_the_other_alone(component: str, count: int) -> None:
 
 
 def test_text_encoder_default_is_786432_parameters() -> None:
-    counts = count_parameters(apply_lora_to_text_encoder(vit_b_32()))
+    model = vit_b_32()
+    assert apply_lora_to_text_encoder(model) == 12
+    counts = count_parameters(model)
     assert counts["trainable"] == counts["by_tower"]["text"] == 786_432
     assert counts["total"] == BASE + 786_432
     assert counts["trainable_percent"] == pytest.approx(0.517, abs=1e-3)

@@ -441,8 +441,11 @@ def test_training_with_nothing_trainable_says_so(build, pixel_batch) -> None:
         model.train_step(pixel_batch)
 
 
-def test_training_leaves_no_gradient_behind(build, pixel_batch) -> None:
+def test_a_step_by_hand_shows_its_gradients_and_local_training_leaves_none_behind(build, pixel_batch) -> None:
     model = build(strategy="full")
+    model.train_step(pixel_batch)
+    assert all(p.grad is not None for n, p in model.named_parameters() if n.startswith("clip.vision_model"))
+    model.start_training(TrainingSettings(), 1)
     model.train_step(pixel_batch)
     assert all(p.grad is None for p in model.parameters())
 

@@ -7,15 +7,18 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from federated.communication.ledger import Ledger, Transfer
 from federated.communication.savings import Bandwidth, ModelSizes, communication_summary
-from federated.results import plots
-from federated.results.plot_style import inline_svg
+from federated.results import plot_style, plots, run_place
+from federated.results.byte_reasons import byte_reasons
+from federated.results.plot_style import inline_svg, save_figure
 from federated.results.records import read_run
 from federated.results.report import write_report
 from federated.results.tables import round_table
@@ -30,6 +33,8 @@ PICTURES = {
     "bytes_by_method",
     "client_metric",
     "client_split",
+    "class_accuracy",
+    "aggregation_error",
 }
 HOSTILE = '<script>alert(1)</script> & "quotes" $x$'
 
@@ -57,7 +62,7 @@ def page(folder: Path) -> ET.Element:
 @pytest.fixture
 def words_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw, but do not render: for what is about the page's words."""
-    monkeypatch.setattr("federated.results.report.save_png", lambda figure, path: None)
+    monkeypatch.setattr("federated.results.report.save_figure", lambda figure, folder, name: None)
     monkeypatch.setattr("federated.results.report.inline_svg", lambda figure, name, title: "<svg/>")
 
 
@@ -139,12 +144,58 @@ def test_failed_clients_are_listed_with_rounds_and_reason(page: ET.Element) -> N
     assert rows == [["3", "2–3", f"ValueError: {HOSTILE}"], ["7", "4", "timeout"]]
 
 
-def test_every_picture_is_in_the_page_and_saved_as_png(folder: Path, page: ET.Element) -> None:
+def test_every_picture_is_in_the_page_and_saved_as_png_svg_and_pdf(folder: Path, page: ET.Element) -> None:
     figures = {figure.get("id"): figure for figure in page.iter("figure")}
-    assert set(figures) == PICTURES == {path.stem for path in (folder / "plots").glob("*.png")}
+    assert set(figures) == PICTURES
     assert all(figure.find("svg") is not None for figure in figures.values())
-    for path in (folder / "plots").iterdir():
-        assert path.read_bytes().startswith(b"\x89PNG")
+    starts = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
+    paths = list((folder / "plots").iterdir())
+    assert {(path.stem, path.suffix) for path in paths} == {
+        (name, end) for name in PICTURES for end in starts
+    }
+    for path in paths:
+        assert path.read_bytes().startswith(starts[path.suffix])
+        assert run_place._is_written(f"plots/{path.name}")
+
+
+def test_a_picture_is_the_same_file_for_the_same_figure(run: FakeRun, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_figure(plots.metric_by_round(run.metrics(), "accuracy"), tmp_path / name, "picture")
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_the_page_says_when_by_what_command_and_with_which_versions(page: ET.Element) -> None:
+    header = text_of(page.find("body/header"))
+    for words in (
+        "Started 2026-01-02 03:04 UTC",
+        "fedlora run quickstart output.name='a b'",
+        "fedlora 0.1.0, python 3.11, torch 2.13.0",
+    ):
+        assert words in header
+
+
+def test_the_accuracy_of_each_class_is_the_summarys(run: FakeRun, page: ET.Element) -> None:
+    _, *rows = table_of(page, "classes")
+    assert rows == [
+        [row["name"], str(row["num_examples"]), format_percent(row["accuracy"])] for row in run.per_class()
+    ]
+
+
+def test_the_aggregation_error_stands_in_each_round_with_what_it_means(page: ET.Element) -> None:
+    header, *rows = table_of(page, "rounds")
+    column = header.index("aggregation error")
+    assert [row[column] for row in rows] == ["–", "10 %", "5 %", "3.33 %", "2.5 %", "2 %"]
+    (figure,) = (figure for figure in page.iter("figure") if figure.get("id") == "aggregation_error")
+    assert "weighted average of the models that its clients trained" in text_of(figure)
+
+
+def test_wide_tables_scroll_within_themselves(page: ET.Element) -> None:
+    boxes = [box for box in page.iter("div") if box.get("class") == "scroll"]
+    assert {box.get("aria-label") for box in boxes} >= {"rounds", "savings", "classes", "failures"}
+    assert sum(1 for _ in page.iter("table")) == len(boxes)
+    assert "overflow-x: auto" in text_of(page.find("head/style"))
 
 
 def test_nothing_outside_the_page_is_referenced(folder: Path, page: ET.Element) -> None:
@@ -360,7 +411,7 @@ def test_a_central_run_has_epochs_and_no_rounds_clients_or_bytes(tmp_path: Path)
     assert "best: 70.0 % after epoch 1" in cards_of(page)["Final accuracy"]
     assert "weights of epoch 2" in cards_of(page)["Final accuracy"]
     assert cards_of(page)["Time"].startswith("41.2 s 2 epochs on this machine")
-    assert [figure.get("id") for figure in page.iter("figure")] == ["metric_by_epoch"]
+    assert [figure.get("id") for figure in page.iter("figure")] == ["metric_by_epoch", "class_accuracy"]
     assert table_of(page, "rounds")[0] == [
         "epoch",
         "accuracy",
@@ -433,6 +484,20 @@ def test_the_byte_curve_counts_what_was_sent_until_each_model_existed(run: FakeR
     assert curve.values == list(ACCURACIES)
     assert curve.wire_bytes[0] == 0
     assert curve.wire_bytes[last] == ledger.total().wire_bytes - evaluation
+    assert curve.total_wire_bytes == ledger.total().wire_bytes
+
+
+def test_the_byte_curve_ends_where_the_total_is(run: FakeRun) -> None:
+    total = run.summary()["communication"]["total_wire_bytes"]
+    (axis,) = plots.metric_by_bytes(run.metrics(), "accuracy", run.ledger()).axes
+    assert max(float(max(line.get_xdata())) for line in axis.lines) == total / 1e6
+    assert axis.get_legend().get_texts()[0].get_text().endswith(f"{format_bytes(total)} in all")
+    without_evaluation = FakeRun(client_metrics=False)
+    (axis,) = plots.metric_by_bytes(
+        without_evaluation.metrics(), "accuracy", without_evaluation.ledger()
+    ).axes
+    (only,) = axis.lines
+    assert max(only.get_xdata()) == without_evaluation.ledger().total().wire_bytes / 1e6
 
 
 @pytest.mark.parametrize("num_clients", [3, 300])
@@ -453,8 +518,8 @@ def test_other_ways_are_drawn_at_their_totals(run: FakeRun) -> None:
 
 
 def test_runs_of_very_different_size_share_a_logarithmic_axis() -> None:
-    small = plots.Curve("small", [0, 1000, 2000], [0.1, 0.2, 0.3])
-    large = plots.Curve("large", [0, 10**6, 2 * 10**6], [0.1, 0.2, 0.3])
+    small = plots.Curve("small", [0, 1000, 2000], [0.1, 0.2, 0.3], 2000)
+    large = plots.Curve("large", [0, 10**6, 2 * 10**6], [0.1, 0.2, 0.3], 2 * 10**6)
     (logarithmic,) = plots.metric_by_bytes_of_runs([small, large], "accuracy").axes
     (linear,) = plots.metric_by_bytes_of_runs([small, small], "accuracy").axes
     assert (logarithmic.get_xscale(), linear.get_xscale()) == ("log", "linear")
@@ -487,3 +552,103 @@ def test_an_svgs_title_is_escaped() -> None:
 def test_bytes_in_the_round_table_come_from_metrics_when_there_is_no_ledger(run: FakeRun) -> None:
     trained = run.metrics()[1:]
     assert round_table(trained, "accuracy").rows == round_table(trained, "accuracy", run.ledger()).rows
+
+
+def test_no_two_of_thirty_runs_look_alike_and_their_legend_is_beside_the_axes() -> None:
+    curves = [plots.Curve(f"run_{i}" + "_long" * 12, [0, 1000], [0.1, i / 30], 1500) for i in range(30)]
+    figure = plots.metric_by_bytes_of_runs(curves, "accuracy")
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    named = [line for line in axis.lines if not line.get_label().startswith("_")]
+    looks = {(line.get_color(), line.get_marker(), str(line.get_linestyle())) for line in named}
+    dashes = {(line.get_color(), str(line._dash_pattern)) for line in named}
+    assert len(named) == len(looks) == len(dashes) == 30
+    (legend,) = figure.legends
+    box, axes_box = legend.get_window_extent(), axis.get_window_extent()
+    assert box.x0 >= axes_box.x1
+    assert box.y0 >= 0
+    assert box.x1 <= figure.bbox.x1
+
+
+SCRIPTS = ("猫", "ねこ", "고양이", "кошка", "γάτα", "قطة", "חתול", "बिल्ली", "แมว", "🐈", "con mèo", "$x_{1}")
+
+
+def test_class_names_of_any_script_are_drawn_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = FakeRun(class_names=SCRIPTS, client_metrics=False)
+    folder = run.write(tmp_path / "run")
+    write_report(folder)
+    assert not [str(warning.message) for warning in recwarn]
+    assert not caplog.records
+    page = text_of(parse(folder))
+    assert all(name in page for name in SCRIPTS)
+
+
+def test_letters_that_the_usual_font_lacks_are_set_in_fonts_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = {plot_style.FONT: "abc", "Half": "猫", "Noto Sans CJK": "猫犬", "Thai": "แมว", "Other": "xyz"}
+    fonts = [SimpleNamespace(name=name, fname=name) for name in known]
+    monkeypatch.setattr(plot_style, "fontManager", SimpleNamespace(ttflist=fonts))
+    monkeypatch.setattr(plot_style, "_letters", lambda family: frozenset(map(ord, known[family])))
+    choose = plot_style._fonts_with.__wrapped__
+    assert choose(frozenset(map(ord, "犬แ"))) == ("Noto Sans CJK", "Thai")
+    assert choose(frozenset(map(ord, "猫"))) == ("Noto Sans CJK",)
+    assert choose(frozenset(map(ord, "अ"))) == ()
+
+
+# Why rounds differ
+
+
+def transfers(*rows: tuple[int, int, str, str, int]) -> Ledger:
+    """A ledger of (round, client, direction, phase, values); a value is 4 bytes, a message 100 more."""
+    return Ledger(
+        Transfer(t, client, direction, phase, "ok", values, 4 * values, 4 * values + 100)  # type: ignore[arg-type]
+        for t, client, direction, phase, values in rows
+    )
+
+
+def rounds_of(downlinks: list[dict[int, int]], update: int) -> Ledger:
+    """Training rounds: client -> values of its downlink."""
+    rows = []
+    for server_round, sizes in enumerate(downlinks, start=1):
+        for client, values in sizes.items():
+            rows.append((server_round, client, "downlink", "train", values))
+            rows.append((server_round, client, "uplink", "train", update))
+    return transfers(*rows)
+
+
+def test_equal_rounds_need_no_reason() -> None:
+    assert byte_reasons(rounds_of([{0: 10, 1: 10}, {0: 10, 1: 10}], 10)) == []
+
+
+def test_newcomers_that_receive_more_are_the_reason() -> None:
+    (reason,) = byte_reasons(rounds_of([{0: 1000, 1: 1000}, {0: 400, 2: 1000}, {0: 400, 1: 400}], 400))
+    assert "the first time receives the whole state, 1,000 values" in reason
+    assert "taken part before receives 400 values" in reason
+    assert "New clients: 2 in round 1, 1 in round 2." in reason
+
+
+def test_missed_rounds_and_merged_bases_are_the_reason() -> None:
+    first, missed, merged = byte_reasons(rounds_of([{0: 10, 1: 10}, {0: 90, 2: 10}, {0: 90, 1: 170}], 40))
+    assert "the first time" in first
+    assert "A client of the round before receives 90 values" in missed
+    assert "up to 170 values" in missed
+    assert "An update has 40 values; in rounds 2–3 downlinks had up to 170" in merged
+
+
+def test_rounds_of_different_numbers_of_clients_are_named() -> None:
+    (reason,) = byte_reasons(rounds_of([{0: 10, 1: 10}, {0: 10}, {0: 10, 1: 10}], 10))
+    assert reason == "Not every round has as many clients: 1 in round 2, 2 in rounds 1, 3."
+
+
+def test_evaluation_failures_and_setup_are_reasons() -> None:
+    ledger = rounds_of([{0: 10, 1: 10}, {0: 10}], 10)
+    ledger.append(Transfer(0, 0, "downlink", "setup", "ok", 0, 0, 700))
+    ledger.append(Transfer(2, 1, "downlink", "evaluate", "ok", 10, 40, 140))
+    ledger.append(Transfer(2, 1, "downlink", "train", "failed", 10, 40, 140))
+    setup, evaluation, failed = byte_reasons(ledger)
+    assert "which client it is: 700 B" in setup
+    assert "After round 2, 1 client received" in evaluation
+    assert "In round 2 a client failed" in failed

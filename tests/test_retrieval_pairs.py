@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from federated.config.config_files import load_config
 from federated.engines.batched_losses import gather, group_losses
 from federated.engines.simulation import run_experiment
-from federated.rounds.batches import evaluate_server, model_batch
+from federated.rounds.batches import evaluate_server
 from federated.rounds.run import build_run
 from federated.tools.detailed_metrics import chance_recall, describe_retrieval
 from models.clip import FederatedCLIPModel
@@ -157,8 +157,8 @@ def captioned_config(root: Path, *overrides: str):
 
 def test_a_run_reports_recall_over_images_and_texts_with_and_without_caches(captioned: Path) -> None:
     experiment = build_run(captioned_config(captioned))
-    images, texts = experiment.test_images, experiment.model
-    batch = model_batch(experiment, images.batch(range(36)))
+    images, texts = experiment.reader.test_images, experiment.model
+    batch = experiment.reader.model_batch(images.batch(range(36)))
     with torch.no_grad():
         features = F.normalize(texts.image_features(batch), dim=-1).float()
         captions = F.normalize(texts.text_features(batch), dim=-1).float()
@@ -181,14 +181,14 @@ def test_captions_that_read_alike_are_one_text(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_csv(tmp_path / f"{split}.csv", "image,caption", lines)
     overrides = ["partition.num_clients=1", "partition.local_test_fraction=0"]
-    batch = build_run(captioned_config(tmp_path, *overrides)).test_images.batch(range(4))
+    batch = build_run(captioned_config(tmp_path, *overrides)).reader.test_images.batch(range(4))
     assert len(batch["text"][:3].unique()) == 1
     assert len(batch["text"].unique()) == 2
 
 
 def test_the_csv_source_knows_concepts_of_a_column(captioned: Path) -> None:
     options = "data.options={concept_column: kind}"
-    batch = build_run(captioned_config(captioned, options)).train_images.batch(range(36))
+    batch = build_run(captioned_config(captioned, options)).reader.train_images.batch(range(36))
     assert set(KEYS) <= set(batch)
     assert torch.equal(batch["concept"], torch.arange(36) // 3 % 4)
     run = run_experiment(captioned_config(captioned, options, "output.name=kinds"))

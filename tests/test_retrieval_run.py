@@ -75,7 +75,7 @@ def test_only_text_adapters_travel_and_images_keep_their_features(tmp_path: Path
     names = experiment.model.exchanged_names
     assert len(factor_pairs(names)) == 2 * 6 + 1  # two blocks of six layers, and the projection
     assert all(name.startswith(("clip.text_model.", "clip.text_projection.")) for name in names)
-    pixel_values = experiment.test_images.pixel_values(range(4))
+    pixel_values = experiment.reader.test_images.pixel_values(range(4))
     with torch.no_grad():
         before = experiment.model.encode_image(pixel_values)
         experiment.model.set_state({n: torch.ones_like(t) for n, t in experiment.initial_state.items()})

@@ -72,6 +72,15 @@ def test_the_ledger_adds_up_to_what_the_round_lines_and_the_summary_say(quick_ru
             assert total == sum(line[f"{direction}_{count}"] for line in lines)
 
 
+def test_the_accuracies_of_the_classes_add_up_to_the_final_accuracy(quick_run: Path) -> None:
+    summary = json.loads((quick_run / "summary.json").read_text())
+    rows, partition = summary["per_class"], json.loads((quick_run / "partition.json").read_text())
+    assert [row["name"] for row in rows] == partition["class_names"]
+    right = [row["accuracy"] * row["num_examples"] for row in rows]
+    assert right == pytest.approx([round(number) for number in right])
+    assert sum(right) / sum(row["num_examples"] for row in rows) == pytest.approx(summary["final"])
+
+
 def test_a_training_payload_is_four_bytes_for_each_exchanged_value(quick_run: Path) -> None:
     summary = json.loads((quick_run / "summary.json").read_text(encoding="utf-8"))
     for row in Ledger.read_csv(quick_run / "communication.csv").select(phase="train"):
@@ -93,7 +102,7 @@ def test_evaluation_traffic_is_counted(quick_run: Path) -> None:
 def test_the_adapter_loads_in_plain_peft_and_gives_the_same_features(quick_run: Path) -> None:
     experiment = build_run(load_config(quick_run / "config.yaml"))
     load_global_state(experiment, load_server_checkpoint(latest_checkpoint(quick_run)).server)
-    pixel_values = experiment.test_images.pixel_values(range(8))
+    pixel_values = experiment.reader.test_images.pixel_values(range(8))
     plain = PeftModel.from_pretrained(
         transformers.CLIPModel.from_pretrained(TINY_FOLDER), quick_run / "adapter"
     )

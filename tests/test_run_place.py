@@ -198,7 +198,7 @@ def test_results_come_first_and_pictures_are_best_effort(
 
     monkeypatch.setattr("federated.results.report.write_report", broken)
     monkeypatch.setattr("federated.results.run_folder.SummaryWriter", broken)
-    monkeypatch.setattr("federated.tools.evaluation.save_png", broken)
+    monkeypatch.setattr("federated.tools.evaluation.save_figure", broken)
     config = small_config(tmp_path, overrides=["federation.rounds=1"])
     run = run_experiment(config)
     assert "TensorBoard" in caplog.text

@@ -55,7 +55,7 @@ def test_the_text_tower_of_a_classification_run_lies_in_the_file_with_its_values
     assert there.keys() == here.keys()
     assert all(torch.equal(there[name], here[name]) for name in here)
     assert resident_bytes(first) >= total
-    assert f"text tower: {total / 1e6:.1f} MB in a file" in " ".join(parked.caches.notes)
+    assert f"text tower: {total / 1e6:.1f} MB in a file" in " ".join(parked.reader.caches.notes)
     assert list(tmp_path.iterdir()) == []
     before = here[next(iter(there))].clone()
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_local_steps_are_the_same_bit_by_bit(tmp_path: Path):
         experiment = build("quickstart", *overrides)
         model = experiment.model
         model.start_training(experiment.training_settings, 1)
-        model.train_step(next(iter(experiment.train_images.batches(range(8), 8, rng=None))))
+        model.train_step(next(iter(experiment.reader.train_images.batches(range(8), 8, rng=None))))
         states.append(model.get_state())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
@@ -79,7 +79,7 @@ def test_local_steps_are_the_same_bit_by_bit(tmp_path: Path):
 def test_a_tower_that_is_read_stays_in_memory(tmp_path: Path, name: str):
     overrides = ("task.name=zero_shot",) if name == "quickstart" else ()
     experiment = build(name, f"cache.folder={tmp_path}", *overrides)
-    assert not any(note.startswith("text tower") for note in experiment.caches.notes)
+    assert not any(note.startswith("text tower") for note in experiment.reader.caches.notes)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):

@@ -264,7 +264,7 @@ def test_an_empty_tensor_cannot_claim_a_million_rows(tmp_path: Path) -> None:
 
 
 def pt_file(path: Path, factor: torch.Tensor, **config: object) -> Path:
-    key = "transformer.resblocks.0.attn.lora_q"
+    key = "transformer.resblocks.0.lora_q"
     state = {f"{key}.lora_A": factor, f"{key}.lora_B": torch.ones(20, 2)}
     torch.save({"lora_state_dict": state, "lora_config": {"r": 2, "lora_alpha": 4} | config}, path)
     return path

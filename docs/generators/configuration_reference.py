@@ -30,6 +30,7 @@ from federated.data.partitioners import PARTITIONERS
 from federated.data.sources.source_registry import SOURCES
 from federated.methods import AGGREGATORS
 from federated.methods.server_optimizers import SERVER_OPTIMIZERS
+from federated.rounds.client_devices import DISTRIBUTIONS
 from models.finetuning import STRATEGIES
 from models.tasks import TASKS
 
@@ -104,7 +105,7 @@ def bounds_in(metadata: Iterable[object]) -> list[str]:
 def in_words(annotation: object, bounds: Sequence[str] = ()) -> str:
     """Return a type in words that a writer of YAML understands; bounds are of a value that is not null."""
     parts = typing.get_args(annotation) if is_union(annotation) else (annotation,)
-    words = " or ".join(type_words(part) for part in parts if part is not type(None))
+    words = " or ".join(dict.fromkeys(type_words(part) for part in parts if part is not type(None)))
     if bounds:
         words = f"{words} {', '.join(bounds)}"
     return f"{words}, or null" if type(None) in parts else words
@@ -216,6 +217,11 @@ REGISTRIES: dict[str, tuple[str, Mapping[str, Callable[..., object]]]] = {
     "Server optimizers": (
         "`aggregation.server_optimizer` holds a `name` and its options, as in `{name: fedadam, eta: 0.001}`.",
         SERVER_OPTIMIZERS,
+    ),
+    "Distributions": (
+        "A quantity of `clock` is one number for all clients, or each draws its own: "
+        "`{name: lognormal, median: 10, sigma: 0.8}`.",
+        DISTRIBUTIONS,
     ),
 }  # fmt: skip
 """Heading -> how it is chosen, and name -> function."""

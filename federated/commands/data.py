@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from federated.data.names import MAX_NAMED, listed
+from federated.data.names import MAX_NAMED, listed, names_in
 from models.errors import UserError
 from models.progress import progress_bar
+from models.untrusted import parse_yaml
 
 if TYPE_CHECKING:
     from federated.data.folders import FolderReport
+    from federated.data.question_check import QuestionReport
     from federated.data.table_check import TableReport
 
 app = typer.Typer(
@@ -29,31 +32,47 @@ app = typer.Typer(
 @app.command()
 def check(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Holds train/, test/ and maybe val/; or a csv file.")
+        Path,
+        typer.Argument(
+            metavar="PATH", help="A folder of images, a csv file, or a data set in the hub's format."
+        ),
     ],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="For tables: data.options.label_column=kind and so on."
+        ),
+    ] = None,
     *,
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Follow links and paths that leave the folder.")
     ] = False,
     model: Annotated[
         str,
-        typer.Option("--model", help="For captions of a csv file: the model that reads them."),
+        typer.Option("--model", help="For captions of a table: the model that reads them."),
     ] = "tiny",
 ) -> None:
     """Look at every image of a folder: structure, corrupt files, class balance, doubles across splits.
 
-    A csv file, or a folder of them, is looked at likewise: rows, images, captions.
-    Ends with exit code 0 if a run can use the folder, and with 2 if not.
+    A csv file, a folder of them, a folder of parquet files and what save_to_disk wrote are looked at
+    likewise: rows, images, captions or questions. Ends with exit code 0 if a run can use the folder, and
+    with 2 if not.
 
     Example: fedlora data check my_images
 
-    Example: fedlora data check my_images/all.csv --model openai/clip-vit-base-patch32
+    Example: fedlora data check my_images/all.csv data.options.caption_column=text
+
+    Example: fedlora data check questions.csv data.options.image_dir=pictures
     """
-    is_table = folder.is_dir() and not (folder / "train").is_dir() and any(folder.glob("*.csv"))
-    if folder.is_file() or is_table:
-        _check_table(folder, model, allow_outside=allow_outside)
+    source = _kind_of(folder)
+    if source != "imagefolder":
+        given = _options_of(options or [], allow_outside=allow_outside and source == "csv")
+        _check_table(folder, source, given, model)
         return
     from federated.data.folders import check_folder
+
+    if options:
+        raise UserError(f"{folder} is a folder of images, which has no option {options[0]}; leave it out")
     from federated.results.console import print_table
     from federated.tools.result_tables import class_table, double_table
 
@@ -79,14 +98,23 @@ def prepare(  # noqa: PLR0913 - the command's options
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to make.")],
     *,
     classes: Annotated[
-        str | None, typer.Option("--classes", metavar="A,B", help="Make empty folders for these classes.")
+        str | None,
+        typer.Option(
+            "--classes",
+            metavar="A,B",
+            help="Make empty folders for these classes; quote a comma: '\"a, b\",c'.",
+        ),
     ] = None,
     flat: Annotated[
         Path | None, typer.Option("--from", metavar="FLAT", help="Split a folder that holds <class>/*.")
     ] = None,
-    train: Annotated[float, typer.Option("--train", help="Share of the training images.")] = 0.8,
-    val: Annotated[float, typer.Option("--val", help="Share of the validation images; 0 for none.")] = 0.1,
-    test: Annotated[float, typer.Option("--test", help="Share of the test images.")] = 0.1,
+    train: Annotated[
+        float | None, typer.Option("--train", help="Share of the training images; 0.8 if no share is given.")
+    ] = None,
+    val: Annotated[
+        float | None, typer.Option("--val", help="Share of the validation images, 0 for none; else 0.1.")
+    ] = None,
+    test: Annotated[float | None, typer.Option("--test", help="Share of the test images; else 0.1.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal splits.")] = 0,
     link: Annotated[bool, typer.Option("--link", help="Make hard links instead of copies.")] = False,
     allow_outside: Annotated[
@@ -95,11 +123,13 @@ def prepare(  # noqa: PLR0913 - the command's options
 ) -> None:
     """Make train/ val/ test/<class>/: empty, or from a folder that has one folder of images per class.
 
+    Shares that are not given divide what is left in the proportion of their usual values.
+
     Example: fedlora data prepare my_images --classes "cat,dog"
 
-    Example: fedlora data prepare my_images --from downloads --train 0.7 --val 0.1 --test 0.2
+    Example: fedlora data prepare my_images --from downloads --train 0.7
     """
-    from federated.data.folders import prepare_folder
+    from federated.data.folders import completed_shares, prepare_folder
     from federated.results.console import print_table
     from federated.results.run_place import check_place
     from federated.tools.result_tables import class_table
@@ -109,7 +139,7 @@ def prepare(  # noqa: PLR0913 - the command's options
         raise UserError(
             "give either --classes A,B (empty folders to fill) or --from FLAT (a folder to split)"
         )
-    names = None if classes is None else [name.strip() for name in classes.split(",")]
+    names = None if classes is None else names_in(classes)
     for name in names or ():
         check_place(target / name, "give --classes other names")
     with progress_bar("images") as report:
@@ -117,7 +147,7 @@ def prepare(  # noqa: PLR0913 - the command's options
             target,
             class_names=names,
             source=flat,
-            ratios=(train, val, test),
+            ratios=completed_shares(train, val, test),
             seed=seed,
             link=link,
             allow_outside=allow_outside,
@@ -126,8 +156,32 @@ def prepare(  # noqa: PLR0913 - the command's options
     print_table(Console(), class_table(counts), f"Images in {target}")
 
 
-def _check_table(path: Path, model: str, *, allow_outside: bool) -> None:
-    """The check of a csv file, or of a folder of them."""
+def _kind_of(path: Path) -> str:
+    """Return the data source that reads a path."""
+    if path.is_file():
+        return "csv"
+    if not path.is_dir() or any((path / "train").glob("*/")):
+        return "imagefolder"
+    if any(file.suffix.lower() in (".csv", ".tsv") for file in path.iterdir()):
+        return "csv"
+    from federated.data.table_check import is_hub_folder
+
+    return "hub" if is_hub_folder(path) else "imagefolder"
+
+
+def _options_of(given: Sequence[str], *, allow_outside: bool) -> dict[str, Any]:
+    """Read ``data.options.KEY=VALUE`` arguments, with or without the first two words."""
+    options: dict[str, Any] = {"allow_outside": True} if allow_outside else {}
+    for argument in given:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise UserError(f"{argument!r} is no option: write data.options.KEY=VALUE")
+        options[key.removeprefix("data.").removeprefix("options.")] = parse_yaml(value, argument)
+    return options
+
+
+def _check_table(path: Path, source: str, options: Mapping[str, Any], model: str) -> None:
+    """The check of rows: of csv files, or of a data set in the hub's format."""
     from federated.data.table_check import check_table
     from federated.results.console import print_table
     from federated.tools.result_tables import count_table
@@ -135,15 +189,41 @@ def _check_table(path: Path, model: str, *, allow_outside: bool) -> None:
     from models.prompts import warn_of_cut
 
     with progress_bar("images") as report_progress:
-        report = check_table(path, allow_outside=allow_outside, report=report_progress)
+        report = check_table(path, source=source, options=options, report=report_progress)
     print_table(Console(), count_table(report.counts), f"Rows in {path}")
     if report.leaks:
         groups = [" = ".join(map(str, group[:MAX_NAMED])) for group in report.leaks]
         typer.echo(f"in more than one split, so that test results would be too good: {listed(groups)}")
     _name_suspects(report)
+    if report.questions is not None:
+        _show_questions(report.questions)
     if report.captions:
         warn_of_cut(load_clip(model).tokenize, report.captions, "captions")
     typer.echo(f"{path} can be used")
+
+
+def _show_questions(report: QuestionReport) -> None:
+    """Frequent answers, lengths, doubles, and what answering without the picture reaches."""
+    from federated.results.wording import format_percent
+
+    shares = [f"{answer} {format_percent(count / report.num_rows)}" for answer, count in report.frequent]
+    typer.echo(f"{report.num_answers} answers, the most frequent: {', '.join(shares)}")
+    for what, (fewest, median, most) in report.words.items():
+        typer.echo(f"words of a{'n' * (what == 'answer')} {what}: {fewest} to {most}, median {median}")
+    if report.repeated:
+        typer.echo(f"{len(report.repeated)} questions are there more than once: {listed(report.repeated)}")
+    if report.contradicted:
+        typer.echo(
+            f"{len(report.contradicted)} questions are there more than once with other answers: "
+            f"{listed(report.contradicted)}"
+        )
+    if report.unseen:
+        typer.echo(f"{report.unseen} of {report.num_test} test answers are in no training row")
+    shown = {name: format_percent(share) for name, share in report.without_picture.items()}
+    typer.echo(
+        f"without the picture, the most frequent answer is right in {shown['majority']} of the test rows, "
+        f"and an answer chosen by the question's words in {shown['question_only']}"
+    )
 
 
 def _name_suspects(report: FolderReport | TableReport) -> None:

@@ -1,14 +1,24 @@
-"""Importing: torch and the data libraries without looking for garbage in them; and the option for plugins."""
+"""Importing torch and the data libraries without looking for garbage in them; options of several commands."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class Precision(StrEnum):
+    """Precision of forward passes."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
 
 PluginsOption = Annotated[
     list[Path] | None,

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from federated.commands.importing import PluginsOption, modules_that_stay
+from federated.commands.importing import PluginsOption, Precision, modules_that_stay
 from federated.config.plugins import load_plugins
-from models.errors import UserError
+from federated.data.names import names_in
+from models.errors import UserError, printable
 from models.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Format(StrEnum):
     table = "table"
     csv = "csv"
     json = "json"
+    text = "text"
 
 
 InputsArgument = Annotated[
@@ -55,13 +57,16 @@ DeviceOption = Annotated[str, typer.Option("--device", help="Where the model run
 BatchSizeOption = Annotated[
     int, typer.Option("--batch-size", min=1, help="Images or texts that pass through the model at once.")
 ]
+PrecisionOption = Annotated[
+    Precision, typer.Option("--precision", help="Of the forward passes: bf16 and fp16 are half (autocast).")
+]
 SkipCorruptOption = Annotated[
     bool, typer.Option("--skip-corrupt", help="Leave out images that cannot be decoded, and name them.")
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a file of the same name.")]
 FormatOption = Annotated[
     Format | None,
-    typer.Option("--format", help="By default csv or json by --output's suffix, otherwise a table."),
+    typer.Option("--format", help="By default csv, json or text by --output's suffix, otherwise a table."),
 ]
 
 
@@ -71,7 +76,11 @@ def predict(  # noqa: PLR0913 - the command's options
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes to show for each image.")] = 5,
     classes: Annotated[
         str | None,
-        typer.Option("--classes", metavar="A,B,C", help="Classify by prompts for these classes instead."),
+        typer.Option(
+            "--classes",
+            metavar="A,B,C",
+            help="Classify by prompts for these classes instead; quote a comma: '\"a, b\",c'.",
+        ),
     ] = None,
     template: Annotated[
         list[str] | None,
@@ -80,12 +89,13 @@ def predict(  # noqa: PLR0913 - the command's options
     model: ModelOption = None,
     adapter: AdapterOption = None,
     any_base: AnyBaseOption = False,
-    output: Annotated[Path | None, typer.Option("--output", help="Write a .csv or .json file.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Write a .csv, .json or .txt file.")] = None,
     output_format: FormatOption = None,
     overwrite: OverwriteOption = False,
     skip_corrupt: SkipCorruptOption = False,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "cpu",
+    precision: PrecisionOption = Precision.fp32,
     plugin: PluginsOption = None,
 ) -> None:
     """Classify an image, or all images of a folder, with a run's model or with class prompts.
@@ -106,8 +116,9 @@ def predict(  # noqa: PLR0913 - the command's options
     if output is not None:
         check_output(output, overwrite=overwrite)
     source, path = _source_and_input(inputs, model)
-    names = None if classes is None else [name.strip() for name in classes.split(",")]
+    names = None if classes is None else names_in(classes)
     opened = _open(source, adapter, model, device, any_base=any_base)
+    opened.model.precision = precision.value
     classifier = make_classifier(opened, names, template)
     with progress_bar("images") as report:
         options = InputOptions(batch_size, skip_corrupt, report)
@@ -127,6 +138,10 @@ def encode(  # noqa: PLR0913 - the command's options
     raw: Annotated[
         bool, typer.Option("--raw", help="Keep the rows' lengths instead of making them 1.")
     ] = False,
+    patches: Annotated[
+        bool,
+        typer.Option("--patches", help="Write features of image patches (N, T, D), as language models read."),
+    ] = False,
     compare_base: Annotated[
         bool, typer.Option("--compare-base", help="Print the mean cosine with the base model's embeddings.")
     ] = False,
@@ -137,6 +152,7 @@ def encode(  # noqa: PLR0913 - the command's options
     skip_corrupt: SkipCorruptOption = False,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "cpu",
+    precision: PrecisionOption = Precision.fp32,
     plugin: PluginsOption = None,
 ) -> None:
     """Write the embeddings of a folder of images, or of the lines of a text file, and a manifest beside them.
@@ -153,16 +169,19 @@ def encode(  # noqa: PLR0913 - the command's options
         load_plugins(plugin or ())
     if output is None and not compare_base:
         raise UserError("name the file to write with --output FILE.safetensors (or .npy)")
+    if text and patches:
+        raise UserError("--patches goes with images, not with --text")
     if output is not None:
         check_array_output(output, overwrite=overwrite)
     source, path = _source_and_input(inputs, model)
     if not text:
         check_no_texts(path)
     opened = _open(source, adapter, model, device, any_base=any_base)
+    opened.model.precision = precision.value
     kind = "texts" if text else "images"
     if output is not None:
         with progress_bar(kind) as report:
-            options = InputOptions(batch_size, skip_corrupt, report)
+            options = InputOptions(batch_size, skip_corrupt, report, patches)
             manifest = encode_to_file(
                 opened, path, output, texts=text, normalised=not raw, overwrite=overwrite, options=options
             )
@@ -221,14 +240,21 @@ def compare(
         typer.Option("--output", metavar="FOLDER", help="Write comparison.md, .json, .csv and .png there."),
     ] = None,
     target: Annotated[
-        float | None, typer.Option("--target", help="Value of the metric that the bytes to reach refer to.")
+        str | None,
+        typer.Option(
+            "--target", help="Value of the metric that the rounds and MB to reach refer to: 0.65, or 65%."
+        ),
     ] = None,
 ) -> None:
     """Put runs side by side: what each reached, and the bytes it sent for it.
 
+    A folder that is no run is left out and named; the command then ends with exit code 1.
+
     Example: fedlora compare runs/quickstart runs/full_finetune --output comparison
+
+    Example: fedlora compare runs/quickstart runs/head_only --target 65%
     """
-    from federated.results.compare import compare_runs, terminal_tables, write_comparison
+    from federated.results.compare import compare_runs, parse_target, terminal_tables, write_comparison
     from federated.results.console import print_note, print_table
     from federated.results.run_place import check_place
 
@@ -236,14 +262,19 @@ def compare(
         check_place(output, "name another folder with --output")
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; --output takes a folder")
-    console, comparison = Console(), compare_runs(runs, target=target)
-    written = None if output is None else write_comparison(runs, output, target=target)
+    goal = None if target is None else parse_target(target)
+    console, comparison = Console(), compare_runs(runs, target=goal)
+    written = None if output is None else write_comparison(comparison, output)
     for title, table in terminal_tables(comparison.rows).items():
         print_table(console, table, title)
     for note in comparison.notes:
         print_note(console, note)
     if written is not None:
         typer.echo(f"written: {written}")
+    for reason in comparison.left_out:
+        typer.echo(f"left out: {printable(reason)}", err=True)
+    if comparison.left_out:
+        raise typer.Exit(1)
 
 
 def register(app: typer.Typer) -> None:
@@ -274,11 +305,13 @@ def _open(source: str, adapter: str | None, model: str | None, device: str, *, a
 
 def _format(chosen: Format | None, output: Path | None) -> Format:
     """The format asked for, or the one that the output's suffix says; a table is for the terminal."""
-    by_suffix = {".csv": Format.csv, ".json": Format.json}
+    by_suffix = {".csv": Format.csv, ".json": Format.json, ".txt": Format.text}
     if output is None:
         return chosen or Format.table
     if chosen is None and output.suffix not in by_suffix:
-        raise UserError(f"{output}: say --format csv or json, or give a name that ends in .csv or .json")
+        raise UserError(
+            f"{output}: say --format csv, json or text, or give a name that ends in .csv, .json or .txt"
+        )
     if chosen is Format.table:
         raise UserError("a table goes to the terminal; write a file with --format csv or json")
     return chosen or by_suffix[output.suffix]
@@ -289,13 +322,14 @@ def _deliver(
 ) -> None:
     """Print the results, or write them to a file."""
     from federated.results.console import print_table
-    from federated.tools.result_tables import records_to_csv, records_to_json
+    from federated.tools.result_tables import records_to_csv, records_to_json, records_to_text
     from models.files import write_text
 
     if chosen is Format.table:
         print_table(Console(), table, title)
         return
-    text = (records_to_json if chosen is Format.json else records_to_csv)(records)
+    writers = {Format.json: records_to_json, Format.csv: records_to_csv, Format.text: records_to_text}
+    text = writers[chosen](records)
     if output is None:
         typer.echo(text, nl=False)
     else:

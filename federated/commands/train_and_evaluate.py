@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from federated.commands.importing import PluginsOption, modules_that_stay
+from federated.commands.importing import PluginsOption, Precision, modules_that_stay
 from federated.config.plugins import load_plugins
 from federated.results.console import BarsDisplay, print_notes, print_where
 from federated.results.lasting_console import lasting_console
@@ -58,7 +58,7 @@ def train(
     print_where(console, folder)
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - the command's options
     source: Annotated[
         str, typer.Argument(metavar="RUN|CONFIG", help="The folder of a run, or a configuration.")
     ],
@@ -76,6 +76,9 @@ def evaluate(
         Path | None, typer.Option(metavar="FOLDER", help="Where to write; RUN/evaluation_SPLIT by default.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier evaluation.")] = False,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the forward passes: bf16 and fp16 are half (autocast).")
+    ] = Precision.fp32,
     plugin: PluginsOption = None,
 ) -> None:
     """Evaluate a trained model: per-class report, confusion matrix, or recalls for retrieval.
@@ -97,6 +100,7 @@ def evaluate(
             split=split,
             output=output,
             overwrite=overwrite,
+            precision=precision.value,
             report=report_progress,
         )
     typer.echo(report)

@@ -13,9 +13,10 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -45,6 +46,7 @@ class Transfer:
         payload_bytes: the encoded values: scales, indices and the head included.
         wire_bytes: the serialised message: values, metadata, and Flower's Message object. What HTTP and TLS
             put around it is not counted.
+        simulated_seconds: when it arrived, after its broadcast, by the simulated clock; None without one.
     """
 
     server_round: int
@@ -55,17 +57,23 @@ class Transfer:
     parameters: int
     payload_bytes: int
     wire_bytes: int
+    simulated_seconds: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse a row that no total could make sense of."""
         for value, allowed in ((self.direction, Direction), (self.phase, Phase), (self.status, Status)):
             if value not in get_args(allowed):
                 raise ValueError(f"{value!r} is not one of {', '.join(get_args(allowed))}")
+        if self.simulated_seconds is not None and not 0 <= self.simulated_seconds < math.inf:
+            raise ValueError(f"a transfer arrives after no negative or endless time: {self}")
         if min(self.server_round, self.parameters, self.payload_bytes, self.wire_bytes) < 0:
             raise ValueError(f"a transfer has no negative counts: {self}")
 
 
-COLUMNS = tuple(field.name for field in fields(Transfer))
+TIMED_COLUMNS = tuple(field.name for field in fields(Transfer))
+TIME = "simulated_seconds"
+COLUMNS = tuple(name for name in TIMED_COLUMNS if name != TIME)
+"""Of the ledger of a run without a simulated clock; ``TIMED_COLUMNS`` of one with it."""
 _GROUPED = ("direction", "phase", "status")
 _TEXT_COLUMNS = frozenset(_GROUPED)
 _SUMMED = frozenset({"server_round", *_GROUPED})
@@ -86,8 +94,9 @@ class Totals:
 class Ledger:
     """Every transfer of a run, in the order in which it happened."""
 
-    def __init__(self, rows: Iterable[Transfer] = ()) -> None:
-        """Start from ``rows`` (none for a new run)."""
+    def __init__(self, rows: Iterable[Transfer] = (), *, timed: bool = False) -> None:
+        """Start from ``rows`` (none for a new run); ``timed``: the file says when each arrived."""
+        self.timed = timed
         self._rows: list[Transfer] = []
         self._sums: dict[int, dict[tuple[str, ...], list[int]]] = {}
         self._written: dict[Path, int] = {}
@@ -176,10 +185,18 @@ class Ledger:
         """
         path = Path(path).resolve()
         if path in self._written and path.exists():
-            append_whole(path, _csv_text(self._rows[self._written[path] :], header=False))
+            append_whole(path, self._csv_text(self._rows[self._written[path] :], header=False))
         else:
-            write_text(path, _csv_text(self._rows, header=True))
+            write_text(path, self._csv_text(self._rows, header=True))
         self._written[path] = len(self._rows)
+
+    def _csv_text(self, rows: Iterable[Transfer], *, header: bool) -> str:
+        buffer, columns = io.StringIO(), TIMED_COLUMNS if self.timed else COLUMNS
+        writer = csv.writer(buffer, lineterminator="\n")
+        if header:
+            writer.writerow(columns)
+        writer.writerows(astuple(row)[: len(columns)] for row in rows)
+        return buffer.getvalue()
 
     @classmethod
     def read_csv(cls, path: str | Path) -> Ledger:
@@ -202,10 +219,10 @@ class Ledger:
         reader = csv.reader(lines)
         with parsing(path, "is no ledger", "give the file that a run wrote", csv.Error):
             header = tuple(next(reader, ()))
-            if header != COLUMNS:
+            if header not in (COLUMNS, TIMED_COLUMNS):
                 found = shortened(",".join(header))
                 raise UserError(f"{path}: the columns are {found!r}, not {','.join(COLUMNS)!r}")
-            return cls(_parse(path, reader))
+            return cls(_parse(path, header, reader), timed=header == TIMED_COLUMNS)
 
 
 def _check_columns(columns: Iterable[str]) -> None:
@@ -224,20 +241,13 @@ def _sum(rows: Iterable[Transfer]) -> Totals:
     return Totals(transfers, parameters, payload_bytes, wire_bytes)
 
 
-def _csv_text(rows: Iterable[Transfer], *, header: bool) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    if header:
-        writer.writerow(COLUMNS)
-    writer.writerows(astuple(row) for row in rows)
-    return buffer.getvalue()
-
-
-def _parse(path: Path, reader: Iterable[list[str]]) -> Iterator[Transfer]:
+def _parse(path: Path, header: Sequence[str], reader: Iterable[list[str]]) -> Iterator[Transfer]:
     for number, cells in enumerate(reader, start=2):
         try:
-            named = dict(zip(COLUMNS, cells, strict=True))
+            named = dict(zip(header, cells, strict=True))
+            time = named.pop(TIME, "")
             values: dict[str, Any] = {k: v if k in _TEXT_COLUMNS else int(v) for k, v in named.items()}
+            values[TIME] = float(time) if time else None
             if int(named["server_round"]) > MAX_ROUND or len(max(cells, key=len)) > _MOST_DIGITS:
                 raise ValueError("a number is too large")
             yield Transfer(**values)

@@ -20,8 +20,15 @@ from federated.communication.byte_counts import message_object_bytes, num_items,
 from federated.communication.ledger import Direction, Ledger, Phase, Transfer
 from federated.communication.messages import NUM_VALUES, SERVER_ROUND
 from federated.communication.payload import CONFIG
+from federated.communication.simulated_clock import SimulatedClock
 
 log = logging.getLogger(__name__)
+
+Delivery = Callable[[Sequence[Message], float | None], Iterable[Message]]
+"""(messages, timeout in seconds) -> the replies."""
+
+Entered = dict[int, list[tuple[Transfer, Message | None]]]
+"""Node id -> the rows of a broadcast, each with the reply that it is of."""
 
 _PHASE_OF: dict[str, Phase] = {"train": "train", "evaluate": "evaluate", "query": "setup"}
 
@@ -34,6 +41,8 @@ class MeteredGrid(Grid):
         ledger: Where the rows go, in the order of the client ids.
         client_of: Client id of a node id.
         num_values: How many values a reply carries; by default the items of its arrays.
+        deliver: (messages, timeout) -> their replies, where that is not the grid's own way.
+        clock: Times the messages, and refuses late ones once they are counted.
     """
 
     def __init__(
@@ -42,11 +51,16 @@ class MeteredGrid(Grid):
         ledger: Ledger,
         client_of: Callable[[int], int],
         num_values: Callable[[Message], int] = num_items,
+        *,
+        deliver: Delivery | None = None,
+        clock: SimulatedClock | None = None,
     ) -> None:
         self._grid = grid
+        self._deliver = delivery_by(grid) if deliver is None else deliver
         self._ledger = ledger
         self._client_of = client_of
         self._num_values = num_values
+        self._clock = clock
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -56,9 +70,10 @@ class MeteredGrid(Grid):
         if not sent:
             return []
         sizes = wire_sizes(sent)
-        replies = list(self._grid.send_and_receive(sent, timeout=timeout))
-        enter(self._ledger, list(zip(sent, sizes, strict=True)), replies, self._client_of, self._num_values)
-        return replies
+        replies = list(self._deliver(sent, timeout))
+        pairs = list(zip(sent, sizes, strict=True))
+        entered = enter(self._ledger, pairs, replies, self._client_of, self._num_values, clock=self._clock)
+        return replies if self._clock is None else self._clock.on_time(sent, entered)
 
     # ---- the rest of the interface is the inner grid's
 
@@ -95,6 +110,11 @@ class MeteredGrid(Grid):
         raise NotImplementedError("a metered run sends with send_and_receive, so that each byte is counted")
 
 
+def delivery_by(grid: Grid) -> Delivery:
+    """Return a grid's own way to deliver messages."""
+    return lambda messages, timeout: grid.send_and_receive(messages, timeout=timeout)
+
+
 def wire_sizes(messages: Sequence[Message]) -> list[int]:
     """Return the wire bytes of each message; the records of a broadcast are serialised once."""
     contents = {id(message.content): message.content for message in messages}
@@ -108,7 +128,9 @@ def enter(
     replies: Sequence[Message],
     client_of: Callable[[int], int],
     num_values: Callable[[Message], int] = num_items,
-) -> None:
+    *,
+    clock: SimulatedClock | None = None,
+) -> Entered:
     """Enter what was sent and every reply that came, second ones and errors too, into a ledger.
 
     Args:
@@ -117,7 +139,12 @@ def enter(
         replies: In any order. What comes from elsewhere can be ascribed to no client and is only logged.
         client_of: Client id of a node id.
         num_values: How many values a reply carries.
+        clock: Times the rows; None: they have no times.
+
+    Returns:
+        Node id -> its rows, each with its reply; the downlink's has none.
     """
+    entered: Entered = {}
     of_node: dict[int, list[Message]] = {message.metadata.dst_node_id: [] for message, _ in sent}
     for reply in replies:
         if reply.metadata.src_node_id in of_node:
@@ -129,10 +156,15 @@ def enter(
         row = functools.partial(_row, message, client_of(message.metadata.dst_node_id))
         told = cast(Mapping[str, int], message.content[CONFIG]).get(NUM_VALUES, 0)
         counts = (told, payload_bytes(message), wire)
-        ledger.append(row("downlink", counts, failed=not any(reply.has_content() for reply in answers)))
+        rows = [row("downlink", counts, failed=not any(reply.has_content() for reply in answers))]
         for reply in answers:
             counts = (num_values(reply), payload_bytes(reply), wire_bytes(reply))
-            ledger.append(row("uplink", counts, failed=not reply.has_content()))
+            rows.append(row("uplink", counts, failed=not reply.has_content()))
+        rows = rows if clock is None else clock.timed(rows)
+        for each in rows:
+            ledger.append(each)
+        entered[message.metadata.dst_node_id] = list(zip(rows, [None, *answers], strict=True))
+    return entered
 
 
 def _row(

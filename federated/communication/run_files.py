@@ -46,6 +46,8 @@ class RoundLine(_Part):
 
     server_round: Round
     seconds: Number | None = None
+    simulated_seconds: Number | None = None
+    simulated_seconds_total: Number | None = None
     cohort: list[Count] | None = None
     clients: dict[ClientKey, _ClientValues] | None = None
     failed: list[_Failed] | None = None
@@ -87,6 +89,12 @@ class _Parameters(_Part):
     exchanged: Count | None = None
 
 
+class _ClassResult(_Part):
+    name: Annotated[str, AfterValidator(checked_name)]
+    num_examples: Count
+    accuracy: Annotated[float, Field(ge=0, le=1)]
+
+
 class Summary(_Part):
     """``summary.json``; a run that did not finish has none."""
 
@@ -96,10 +104,13 @@ class Summary(_Part):
     best: Number | None = None
     rounds: Round | None = None
     seconds: Number | None = None
+    simulated_seconds: Number | None = None
+    stopped: str | None = None
     peak_memory_bytes: Count | None = None
     parameters: _Parameters | None = None
     communication: _Communication = _Communication()
     training: _Training | None = None
+    per_class: list[_ClassResult] = []
 
 
 class _Shard(_Part):

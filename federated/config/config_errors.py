@@ -96,7 +96,8 @@ def _allowed(annotation: Any) -> str:
         if "enum" in schema or "const" in schema:
             words += map(str, schema.get("enum", [schema.get("const")]))
         elif schema["type"] != "integer":
-            words.append(f"a {schema['type']}{at_least}")
+            kind = "mapping" if schema["type"] == "object" else schema["type"]
+            words.append(f"a {kind}{at_least}")
         elif not has_floats:
             words.append(f"a whole number{at_least}")
     return f"give {' or '.join(filter(None, [', '.join(words[:-1]), words[-1]]))}"

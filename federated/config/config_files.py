@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,9 @@ from pydantic import ValidationError
 from federated.config.config_errors import explain
 from federated.config.plugins import load_plugins, load_recorded
 from federated.config.schema import ExperimentConfig
-from models.errors import UserError, shortened
+from models.errors import UserError
+from models.shipped_configs import config_folder, find_config, shipped_names
 from models.untrusted import MOST_YAML_BYTES, parse_yaml, read_text
-
-
-def config_folder() -> Path:
-    """Return the folder of the shipped configurations (inside the package when installed from a wheel)."""
-    packaged = Path(__file__).parents[1] / "configs"
-    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "configs"
-
-
-def shipped_names() -> list[str]:
-    """Return the names that ``find_config`` knows."""
-    return sorted(path.stem for path in config_folder().glob("*.yaml"))
 
 
 def shipped_descriptions() -> dict[str, str]:
@@ -39,24 +28,6 @@ def _description(path: Path) -> str:
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
     return " ".join(line.removeprefix("#").strip() for line in comment[1:])
-
-
-def find_config(name_or_path: str | Path) -> Path:
-    """Return the file of a configuration given by path or by shipped name.
-
-    Raises:
-        UserError: There is neither such a file nor such a name.
-    """
-    path = Path(name_or_path)
-    if os.path.isfile(path):  # False, too, for what cannot be a path
-        return path
-    shipped = config_folder() / f"{Path(name_or_path).name.removesuffix('.yaml')}.yaml"
-    if len(path.parts) == 1 and os.path.isfile(shipped):
-        return shipped
-    raise UserError(
-        f"no configuration {shortened(name_or_path)}: give a YAML file or one of the shipped names "
-        f"{', '.join(shipped_names())}"
-    )
 
 
 def load_config(
@@ -116,7 +87,22 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
     if not equals or not key.strip():
         raise UserError(f"override {override!r} is not of the form key=value, such as federation.rounds=3")
     value = parse_yaml(text, f"the value of {override!r}")
-    key = key.strip()
+    set_value(tree, key.strip(), value, told_as=f"override {override!r}")
+    return key.strip()
+
+
+def set_value(tree: dict[str, Any], key: str, value: Any, *, told_as: str) -> None:
+    """Put a value into a configuration tree under a dotted key.
+
+    Args:
+        tree: Sections by name; changed.
+        key: Such as ``client.learning_rate``.
+        value: As YAML has it.
+        told_as: Begins the error.
+
+    Raises:
+        UserError: A part of the key is a value, not a section.
+    """
     *parents, leaf = key.split(".")
     node = tree
     for part in parents:
@@ -124,7 +110,6 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
             node[part] = {}
         child = node[part]
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {part} is a value, not a section")
+            raise UserError(f"{told_as}: {part} is a value, not a section")
         node = child
     node[leaf] = value
-    return key

@@ -1,4 +1,4 @@
-"""Plugins: files and installed packages that add aggregators, codecs, data sources, tasks … by name.
+"""Plugins: files and installed packages that add aggregators, codecs, data sources, model families … by name.
 
 A plugin is run once a process, as an import is. A run folder names the plugins that its configuration needs,
 so that whoever opens the run later loads them again; code inside a run folder is never run.
@@ -129,6 +129,7 @@ def used_plugins(config: ExperimentConfig) -> list[dict[str, Any]]:
 
 def _chosen(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """Yield what a configuration chooses by name, as (kind, name)."""
+    yield "model family", config.model.family
     yield "task", config.task.name
     yield "data source", config.data.source
     yield "partitioner", config.partition.name
@@ -234,8 +235,9 @@ def _remember(key: str, names: Sequence[tuple[str, str]], **about: str) -> None:
 def _read_options() -> None:
     """Make the models of the options of what was added, so that a wrong annotation comes up now."""
     for thing in added().values():
-        if callable(thing):
-            options_of(thing)
+        function = getattr(thing, "build", thing)  # a model family holds the function
+        if callable(function):
+            options_of(function)
 
 
 @contextmanager

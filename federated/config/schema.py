@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from federated.config.augmentation_options import augmentation_from
 from federated.config.choices import no_such
+from federated.config.faults_and_clock import ClockSection, FaultsSection
+from federated.config.section import Section
 from lora.config import MAX_RANK, LoRAConfig
 from models.registration import added
 from models.untrusted import PathText
 
 TASK_NAMES = ("classification", "zero_shot", "retrieval")
 """What ``models.tasks`` holds, which imports torch; plugins add others."""
+
+MODEL_FAMILIES = ("clip",)
+"""What ``federated.rounds.families`` holds, likewise."""
 
 MAY_CHANGE = "may_change"
 """Mark of keys that may differ when a run goes on: they change no round, or no round that is done."""
@@ -26,39 +31,57 @@ ON_FORK: dict[str, Any] = {MAY_CHANGE: "fork"}
 """Marks: of keys that say how rounds are computed, or how many; of keys that rounds to come may have of their
 own, in a branch that says so."""
 
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+ADAPTED = "_lora"
+"""Ends ``model.type`` where adapters train."""
 
 
 class ModelSection(Section):
-    """Which CLIP, and what of it is fine-tuned."""
+    """Which model, and what of it is fine-tuned."""
 
-    type: Literal["clip", "clip_lora"] = "clip_lora"
-    """``clip_lora``: adapters train and travel; ``clip``: the weights that ``fine_tuning`` names do."""
+    type: str = "clip_lora"
+    """``clip_lora``: adapters train and travel; ``clip``: the weights that ``fine_tuning`` names do. Likewise
+    for another model family: its name, with ``_lora`` behind it for adapters."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the model family's own; CLIP has none."""
     model_name: PathText = "tiny"
     """``tiny`` (bundled), a hub name, a local folder in the hub's format, or ``open_clip:<architecture>``."""
+    adapter: PathText | None = None
+    """Start from this adapter, a run's folder or one of PEFT's, that fits ``lora``; fresh ones otherwise."""
     num_classes: int | None = Field(None, ge=2)
     """Checked against the data when given; taken from the data otherwise."""
     fine_tuning: str | None = None
-    """What trains and travels when ``type`` is ``clip``: full (the default), head_only or another key of
-    ``models.finetuning.STRATEGIES``; ``clip_lora`` trains adapters."""
+    """What trains and travels when ``type`` names no adapters: full (the default), or for CLIP head_only or
+    another key of ``models.finetuning.STRATEGIES``."""
     pretrained: bool = True
     """False: the same architecture with random weights, a control for what pre-training is worth."""
     device: str = Field("cpu", json_schema_extra=ON_RESUME)
     """Device of the model, as torch spells it: ``cpu``, ``cuda``, ``cuda:1``."""
+    cache_dir: PathText | None = None
+    """Folder in which downloaded models are kept and looked for; the hub's own when not given."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen weights; adapters and head are float32 always."""
+
+    @field_validator("type")
+    @classmethod
+    def _type_is_known(cls, value: str) -> str:
+        families = (*MODEL_FAMILIES, *(name for _, name in added("model family")))
+        known = [name + ending for name in families for ending in ("", ADAPTED)]
+        if value not in known:
+            raise ValueError(no_such("model type", value, known))
+        return value
+
+    @property
+    def family(self) -> str:
+        """Name of the model family."""
+        return self.type.removesuffix(ADAPTED)
 
 
 class TaskSection(Section):
     """What is learnt and how it is scored."""
 
     name: str = "classification"
-    """A task of ``models.tasks.TASKS``: classification (by a linear head), zero_shot (by class prompts) or
-    retrieval (match images and captions)."""
+    """A task of ``models.tasks.TASKS``: for CLIP classification (by a linear head), zero_shot (by class
+    prompts) or retrieval (match images and captions)."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Prompts around a class name; their text embeddings are averaged."""
     train_head: bool = True
@@ -74,10 +97,10 @@ class TaskSection(Section):
 
 
 class DataSection(Section):
-    """Which images, and how they reach the model."""
+    """Which rows, and how they reach the model."""
 
     source: str = "fashion_mnist"
-    """A registered source: fashion_mnist, emoji, digits (embedded), imagefolder, csv, hub."""
+    """A registered source: fashion_mnist, emoji, digits, easy_vqa, emoji_vqa (embedded), csv …"""
     path: PathText | None = Field(None, json_schema_extra=ON_RESUME)
     """Folder, file or hub name of the sources that need one."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -109,6 +132,17 @@ class PartitionSection(Section):
     """Part of each shard that its client keeps for its own evaluation and never trains on."""
 
 
+class EarlyStoppingSection(Section):
+    """When training ends before its last epoch or round: the validation split decides."""
+
+    patience: int | None = Field(None, ge=1, json_schema_extra=ON_RESUME)
+    """Evaluations without an improvement after which training stops; never before the end when not given."""
+    metric: str | None = None
+    """Metric of the validation split; the task's headline metric when not given. A loss is better lower."""
+    minimum_change: float = Field(0.0, ge=0)
+    """An improvement must be larger than this to count."""
+
+
 class FederationSection(Section):
     """Rounds and cohorts."""
 
@@ -121,6 +155,7 @@ class FederationSection(Section):
     worker is ended then; without workers a running client ends late."""
     keep_best: bool = True
     """Keep the best round's adapter in ``adapter_best/``; the server's test rows choose, so flatter it."""
+    early_stopping: EarlyStoppingSection = EarlyStoppingSection()
 
 
 class ClientSection(Section):
@@ -142,6 +177,8 @@ class ClientSection(Section):
     """Weight decay of matrices (decoupled for ``adamw``, L2 for ``sgd``); biases and norms have none."""
     warmup_steps: int = Field(0, ge=0, json_schema_extra=ON_FORK)
     """Steps in which the learning rate rises linearly, counted anew in each round."""
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, json_schema_extra=ON_FORK)
+    """The same as a share of the steps: of a round's local steps, or of all steps of ``fedlora train``."""
     schedule: Literal["constant", "cosine"] = Field("constant", json_schema_extra=ON_FORK)
     """Learning rate after the warm-up: constant, or a cosine down to 0 at the round's last local step."""
     clip_norm: float | None = Field(None, gt=0, json_schema_extra=ON_FORK)
@@ -154,6 +191,8 @@ class ClientSection(Section):
     """SCAFFOLD: correct gradients by control variates, which double the payload both ways."""
     augmentation: dict[str, Any] = Field(default_factory=dict, json_schema_extra=ON_FORK)
     """Options of ``federated.config.augmentation_options``, such as ``flip_probability``; empty: none."""
+    gradient_checkpointing: bool = False
+    """Compute each block of the towers again in the backward pass: less memory, one more forward pass."""
     ranks: list[Annotated[int, Field(le=MAX_RANK)]] | None = Field(None, min_length=1)
     """Adapter rank of each client, for aggregators that mix ranks; a shorter list is repeated (groups). The
     largest is ``lora.r``."""
@@ -196,17 +235,6 @@ class CommunicationSection(Section):
     """True when clients already hold the base model; the one-off base is stated separately either way."""
 
 
-class EarlyStoppingSection(Section):
-    """When training ends before its last epoch: the validation split decides."""
-
-    patience: int | None = Field(None, ge=1)
-    """Evaluations without an improvement after which training stops; never before the end when not given."""
-    metric: str | None = None
-    """Metric of the validation split; the task's headline metric when not given. A loss is better lower."""
-    minimum_change: float = Field(0.0, ge=0)
-    """An improvement must be larger than this to count."""
-
-
 class TrainSection(Section):
     """``fedlora train``: one client that holds all the data, with the settings of ``client``."""
 
@@ -214,6 +242,8 @@ class TrainSection(Section):
     """Passes over the training data."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps in all; takes the place of ``epochs`` when given."""
+    save_every: int | None = Field(None, ge=1)
+    """Epochs between adapters that are kept in ``checkpoint-epoch-N/``; none when not given."""
     evaluate_every: int = Field(1, ge=1)
     """Epochs between evaluations; the last epoch is always evaluated."""
     keep_best: bool = True
@@ -311,6 +341,9 @@ class ExperimentConfig(Section):
     aggregation: AggregationSection = AggregationSection()
     communication: CommunicationSection = CommunicationSection()
     evaluation: EvaluationSection = Field(EvaluationSection(), json_schema_extra=ON_FORK)
+    faults: FaultsSection = FaultsSection()
+    clock: ClockSection | None = None
+    """Simulated time; none when not given."""
     cache: CacheSection = Field(CacheSection(), json_schema_extra=ON_RESUME)
     engine: EngineSection = Field(EngineSection(), json_schema_extra=ON_RESUME)
     output: OutputSection = OutputSection()
@@ -323,23 +356,36 @@ class ExperimentConfig(Section):
                 f"federation.cohort_size is {cohort} but partition.num_clients is {clients}: "
                 f"sample at most {clients} clients a round, or make more clients"
             )
+        if self.faults.late and (self.clock is None or self.clock.deadline_seconds is None):
+            raise ValueError(
+                f"faults.late={self.faults.late:g} is late against a deadline: set clock.deadline_seconds"
+            )
         default = ClientSection.model_fields["momentum"].default
         if self.client.optimizer != "sgd" and self.client.momentum != default:
             raise ValueError(
                 f"client.momentum={self.client.momentum} goes with client.optimizer=sgd; "
                 f"{self.client.optimizer} has moments of its own"
             )
-        if self.model.type == "clip_lora" and self.model.fine_tuning is not None:
+        if self.client.warmup_steps and self.client.warmup_ratio:
             raise ValueError(
-                f"model.fine_tuning={self.model.fine_tuning} goes with model.type=clip; "
-                "model.type=clip_lora trains adapters"
+                f"client.warmup_steps={self.client.warmup_steps} and client.warmup_ratio="
+                f"{self.client.warmup_ratio} both say how long the warm-up is: leave one out"
+            )
+        if self.model.adapter is not None and not self.uses_adapters:
+            raise ValueError(
+                f"model.adapter goes with model.type={self.model.family}{ADAPTED} and lora.enabled=true"
+            )
+        if self.model.type.endswith(ADAPTED) and self.model.fine_tuning is not None:
+            raise ValueError(
+                f"model.fine_tuning={self.model.fine_tuning} goes with model.type={self.model.family}; "
+                f"model.type={self.model.type} trains adapters"
             )
         return self
 
     @property
     def uses_adapters(self) -> bool:
         """Whether LoRA adapters are injected."""
-        return self.model.type == "clip_lora" and self.lora.enabled
+        return self.model.type.endswith(ADAPTED) and self.lora.enabled
 
     @property
     def cohort_size(self) -> int:

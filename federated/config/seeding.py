@@ -46,10 +46,14 @@ STREAMS = {
     "evaluation": Stream((6,), ("round",), least=1),
     "downlink": Stream((7,), ("round",)),
     "folder split": Stream((8,), ("class",)),
+    "faults": Stream((9,), ("round", "client")),
+    "devices": Stream((10,), ("client",)),
+    "availability": Stream((11,), ("round", "client")),
 }
 """Stream by name: whose cohort is drawn; local training; rounding of an uplink; which client has which rows;
 the test rows of data that have none; a client's own test rows; augmentation; the rows that the server tests
-on; the clients that evaluate; rounding of a downlink; the splits of ``data prepare``, a class at a time."""
+on; the clients that evaluate; rounding of a downlink; the splits of ``data prepare``, a class at a time;
+who fails on purpose; links and devices of the clients; who can be reached."""
 
 
 def entropy(seed: int, stream: str, *key: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Loading the data of a run: a source by name, then subsets and a validation split, all by the seed.
 
 ``load_data`` gives ``FederatedData``; ``federated.data.partition`` splits its train rows over clients;
-``image_tensors`` turns a split into the tensors that training and evaluation read.
+``row_reader`` and ``image_reader`` make batches of them.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def load_data(
         drawn = (*drawn, "validation")
     data = replace(
         data,
+        name=data.name or source,
         train=_at_most(train, max_train_samples, data.label_column, rng),
         validation=validation and _at_most(validation, max_validation_samples, data.label_column, rng),
         test=_at_most(data.test, max_test_samples, data.label_column, rng),
@@ -115,14 +116,27 @@ def check_task_data(data: FederatedData, task: str) -> None:
         task: a key of ``models.tasks.TASKS``.
 
     Raises:
-        UserError: they have no captions, or no labels; says what would help.
+        UserError: they lack a column that the task reads, images, captions or labels; says what would help.
     """
+    there = ", ".join(name for name in data.train.column_names if name != "picture")
+    reads = TASKS[task].reads
+    if missing := [column for column in reads if column not in data.train.column_names]:
+        raise UserError(
+            f"task.name={task} reads the column {missing[0]!r}, and data source {data.name!r} has none (it "
+            f"gives {there}); choose another data.source, or another task.name"
+        )
+    if reads:
+        return
+    if data.image_column is None:
+        raise UserError(
+            f"task.name={task} needs images, and data source {data.name!r} has none (it gives {there}); "
+            "choose another data.source, or another task.name"
+        )
     needed, column = (
         ("captions", "caption_column") if TASKS[task].reads_captions else ("labels", "label_column")
     )
     if getattr(data, column) is not None:
         return
-    there = ", ".join(name for name in data.train.column_names if name != "picture")
     remedy = (
         "choose another data.source, or task.name=classification"
         if data.name in ("imagefolder", "digits", "fashion_mnist")
@@ -146,8 +160,10 @@ def image_tensors(
         cache_bytes: memory for decoded images; beyond it images are decoded whenever they are read.
 
     Raises:
-        UserError: there is no such split.
+        UserError: there is no such split, or there are no images.
     """
+    if data.image_column is None:
+        raise UserError(f"data source {data.name!r} has no images")
     return ImageTensors(
         data.split(split),
         preprocess,

@@ -34,6 +34,10 @@ MAX_NAME_BYTES = 255
 """Of a file or folder on the usual file systems."""
 
 
+USUAL_SHARES = (0.8, 0.1, 0.1)
+"""Of train, val and test in a folder that is split."""
+
+
 @dataclass(frozen=True)
 class FolderReport:
     """All that is known about an image folder before it is used.
@@ -127,7 +131,7 @@ def prepare_folder(
     *,
     class_names: Sequence[str] | None = None,
     source: Path | str | None = None,
-    ratios: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    ratios: tuple[float, float, float] = USUAL_SHARES,
     seed: int = 0,
     link: bool = False,
     allow_outside: bool = False,
@@ -164,7 +168,8 @@ def prepare_folder(
     shares = dict(zip(SPLITS, ratios, strict=True))
     if min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6 or shares["train"] == 0 or shares["test"] == 0:
         raise UserError(
-            f"ratios {ratios} must be shares of train, val and test that sum to 1; only val may be 0"
+            f"the shares {', '.join(f'{share:g}' for share in ratios)} of train, val and test must sum to 1, "
+            "and only that of val may be 0"
         )
     plan: list[tuple[Path, Path]] = []
     counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS if shares[split] > 0}
@@ -186,6 +191,20 @@ def prepare_folder(
             plan.extend((image, root / split / name / image.name) for image in chosen)
     _place(plan, link=link, report=report)
     return counts
+
+
+def completed_shares(
+    train: float | None, val: float | None, test: float | None
+) -> tuple[float, float, float]:
+    """Return the shares of train, val and test: what is not given divides the rest as ``USUAL_SHARES`` do."""
+    given = (train, val, test)
+    rest = 1 - sum(share for share in given if share is not None)
+    usual = sum(share for share, said in zip(USUAL_SHARES, given, strict=True) if said is None)
+    first, second, third = (
+        rest * share / usual if said is None else said
+        for share, said in zip(USUAL_SHARES, given, strict=True)
+    )
+    return first, second, third
 
 
 def _across_splits(groups: Mapping[str, list[Path]], root: Path) -> tuple[tuple[Path, ...], ...]:

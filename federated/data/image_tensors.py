@@ -18,7 +18,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from torch import Tensor
 
-from federated.data.batch_order import index_batches, local_index_batches
+from federated.data.batch_order import index_batches
 from federated.data.names import read_alike
 from federated.data.row_cache import shared_zeros
 from federated.data.sources.folder_scan import DECODE_ERRORS
@@ -173,19 +173,6 @@ class ImageTensors:
         """Yield the batches of one pass, as ``index_batches`` orders them; ``indices=None`` is all rows."""
         rows = np.arange(len(self)) if indices is None else indices
         for chosen in index_batches(rows, batch_size, rng=rng, drop_last=drop_last):
-            yield self.batch(chosen, pixels=pixels)
-
-    def local_batches(
-        self,
-        indices: npt.ArrayLike,
-        batch_size: int,
-        num_steps: int,
-        rng: np.random.Generator,
-        *,
-        pixels: bool = True,
-    ) -> Iterator[Batch]:
-        """Yield the batches of a client's local steps, as ``local_index_batches`` orders them."""
-        for chosen in local_index_batches(indices, batch_size, num_steps, rng):
             yield self.batch(chosen, pixels=pixels)
 
     def _start_cache(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,20 @@ def visible(text: str) -> str:
 def read_alike(text: str) -> str:
     """Return what captions that say the same have in common: their visible letters, whatever their case."""
     return visible(text).casefold()
+
+
+def names_in(text: str) -> list[str]:
+    """Return the names in a text like 'cat, "boots, black"': separated by commas, quoted where they hold one.
+
+    Raises:
+        UserError: a quotation mark is not closed.
+    """
+    if text.count('"') % 2:
+        raise UserError(
+            f'{text!r} is no list of names: a quotation mark is not closed; write cat,"boots, black"'
+        )
+    fields = next(csv.reader([text], skipinitialspace=True), [])
+    return [name.strip() for name in fields]
 
 
 def listed(things: Iterable[object], limit: int = MAX_NAMED) -> str:

@@ -131,9 +131,7 @@ def _simulate(
         inherited=lambda: run.base.num_changes,
     )
     if workers > 1:
-        # Once here, not in each worker: tokens, and the form in which decoded images are kept.
-        run.caches.captions.read_known()
-        run.train_images.pixel_values([0])
+        run.reader.read_before_forking()  # once here, not in each worker
     clients = {client_id: node_id_of(client_id) for client_id in range(run.num_clients)}
     with contextlib.closing(grid), display if display is not None else contextlib.nullcontext():
         serve(grid, run, clients, folder, display, states=grid, resumption=resumption)

@@ -117,12 +117,13 @@ def aggregation_error(
         return None
     terms = _terms_of_the_ideal(aggregator, before, updates, known)
     squared_distance = squared_size = 0.0
-    sizes = {pair: before.state[pair.a].numel() + before.state[pair.b].numel() for pair in pairs}
+    held = dict(aggregator.client.to_model(after.state).items())
+    sizes = {pair: held[pair.a].numel() + held[pair.b].numel() for pair in pairs}
     for group in grouped(pairs, lambda pair: len(terms) * sizes[pair], most=_MAX_STACKED_VALUES):
         parts = _alike_terms(terms, group)
         for pair in group:
             ideal = stack([part.sum_of(pair) for part in parts])
-            distance, size = distance_and_size(held_change(aggregator, before, after, pair), ideal)
+            distance, size = distance_and_size(held_change(held, before, after, pair), ideal)
             squared_distance, squared_size = squared_distance + distance**2, squared_size + size**2
     for update, weight in zip(updates, weights_of(updates), strict=True):
         loss = known.get(update.client_id, Known()).loss
@@ -189,14 +190,15 @@ class _Alike:
 
 def _alike_terms(terms: Sequence[_Term], group: Sequence[FactorPair]) -> list[_Alike]:
     """Bring the terms that have a group's factors, in like shapes, together."""
-    names = tuple(sorted(name for pair in group for name in (pair.a, pair.b)))
+    wanted = {name for pair in group for name in (pair.a, pair.b)}
+    names = tuple(sorted(wanted))
     alike: dict[Layout, list[_Term]] = {}
     for state, factor in terms:
-        if all(name in state for name in names):
+        if state.keys() >= wanted:
             alike.setdefault(layout_of(state), []).append((state, factor))
     result = []
     for layout, members in alike.items():
-        shapes = [shape for name, shape in layout if name in names]
+        shapes = [shape for name, shape in layout if name in wanted]
         firsts = itertools.accumulate(map(math.prod, shapes), initial=0)
         places = {name: (first, shape) for name, first, shape in zip(names, firsts, shapes, strict=False)}
         values = torch.stack([vector_of(state, names) for state, _ in members])
@@ -208,9 +210,9 @@ def _times(weight: float, scaling: Mapping[str, float]) -> _Factor:
     return lambda pair: weight * scaling[pair.module]
 
 
-def held_change(aggregator: Aggregator, before: ServerState, after: ServerState, pair: FactorPair) -> LowRank:
-    """Return one module of the global model after a round, without its base before it."""
-    adapter = scaled(_product(aggregator.client.to_model(after.state), pair), after.scaling[pair.module])
+def held_change(held: State, before: ServerState, after: ServerState, pair: FactorPair) -> LowRank:
+    """Return one module of the global model ``held`` after a round, without its base before it."""
+    adapter = scaled(_product(held, pair), after.scaling[pair.module])
     delta = after.base_delta.get(pair.module)
     terms = () if delta is None else delta.terms
     return stack([adapter, *(term for merged_at, term in terms if merged_at > before.server_round)])

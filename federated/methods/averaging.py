@@ -112,7 +112,7 @@ def weighted_sum(tensors: Iterable[Tensor], weights: Iterable[float]) -> Tensor:
 
 def average(updates: Sequence[Update], names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Return sum_k w_k x_k of the named tensors (all that travelled when not given), rounded once."""
-    like, weights = updates[0].state, weights_of(updates)
+    like, weights = dict(updates[0].state.items()), weights_of(updates)
     mean: dict[str, Tensor] = {}
     for group in in_groups(like, sorted(like) if names is None else names):
         vectors = (vector_of(update.state, group) for update in updates)
@@ -128,7 +128,8 @@ def in_groups(state: Mapping[str, Tensor], names: Iterable[str]) -> list[tuple[s
 
     An adapter's small factors then take one operation a client instead of one each, with the same values.
     """
-    return grouped(names, lambda name: state[name].numel(), most=_MAX_GROUP_VALUES)
+    sizes = {name: tensor.numel() for name, tensor in state.items()}
+    return grouped(names, sizes.__getitem__, most=_MAX_GROUP_VALUES)
 
 
 _Item = TypeVar("_Item")

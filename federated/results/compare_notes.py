@@ -7,6 +7,7 @@ from typing import Any
 
 from federated.results.records import RunRecord
 from federated.results.run_kind import CENTRAL, PERSONAL
+from federated.results.run_settings import leaves
 
 SETTINGS = (
     "seed",
@@ -64,14 +65,11 @@ def _by_value(holders: Mapping[str, list[str]]) -> str:
     return "; ".join([*parts, f"{most_common} in {_list(most) if len(most) <= MOST else 'the other runs'}"])
 
 
-def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of what ``SETTINGS`` names."""
-    for key, value in config.items():
-        dotted = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _settings(value, f"{dotted}.")
-        elif dotted not in _OF_THE_METHOD and any(f"{dotted}.".startswith(f"{name}.") for name in SETTINGS):
-            yield dotted, value
+    for key, value in leaves(config):
+        if value != {} and key not in _OF_THE_METHOD and any(f"{key}.".startswith(f"{n}.") for n in SETTINGS):
+            yield key, value
 
 
 def bytes_note(target: str | None) -> str:

@@ -235,7 +235,11 @@ def _closing_lines(
     sent = (summary.get("communication") or {}).get("total_wire_bytes")
     if sent is not None:
         line.append(f", {format_bytes(sent)} sent")
+    if (simulated := summary.get("simulated_seconds")) is not None:
+        line.append(f", {format_seconds(simulated)} of simulated time")
     yield line
+    if stopped := summary.get("stopped"):
+        yield Text(str(stopped))
     if kind is PERSONAL:
         yield Text(f"that is {kind.model}; {kind.before}: {before}")
     if rows:

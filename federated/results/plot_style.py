@@ -1,7 +1,8 @@
-"""How every picture looks and is saved: palette, axes, legends, PNG for a README, SVG for a page.
+"""How every picture looks and is saved: palette, axes, legends, files, SVG for a page.
 
 Figures are made without pyplot, so nothing global changes. The colours are Okabe and Ito's, which
-colour-blind readers can tell apart; lines differ in marker too, bars in hatching.
+colour-blind readers can tell apart; lines differ in marker and dashes too, bars in hatching. Words that the
+usual font lacks letters for are set in fonts of the machine that have them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from markupsafe import escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from federated.results.wording import is_share, metric_label
@@ -30,10 +33,18 @@ AMBER, GREY = "#e69f00", "#7f7f7f"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, GREY)
 MARKERS = "osD^vPX"
 DASHED, DOTTED = (0, (4, 3)), (0, (1, 2))
+LINE_STYLES = ("-", DASHED, DOTTED, (0, (8, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
 WIDTH_INCHES, HEIGHT_INCHES = 5.6, 3.3
 PNG_DPI = 200
 MAX_MARKED = 30  # points up to which a line shows each of them
-_FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Droid Sans Fallback")
+FORMATS: Mapping[str, Mapping[str, Any]] = {
+    "png": {"metadata": {"Software": None}},
+    "svg": {"metadata": {"Date": None}},
+    "pdf": {"metadata": {"CreationDate": None}},
+}
+"""Endings of the files that a picture is saved as, and what keeps them the same for the same figure."""
+FONT = "DejaVu Sans"  # matplotlib brings it
+_FAVOURITES = ("Noto Sans", "WenQuanYi", "Droid Sans Fallback")  # asked first for letters that FONT lacks
 _THEMED = {INK: "currentColor", GRID: f"var(--line, {GRID})", PAPER: f"var(--paper, {PAPER})"}
 
 
@@ -66,17 +77,21 @@ def new_figure(
     return figure, axes
 
 
-def draw_line(axis: Axes, x: Any, y: Any, number: int, label: str | None = None) -> None:
-    """Draw the ``number``-th line of a picture in its own colour and marker."""
-    axis.plot(
+def draw_line(axis: Axes, x: Any, y: Any, number: int, label: str | None = None) -> Any:
+    """Draw the ``number``-th line of a picture and return it; up to 35 lines, no two look the same."""
+    colour = number % len(SERIES)
+    again = number // len(SERIES)
+    (line,) = axis.plot(
         x,
         y,
-        color=SERIES[number % len(SERIES)],
-        marker=MARKERS[number % len(MARKERS)] if len(x) <= MAX_MARKED else None,
+        color=SERIES[colour],
+        marker=MARKERS[(colour + again) % len(MARKERS)] if len(x) <= MAX_MARKED else None,
+        linestyle=LINE_STYLES[again % len(LINE_STYLES)],
         markersize=4.5,
         linewidth=1.8,
         label=label,
     )
+    return line
 
 
 def percent_ticks(axis: Any) -> None:
@@ -102,22 +117,71 @@ def draw_legend(axis: Axes, *, above: bool = False, columns: int = 1) -> None:
     if not axis.get_legend_handles_labels()[0]:
         return
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1)} if above else {"loc": "best"}
-    legend = axis.legend(frameon=False, fontsize=9, labelcolor=INK, ncols=columns, **place)
+    _as_it_stands(axis.legend(frameon=False, fontsize=9, labelcolor=INK, ncols=columns, **place))
+
+
+def draw_legend_beside(figure: Figure) -> None:
+    """Add a legend of all lines to the right of the axes, which become narrower."""
+    _as_it_stands(figure.legend(loc="outside right upper", frameon=False, fontsize=8, labelcolor=INK))
+
+
+def _as_it_stands(legend: Any) -> None:
+    """Read no formulas into the words of a legend."""
     for text in legend.get_texts():
-        text.set(parse_math=False, family=font_families())
+        text.set(parse_math=False)
+
+
+def _set_in_fonts_that_have_its_letters(figure: Figure) -> bool:
+    """Add fonts that have its letters to each word that ``FONT`` lacks some of; say whether there was one."""
+    found = False
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        missing = frozenset(map(ord, text.get_text())) - _letters(FONT) - {ord("\n")}
+        if missing and (families := _fonts_with(missing)):
+            text.set_fontfamily([FONT, *families])
+            found = True
+    return found
 
 
 @cache
-def font_families() -> list[str]:
-    """Return the installed fonts that names in any script are set in, most preferred first."""
-    installed = {font.name for font in fontManager.ttflist}
-    return [name for name in _FONTS if name in installed]
+def _fonts_with(missing: frozenset[int]) -> tuple[str, ...]:
+    """Return as few of the machine's fonts as have the most of some letters."""
+    names = sorted({font.name for font in fontManager.ttflist} - {FONT})
+    names.sort(key=lambda name: min((i for i, f in enumerate(_FAVOURITES) if name.startswith(f)), default=9))
+    chosen: list[str] = []
+    while missing and names:
+        best = max(names, key=lambda name: len(missing & _letters(name)))
+        if not missing & _letters(best):
+            break
+        chosen.append(best)
+        missing -= _letters(best)
+    return tuple(chosen)
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    """Write a picture for a README: 200 dots an inch on white, the same bytes for the same figure."""
+@cache
+def _letters(family: str) -> frozenset[int]:
+    """Return the code points that a font of the machine has; none where it cannot be read."""
+    paths = [font.fname for font in fontManager.ttflist if font.name == family]
+    try:
+        return frozenset(FT2Font(paths[0]).get_charmap()) if paths else frozenset()
+    except (OSError, RuntimeError):
+        return frozenset()
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
+    """Write a picture as PNG (200 dots an inch, on white), SVG and PDF, each the same for the same figure."""
     _lay_out(figure)
-    figure.savefig(path, format="png", dpi=PNG_DPI, facecolor=PAPER, metadata={"Software": None})
+    with mpl.rc_context({"svg.hashsalt": name}), _without_glyph_warnings():
+        for ending, options in FORMATS.items():
+            figure.savefig(
+                folder / f"{name}.{ending}", format=ending, dpi=PNG_DPI, facecolor=PAPER, **options
+            )
+
+
+def remove_figure(folder: Path, name: str) -> None:
+    """Remove the files that ``save_figure`` wrote."""
+    for ending in FORMATS:
+        (folder / f"{name}.{ending}").unlink(missing_ok=True)
 
 
 def inline_svg(figure: Figure, name: str, title: str) -> str:
@@ -152,12 +216,14 @@ def _lay_out(figure: Figure) -> None:
     if figure.get_layout_engine() is not None:
         with _without_glyph_warnings():
             figure.draw_without_rendering()
+            if _set_in_fonts_that_have_its_letters(figure):
+                figure.draw_without_rendering()
         figure.set_layout_engine("none")
 
 
 @contextlib.contextmanager
 def _without_glyph_warnings() -> Iterator[None]:
-    """Silence missing letters: a page's font has them, and a PNG warns when it is written."""
+    """Silence letters that no font of the machine has: a page is shown with the reader's fonts."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
         yield

@@ -6,6 +6,7 @@ in the picture's place.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ MAX_BARS = 40  # clients that are drawn one by one
 MAX_NUMBERED = 12  # clients and classes up to which a cell of the split carries its count
 MAX_CLASS_LABELS = 24
 MAX_LABEL = 18  # characters of a class name on an axis
+MAX_LEGEND = 36  # characters of a run's name on a line of the legend
 LOG_FACTOR = 20  # between two runs' bytes, from which on their axis is logarithmic
 ON_BLUE = "#fdfdfd"  # not the theme's paper: the cell stays blue on a dark page too
 # Transparent to blue: the page's own background shows through an empty cell, light or dark.
@@ -49,11 +51,19 @@ class MissingData(LookupError):  # noqa: N818 - it is an answer, not a fault
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's headline metric, all on the same rows, against the wire bytes it had sent by then."""
+    """A run's headline metric, all on the same rows, against the wire bytes it had sent by then.
+
+    Attributes:
+        name: what a legend calls it.
+        wire_bytes: sent when each value's model existed.
+        values: the metric.
+        total_wire_bytes: sent in all, what came after the last model included.
+    """
 
     name: str
     wire_bytes: Sequence[int]
     values: Sequence[float]
+    total_wire_bytes: int
 
 
 def series(metrics: Metrics, key: str) -> tuple[list[int], list[float]]:
@@ -85,7 +95,7 @@ def curve_of(name: str, metrics: Metrics, metric: str, ledger: Ledger) -> Curve:
     for server_round in rounds:
         after_the_model = evaluation.get((server_round, "evaluate"), Totals()).wire_bytes
         wire_bytes.append(sent[min(server_round, max(sent))] - after_the_model)
-    return Curve(name, wire_bytes, values)
+    return Curve(name, wire_bytes, values, ledger.total().wire_bytes)
 
 
 def metric_by_round(metrics: Metrics, metric: str, zero_shot: float | None = None) -> Figure:
@@ -118,28 +128,33 @@ def metric_by_bytes(metrics: Metrics, metric: str, ledger: Ledger) -> Figure:
     """Draw the headline metric against the wire bytes sent so far, both directions together."""
     curve = curve_of("", metrics, metric, ledger)
     figure, (axis,) = style.new_figure()
-    style.draw_line(axis, np.array(curve.wire_bytes) / 1e6, curve.values, 0)
+    total = f"from the last model to the end of the run: {format_bytes(curve.total_wire_bytes)} in all"
+    _draw_curve(axis, curve, 0, from_bytes=0, total_label=total)
     axis.set_xlabel("sent so far, up and down (MB on the wire)")
     axis.set_xlim(left=0)
+    style.draw_legend(axis, above=True)
     style.name_metric_axis(axis, metric)
     return figure
 
 
 def metric_by_bytes_of_runs(curves: Sequence[Curve], metric: str) -> Figure:
-    """Draw several runs' metric against the wire bytes they had sent, in one picture.
+    """Draw several runs' metric against the wire bytes they had sent, in one picture, up to their totals.
 
     The byte axis is logarithmic when the runs' totals differ by more than ``LOG_FACTOR``; what was measured
     at 0 bytes, before training, then has no place on it and is left out.
     """
     if not curves:
         raise MissingData("no run recorded both its metric and its transfers")
-    figure, (axis,) = style.new_figure(width=1.25 * style.WIDTH_INCHES, height=1.2 * style.HEIGHT_INCHES)
-    totals = [max(curve.wire_bytes) for curve in curves]
+    names = [textwrap.fill(curve.name, MAX_LEGEND) for curve in curves]
+    lines = sum(name.count("\n") + 1 for name in names)
+    figure, (axis,) = style.new_figure(
+        width=1.25 * style.WIDTH_INCHES + min(2.6, 0.5 + 0.07 * max(map(len, "\n".join(names).split("\n")))),
+        height=max(1.2 * style.HEIGHT_INCHES, 0.3 + 0.175 * lines),
+    )
+    totals = [curve.total_wire_bytes for curve in curves]
     logarithmic = max(totals) > LOG_FACTOR * max(1, min(totals))
-    for number, curve in enumerate(curves):
-        points = zip(curve.wire_bytes, curve.values, strict=True)
-        shown = [(sent / 1e6, value) for sent, value in points if sent or not logarithmic]
-        style.draw_line(axis, [x for x, _ in shown], [y for _, y in shown], number, label=curve.name)
+    for number, (curve, name) in enumerate(zip(curves, names, strict=True)):
+        _draw_curve(axis, curve, number, from_bytes=1 if logarithmic else 0, label=name)
     if logarithmic:
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -147,7 +162,38 @@ def metric_by_bytes_of_runs(curves: Sequence[Curve], metric: str) -> Figure:
         axis.set_xlim(left=0)
     axis.set_xlabel(f"sent so far, up and down (MB on the wire{', logarithmic' if logarithmic else ''})")
     style.name_metric_axis(axis, metric)
-    style.draw_legend(axis)
+    style.draw_legend_beside(figure)
+    return figure
+
+
+def _draw_curve(
+    axis: Axes,
+    curve: Curve,
+    number: int,
+    *,
+    from_bytes: int,
+    label: str | None = None,
+    total_label: str | None = None,
+) -> None:
+    """Draw a run's curve and, where it sent more after its last model, a faint line on to its total."""
+    points = zip(curve.wire_bytes, curve.values, strict=True)
+    shown = [(sent / 1e6, value) for sent, value in points if sent >= from_bytes]
+    line = style.draw_line(axis, [x for x, _ in shown], [y for _, y in shown], number, label=label)
+    if curve.total_wire_bytes > curve.wire_bytes[-1]:
+        ends = [curve.wire_bytes[-1] / 1e6, curve.total_wire_bytes / 1e6]
+        look: dict[str, Any] = {"linestyle": style.DOTTED, "linewidth": 1.2, "marker": "|", "markevery": [1]}
+        axis.plot(ends, [curve.values[-1]] * 2, color=line.get_color(), label=total_label, **look)
+
+
+def aggregation_error(metrics: Metrics) -> Figure:
+    """Draw how far each round's global model is from the average of what its clients trained."""
+    rounds, values = series(metrics, "aggregation_error")
+    figure, (axis,) = style.new_figure()
+    style.draw_line(axis, rounds, values, 0)
+    axis.set_ylabel("aggregation error")
+    axis.set_ylim(bottom=0)
+    style.percent_ticks(axis.yaxis)
+    style.name_round_axis(axis)
     return figure
 
 
@@ -245,6 +291,29 @@ def client_split(partition: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def class_accuracy(per_class: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw the accuracy of each class, the weakest at the bottom; of many the weakest and the strongest."""
+    if not per_class:
+        raise MissingData("summary.json has no accuracy of each class")
+    ordered = sorted(per_class, key=lambda row: row["accuracy"])
+    cut = len(ordered) > MAX_CLASS_LABELS
+    if cut:
+        half = MAX_CLASS_LABELS // 2
+        ordered = ordered[:half] + ordered[-half:]
+    figure, (axis,) = style.new_figure(height=max(2.2, 0.9 + 0.22 * len(ordered)))
+    places = np.arange(len(ordered))
+    axis.barh(places, [row["accuracy"] for row in ordered], color=style.SKY, height=0.7)
+    labels = [f"{_shorten(row['name'])} ({row['num_examples']})" for row in ordered]
+    axis.set_yticks(places, labels, parse_math=False, size=8)
+    axis.set_ylim(-0.6, len(ordered) - 0.4)
+    axis.set_xlim(0, 1.02)
+    style.percent_ticks(axis.xaxis)
+    ends = f", the {half} weakest and the {half} strongest of {len(per_class)} classes" if cut else ""
+    axis.set_xlabel(f"accuracy{ends}")
+    axis.grid(visible=False, axis="y")
+    return figure
+
+
 def client_metric(metrics: Metrics, metric: str) -> Figure:
     """Draw each client's own metric where it was last recorded: bars, or a histogram of many clients."""
     server_round, clients = last_client_values(metrics, metric)
@@ -309,7 +378,7 @@ def _class_cells(axis: Axes, counts: np.ndarray, class_names: Sequence[str]) -> 
     step = -(-num_classes // MAX_CLASS_LABELS)
     shown = range(0, num_classes, step)
     labels = [_shorten(class_names[i]) if i < len(class_names) else str(i) for i in shown]
-    axis.set_yticks(shown, labels, parse_math=False, family=style.font_families(), size=8)
+    axis.set_yticks(shown, labels, parse_math=False, size=8)
     if num_clients <= MAX_NUMBERED and num_classes <= MAX_NUMBERED:
         bright = 0.65 * shares.max()
         for row, column in np.argwhere(counts > 0):

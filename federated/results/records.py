@@ -111,7 +111,7 @@ def read_run(run_dir: str | Path) -> RunRecord:
             f"{directory} is not a run folder (it has no metrics.jsonl): give the folder that a run wrote"
         )
     ledger_path, config_path = directory / "communication.csv", directory / "config.yaml"
-    metrics, summary = _read_lines(metrics_path), _read_json(directory / "summary.json", Summary)
+    metrics, summary = read_lines(metrics_path), _read_json(directory / "summary.json", Summary)
     check_series(metrics, str(summary.get("headline_metric", "accuracy")), metrics_path)
     return RunRecord(
         directory=directory,
@@ -124,8 +124,12 @@ def read_run(run_dir: str | Path) -> RunRecord:
     )
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read one mapping a line, sorted by round; of two lines of one round, the later."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read ``metrics.jsonl``: one mapping a line, sorted by round; of two lines of one round, the later.
+
+    Raises:
+        UserError: A line is no round's metrics.
+    """
     lines = read_text(path).splitlines(keepends=True)
     by_round: dict[int, dict[str, Any]] = {}
     for number, text in enumerate(lines, start=1):

@@ -17,15 +17,24 @@ from matplotlib.figure import Figure
 
 from federated.communication.savings import FULL_MODEL
 from federated.results import plots
-from federated.results.plot_style import inline_svg, save_png
+from federated.results.byte_reasons import byte_reasons
+from federated.results.plot_style import inline_svg, remove_figure, save_figure
 from federated.results.records import RunRecord, read_run
-from federated.results.report_cards import base_note, cards, notices, subtitle
-from federated.results.tables import failure_table, round_table, saving_table
-from federated.results.wording import MISSING, metric_label
+from federated.results.report_cards import base_note, cards, notices, provenance, subtitle
+from federated.results.run_settings import leaves
+from federated.results.tables import class_table, failure_table, round_table, saving_table
+from federated.results.wording import MISSING, format_bytes, metric_label
 from models.files import BestEffort, errors_named, write_text
 
 _IN_CARDS = ("zero_shot", "final", "best", "rounds", "seconds", "peak_memory_bytes", "parameters")
-_SHOWN_ELSEWHERE = frozenset({"headline_metric", "communication", *_IN_CARDS})
+_SHOWN_ELSEWHERE = frozenset({"headline_metric", "communication", "per_class", *_IN_CARDS})
+
+_OF_CENTRAL_RUNS = frozenset({"metric_by_epoch", "class_accuracy"})  # the others are of clients and messages
+ERROR_MEANING = (
+    "How far the round's global model is from the weighted average of the models that its clients trained: "
+    "||held − ideal|| ÷ ||ideal|| over all adapted layers. 0 % is the exact average; averaging A and B apart "
+    "and cutting to a rank make it larger, and so do lossy codecs."
+)
 
 
 @dataclass(frozen=True)
@@ -64,9 +73,12 @@ def write_report(run_dir: str | Path) -> Path:
             savings=saving_table(saving_rows),
             full_model=FULL_MODEL,
             base_note=base_note(run),
+            reasons=byte_reasons(run.ledger),
+            per_class=class_table(run.summary.get("per_class") or []),
+            provenance=provenance(run),
             failures=failure_table(run.metrics, run.ledger),
-            also_recorded=dict(_flatten({k: v for k, v in run.summary.items() if k not in _SHOWN_ELSEWHERE})),
-            environment=dict(_flatten(run.environment)),
+            also_recorded=_flatten({k: v for k, v in run.summary.items() if k not in _SHOWN_ELSEWHERE}),
+            environment=_flatten(run.environment),
         )
     )
     path = run.directory / "report.html"
@@ -98,13 +110,15 @@ def _pictures(run: RunRecord) -> list[Picture]:
         (
             "metric_by_bytes",
             f"{label} against bytes sent",
-            f"Every point is a round: {run.kind.model}, and what was sent until then without the base.",
+            f"Every point is a round: the {run.kind.model} and what was sent until then, without the base. "
+            "What clients were sent to evaluate the last model comes after it.",
             lambda: plots.metric_by_bytes(run.metrics, run.metric, run.ledger),
         ),
         (
             "bytes_by_round",
             "Bytes by round",
-            "All clients together, failed transfers included.",
+            "All clients together, failed transfers included. The bars add up to "
+            f"{format_bytes(run.ledger.total().wire_bytes)}.",
             lambda: plots.bytes_by_round(run.ledger),
         ),
         (
@@ -120,6 +134,18 @@ def _pictures(run: RunRecord) -> list[Picture]:
             lambda: plots.client_metric(run.metrics, run.metric),
         ),
         (
+            "class_accuracy",
+            "Accuracy of each class",
+            "The final model on the server's test set; in brackets the test rows of the class.",
+            lambda: plots.class_accuracy(run.summary.get("per_class") or []),
+        ),
+        (
+            "aggregation_error",
+            "Aggregation error by round",
+            ERROR_MEANING,
+            lambda: plots.aggregation_error(run.metrics),
+        ),
+        (
             "client_split",
             "How the data is split",
             "Training examples of each client, and what share of them each class has.",
@@ -129,7 +155,7 @@ def _pictures(run: RunRecord) -> list[Picture]:
     folder = run.directory / "plots"
     with errors_named(folder):
         folder.mkdir(exist_ok=True)
-    shown = makers if run.kind.has_clients else makers[:1]  # the others are of clients and what they send
+    shown = [maker for maker in makers if run.kind.has_clients or maker[0] in _OF_CENTRAL_RUNS]
     return [_picture(folder, name, title, caption, make) for name, title, caption, make in shown]
 
 
@@ -139,21 +165,20 @@ def _picture(folder: Path, name: str, title: str, caption: str, make: Callable[[
         try:
             figure = make()
         except plots.MissingData as missing:
-            (folder / f"{name}.png").unlink(missing_ok=True)
+            remove_figure(folder, name)
             return Picture(name, title, caption, None, str(missing))
         picture = Picture(name, title, caption, Markup(inline_svg(figure, name, title)))
-        save_png(figure, folder / f"{name}.png")
+        save_figure(figure, folder, name)
         return picture
     return Picture(name, title, caption, None, "it could not be drawn; the log says why")
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, list[str]]]:
-    """Return (dotted key, lines of text) of a tree, in its order: a line for each item of a list."""
-    pairs: list[tuple[str, list[str]]] = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            pairs.extend(_flatten(value, f"{prefix}{key}."))
-        else:
-            items = value if isinstance(value, list) else [value]
-            pairs.append((f"{prefix}{key}", [MISSING if item is None else str(item) for item in items]))
-    return pairs
+def _flatten(tree: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return dotted key -> lines of text of a tree, in its order: a line for each item of a list."""
+    return {
+        key: [
+            MISSING if item is None else str(item) for item in (value if isinstance(value, list) else [value])
+        ]
+        for key, value in leaves(tree)
+        if value != {}
+    }

@@ -61,6 +61,18 @@ def subtitle(run: RunRecord) -> str:
     return " · ".join(part for part in parts if part)
 
 
+PROVENANCE = ("started", "command")
+VERSIONS = ("fedlora", "python", "torch", "transformers", "peft", "flwr", "numpy")
+
+
+def provenance(run: RunRecord) -> dict[str, list[str]]:
+    """Return when the run was started, by what command, and with which versions; what is known of it."""
+    recorded = {key: value for key, value in run.environment.items() if value is not None}
+    versions = ", ".join(f"{key} {recorded[key]}" for key in VERSIONS if key in recorded)
+    found = {key: [str(recorded[key])] for key in PROVENANCE if key in recorded}
+    return found | ({"versions": [versions]} if versions else {})
+
+
 def notices(run: RunRecord) -> list[str]:
     """Say what a reader must know before trusting the page."""
     found = []
@@ -69,6 +81,8 @@ def notices(run: RunRecord) -> list[str]:
             "This run has no summary.json: it did not finish, or is still running. "
             "Figures are as far as it went."
         )
+    if stopped := run.summary.get("stopped"):
+        found.append(f"{stopped[0].upper()}{stopped[1:]}.")
     recorded = run.summary.get("communication", {}).get("total_wire_bytes")
     counted = run.ledger.total().wire_bytes
     if len(run.ledger) and recorded is not None and recorded != counted:
@@ -153,8 +167,11 @@ def _saving_card(run: RunRecord) -> Card | None:
 
 def _time_card(run: RunRecord) -> Card:
     notes = [f"{count_steps(run.kind, run.headline['rounds'])} on this machine"]
+    simulated = run.metrics[-1].get("simulated_seconds_total") if run.metrics else None
     link = run.summary.get("communication", {}).get("seconds_at_bandwidth")
-    if link:
+    if simulated is not None:
+        notes.append(f"simulated, on the clients' own links and devices: {format_seconds(simulated)}")
+    elif link:
         notes.append(
             f"sending alone, clients in parallel: {format_seconds(link['uplink_seconds'])} up at "
             f"{link['uplink_mbps']:g} Mbit/s, {format_seconds(link['downlink_seconds'])} down at "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,14 +22,23 @@ class Failure:
     Attributes:
         client_id: The client.
         reason: Why; whatever the client wrote of it is made fit to be shown.
+        fault: The fault on purpose that the client was struck by; None where there was none.
     """
 
     client_id: int
     reason: str
+    fault: str | None = None
 
     def __post_init__(self) -> None:
         """Let nothing through that a terminal or a file would take for more than words."""
         object.__setattr__(self, "reason", shown(self.reason))
+
+    def entry(self) -> dict[str, Any]:
+        """Return the failure as it stands in ``metrics.jsonl``."""
+        if self.fault is None:
+            return {"client_id": self.client_id, "reason": self.reason}
+        reason = f"{self.fault} (on purpose): {self.reason}"
+        return {"client_id": self.client_id, "reason": reason, "fault": self.fault}
 
 
 @dataclass
@@ -41,6 +51,12 @@ class RoundRecord:
     failed: list[Failure] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     skipped: bool = False
+
+
+def failure_counts(lines: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return how often clients failed by each fault on purpose, and as ``other`` for reasons of their own."""
+    names = Counter(entry.get("fault", "other") for line in lines for entry in line.get("failed") or [])
+    return dict(sorted(names.items()))
 
 
 def best_value(lines: Sequence[Mapping[str, Any]], metric: str, *, default: float) -> float:

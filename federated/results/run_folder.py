@@ -14,9 +14,12 @@ import importlib.metadata
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from federated.config.plugins import PLUGINS_FILE, used_plugins
 from federated.config.schema import ExperimentConfig
 from federated.results.run_log import logged
 from federated.results.run_place import ENVIRONMENT_FILE, claim, reclaim, release
+from lora.start_adapter import adapter_identity
 from models.files import BestEffort, append_whole, errors_named, json_text, sync, write_json, write_text
 
 METRICS_FILE, LEDGER_FILE, LOST_FILE = "metrics.jsonl", "communication.csv", "lost.csv"
@@ -153,9 +157,11 @@ class RunFolder:
 
 
 def describe_environment(config: ExperimentConfig) -> dict[str, Any]:
-    """Return what a reader needs to judge or repeat the run: versions, machine, threads, commit, seed."""
+    """Return what a reader needs to judge or repeat the run: when, by what, versions, machine, seed."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return package_versions() | {
+        "started": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -163,6 +169,7 @@ def describe_environment(config: ExperimentConfig) -> dict[str, Any]:
         "threads": config.engine.threads,
         "commit": _commit(),
         "seed": config.seed,
+        **({} if config.model.adapter is None else {"adapter": adapter_identity(config.model.adapter)}),
     }
 
 

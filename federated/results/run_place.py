@@ -27,18 +27,29 @@ _WEIGHTS = (
     "base_delta.safetensors",
     "model.safetensors",
 )
-_PICTURES = ("confusion_matrix.png", "class_performance.png")
-_EVALUATION = ("evaluation_report.txt", "evaluation_results.json", *_PICTURES)
+_PICTURES = ("confusion_matrix", "class_performance", "recall_by_k")
+_ENDINGS = ("png", "svg", "pdf")
+_EVALUATION = (
+    "evaluation_report.txt",
+    "evaluation_results.json",
+    "predictions.csv",
+    *(f"{name}.{end}" for name in _PICTURES for end in _ENDINGS),
+)
 _CHECKPOINT = ("manifest.json", "state.safetensors", "server.safetensors")
 _A_COMMIT = "checkpoint/commit_*"
 WRITTEN = (
     *("config.yaml", ENVIRONMENT_FILE, LOCK_FILE, "partition.json", "metrics.jsonl", "communication.csv"),
     *("plugins.json", "summary.json", "report.html", "events.out.tfevents.*"),
-    *(f"plots/{kind}_*.png" for kind in ("metric_by", "bytes_by", "client")),
+    *(
+        f"plots/{kind}_*.{ending}"
+        for kind in ("metric_by", "bytes_by", "client", "aggregation", "class")
+        for ending in _ENDINGS
+    ),
     *("run.log", "lost.csv", "checkpoint/clients_*.safetensors"),
     *(f"checkpoint/{name}" for name in _CHECKPOINT),
     *(f"{_A_COMMIT}/{name}" for name in _CHECKPOINT),
     *(f"{folder}/{name}" for folder in ("adapter", "adapter_best") for name in _WEIGHTS),
+    *(f"checkpoint-epoch-*/{name}" for name in _WEIGHTS),
     *(f"evaluation_{split}/{name}" for split in ("test", "validation") for name in _EVALUATION),
 )
 """Patterns of what runs, reports and evaluations leave in a run's folder: all that --overwrite removes."""
@@ -255,14 +266,13 @@ def _entries(path: Path) -> Iterator[tuple[str, bool]]:
         for name in sorted(folders):
             folder = Path(place) / name
             relative = folder.relative_to(path).as_posix()
-            yield relative, not folder.is_symlink() and _is_written(relative, below=True)
+            yield relative, not folder.is_symlink() and _is_written(relative, is_folder=True)
 
 
-def _is_written(relative: str, *, below: bool = False) -> bool:
-    """Whether a run writes such a file, or files in such a folder."""
+def _is_written(relative: str, *, is_folder: bool = False) -> bool:
     parts = PurePosixPath(_settled_name(relative)).parts
     return any(
-        (len(parts) < len(known) if below else len(parts) == len(known))
+        (len(parts) < len(known) if is_folder else len(parts) == len(known))
         and all(map(fnmatchcase, parts, known))
         for known in (PurePosixPath(pattern).parts for pattern in WRITTEN)
     )

@@ -11,6 +11,7 @@ from federated.results.run_kind import kind_of
 from federated.results.wording import (
     MISSING,
     format_bytes,
+    format_count,
     format_megabytes,
     format_metric,
     format_rounds,
@@ -20,7 +21,9 @@ from federated.results.wording import (
 )
 
 MAX_EXTRA_METRICS = 6
+ERROR = "aggregation_error"
 _OF_CLIENTS = ("clients", "failed", "up MB", "down MB", "total MB")
+SIMULATED = "simulated seconds"
 _NOT_METRICS = frozenset({"server_round", "seconds", "loss", "train_loss"})
 
 
@@ -58,14 +61,14 @@ def round_table(metrics: Sequence[Mapping[str, Any]], metric: str, ledger: Ledge
     """
     extra = _extra_metrics(metrics, metric)
     shown = [metric, *extra, *(key for key in ("loss", "train_loss") if key != metric)]
+    shown += [ERROR] if any(line.get(ERROR) is not None for line in metrics) else []
     kind = kind_of(metrics)
-    columns = (kind.step, *map(metric_label, shown), *_OF_CLIENTS, "seconds")
+    columns = (kind.step, *map(metric_label, shown), *_OF_CLIENTS, "seconds", SIMULATED)
     sent = _bytes_by_round(metrics, ledger)
     so_far, rows = 0, []
     for line in metrics:
         uplink, downlink = sent.get(line["server_round"], (None, None))
         so_far += (uplink or 0) + (downlink or 0)
-        seconds = line.get("seconds")
         rows.append(
             (
                 str(line["server_round"]),
@@ -75,11 +78,18 @@ def round_table(metrics: Sequence[Mapping[str, Any]], metric: str, ledger: Ledge
                 format_megabytes(uplink),
                 format_megabytes(downlink),
                 format_megabytes(so_far),
-                f"{seconds:.1f}" if seconds is not None else MISSING,
+                _one_decimal(line.get("seconds")),
+                _one_decimal(line.get("simulated_seconds")),
             )
         )
-    table = TextTable(columns, tuple(rows), optional=tuple(map(metric_label, reversed(extra))))
+    table = TextTable(columns, tuple(rows), optional=tuple(map(metric_label, (ERROR, *reversed(extra)))))
+    if not any("simulated_seconds" in line for line in metrics):
+        table = table.without(SIMULATED)
     return table if kind.has_clients else table.without(*_OF_CLIENTS)
+
+
+def _one_decimal(seconds: float | None) -> str:
+    return MISSING if seconds is None else f"{seconds:.1f}"
 
 
 def _extra_metrics(metrics: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
@@ -135,6 +145,15 @@ def saving_table(comparison: Sequence[Mapping[str, Any]]) -> TextTable:
         "",
     )
     return TextTable(columns, rows, words=frozenset({0, 6}), optional=("client-round",))
+
+
+def class_table(per_class: Sequence[Mapping[str, Any]]) -> TextTable:
+    """Return the accuracy of each class of the final evaluation, as ``summary.json`` has it."""
+    rows = tuple(
+        (row["name"], format_count(row["num_examples"]), format_metric("accuracy", row["accuracy"]))
+        for row in per_class
+    )
+    return TextTable(("class", "test rows", "accuracy"), rows, words=frozenset({0}))
 
 
 def failure_table(metrics: Sequence[Mapping[str, Any]], ledger: Ledger | None = None) -> TextTable:

@@ -95,6 +95,8 @@ def format_metric(metric: str, value: float | None) -> str:
         return MISSING
     if not math.isfinite(value):
         return str(value)
+    if metric == "aggregation_error":
+        return f"{100 * value:.3g} %"
     return format_percent(value) if is_share(metric) else f"{value:.4g}"
 
 

@@ -10,16 +10,21 @@ from typing import Any
 import torch
 
 from federated.communication.codec import Codec, codec_from_name
-from federated.config.schema import ExperimentConfig
+from federated.config import choices
+from federated.config.schema import ADAPTED, ExperimentConfig
 from federated.config.seeding import generator
 from federated.data.dataset import FederatedData, check_task_data, load_data
 from federated.data.partition import Partition
+from federated.data.row_reader import ReadingSettings
 from federated.data.splits import IntArray, hold_out
-from lora.clip_wrapper import CLIPLoRAWrapper
+from federated.rounds.families import FAMILIES, FAMILY, ModelSetup
+from lora.gradient_checkpointing import enable_gradient_checkpointing
 from lora.second_adapter import add_second_adapter
-from models.clip import FederatedCLIPModel
+from lora.start_adapter import start_from_adapter
+from lora.wrapper import LoRAWrapper
 from models.errors import UserError
-from models.images import with_background
+from models.federated_model import FederatedModel
+from models.tasks import TASKS, tasks_of
 from models.training import TrainingSettings
 
 
@@ -29,6 +34,7 @@ def load_run_data(config: ExperimentConfig) -> FederatedData:
     Raises:
         UserError: It is missing or unusable; the message names the file.
     """
+    check_family(config)
     section = config.data
     data = load_data(
         section.source,
@@ -67,7 +73,7 @@ def own_options(section: str, options: Mapping[str, Any], function: Callable[...
 
 def build_model(
     config: ExperimentConfig, class_names: tuple[str, ...] | None, *, weights: bool = True
-) -> FederatedCLIPModel | CLIPLoRAWrapper:
+) -> FederatedModel | LoRAWrapper:
     """Build the federated model of a configuration, with adapters when it asks for them.
 
     Args:
@@ -76,38 +82,96 @@ def build_model(
         weights: False: shapes alone, on torch's meta device, whatever ``model.device`` is.
 
     Raises:
-        UserError: The number of classes does not fit the data, or the model cannot be had.
+        UserError: The task is another family's, the number of classes does not fit the data, or the model
+            cannot be had.
     """
-    section = config.model
-    if section.num_classes and class_names and section.num_classes != len(class_names):
-        raise UserError(
-            f"model.num_classes is {section.num_classes} but the data has {len(class_names)} classes "
-            f"({', '.join(class_names[:5])} …): leave model.num_classes out, or correct it"
-        )
-    model = FederatedCLIPModel(
-        section.model_name,
-        section.num_classes or len(class_names or ()) or 2,
-        class_names=class_names,
-        templates=config.task.templates,
-        task=config.task.name,
-        strategy="lora" if config.uses_adapters else section.fine_tuning or "full",
-        train_head=config.task.train_head,
-        pretrained=section.pretrained,
-        device=usable_device(section.device, "model.device=cpu") if weights else torch.device("meta"),
-        dtype=getattr(torch, section.dtype),
-        seed=config.seed,
-    )
-    model.preprocess = with_background(model.preprocess, config.data.background)
-    model.keeps_class_embeddings = config.cache.class_embeddings
-    model.trims_prompts = config.cache.trim_prompts
+    fine_tuning = "lora" if config.uses_adapters else config.model.fine_tuning or "full"
+    model = build_bare_model(config, class_names, fine_tuning, weights=weights)
+    if config.client.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
     if not config.uses_adapters:
         return model
-    wrapper = CLIPLoRAWrapper(model, config.lora, seed=config.seed).apply_lora_to_federated_model()
+    wrapper = FAMILIES[config.model.family].adapt(model, config.lora, config.seed)
+    if config.model.adapter is not None and weights:
+        start_from_adapter(wrapper, config.model.adapter)
     if config.aggregation.name == "dual":
         add_second_adapter(
             wrapper, config.aggregation.options.get("private_adapter", "private"), seed=config.seed + 1
         )
     return wrapper
+
+
+def build_bare_model(
+    config: ExperimentConfig,
+    class_names: tuple[str, ...] | None,
+    fine_tuning: str = "lora",
+    *,
+    weights: bool = True,
+) -> FederatedModel:
+    """Build the federated model of a configuration before adapters are put into it.
+
+    Args:
+        config: The configuration.
+        class_names: Of the data, if it has classes.
+        fine_tuning: What trains and travels; "lora": what adapters will bring.
+        weights: As for ``build_model``.
+
+    Raises:
+        UserError: As ``build_model``.
+    """
+    section, task = config.model, TASKS[config.task.name]
+    if section.num_classes and class_names and section.num_classes != len(class_names):
+        raise UserError(
+            f"model.num_classes is {section.num_classes} but the data has {len(class_names)} classes "
+            f"({', '.join(class_names[:5])} …): leave model.num_classes out, or correct it"
+        )
+    check_family(config)
+    setup = ModelSetup(
+        task=task,
+        num_classes=section.num_classes or len(class_names or ()) or 2,
+        class_names=class_names,
+        model_name=section.model_name,
+        pretrained=section.pretrained,
+        cache_dir=section.cache_dir,
+        fine_tuning=fine_tuning,
+        train_head=config.task.train_head,
+        templates=config.task.templates,
+        background=config.data.background,
+        device=usable_device(section.device, "model.device=cpu") if weights else torch.device("meta"),
+        dtype=getattr(torch, section.dtype),
+        seed=config.seed,
+        keeps_class_embeddings=config.cache.class_embeddings,
+        trims_prompts=config.cache.trim_prompts,
+    )
+    build = FAMILIES[section.family].build
+    if not section.options and not choices.options_of(build).model_fields:
+        return build(setup)  # what it refuses is no option
+    return choices.build({section.family: build}, FAMILY, section.family, section.options, setup)
+
+
+def check_family(config: ExperimentConfig) -> None:
+    """Refuse a task of another model family.
+
+    Raises:
+        UserError: Says which tasks the family takes.
+    """
+    family, task = config.model.family, TASKS[config.task.name]
+    if task.family != family:
+        raise UserError(
+            f"task.name={task.name} goes with model.type={task.family}, and model.type={config.model.type} "
+            f"takes {', '.join(tasks_of(family)) or 'no registered task'}: set task.name, or "
+            f"model.type={task.family}{ADAPTED if config.uses_adapters else ''}"
+        )
+
+
+def reading_settings(config: ExperimentConfig) -> ReadingSettings:
+    """Return the settings of reading rows."""
+    return ReadingSettings(
+        batch_size=config.client.batch_size,
+        cache_bytes=config.data.cache_bytes,
+        caches=config.cache,
+        augmentation=config.client.augmentation,
+    )
 
 
 def usable_device(name: str, remedy: str) -> torch.device:
@@ -138,6 +202,7 @@ def training_settings(config: ExperimentConfig) -> TrainingSettings:
         optimizer=client.optimizer,
         momentum=client.momentum,
         warmup_steps=client.warmup_steps,
+        warmup_ratio=client.warmup_ratio,
         schedule=client.schedule,
         clip_norm=client.clip_norm,
         micro_batch_size=client.micro_batch_size,

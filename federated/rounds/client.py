@@ -53,6 +53,7 @@ from federated.rounds.client_state import (
     keep_version,
     recall,
 )
+from federated.rounds.faults import fault_mod, fault_plan
 from federated.rounds.local_training import Assignment, LocalResult, load_into_model, train_locally
 from federated.rounds.run import Run
 from models.state import State, layout_of, subtract_
@@ -68,9 +69,9 @@ def client_app(run: Run, train: LocalTraining = train_locally) -> ClientApp:
         run: Model, data and settings.
         train: Takes the local steps; an engine may have taken them already.
     """
-    app = ClientApp()
+    app, faults = ClientApp(), fault_plan(run.config)
 
-    @app.train()
+    @app.train(mods=[fault_mod(faults)] if faults else [])
     def answer_training(message: Message, context: Context) -> Message:
         return train_client(run, message, context, train)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from federated.communication.codec import Codec, codec_from_name
 from federated.communication.sparsifiers import SELECTIONS
-from federated.config.schema import ExperimentConfig
+from federated.config.schema import ADAPTED, ExperimentConfig
 from federated.methods import Aggregator, ServerState, aggregator_from_name, check_ranks
 from federated.methods.fedprox import with_fedprox
 from federated.methods.scaffold import with_scaffold
@@ -79,7 +79,7 @@ def check_client_ranks(config: ExperimentConfig, aggregator: Aggregator, server:
         return
     if not config.uses_adapters:
         raise UserError(
-            "client.ranks gives adapter ranks, but there are no adapters: set model.type=clip_lora"
+            f"client.ranks gives adapter ranks, but there are no adapters: set {_with_adapters(config)}"
         )
     clients = range(config.partition.num_clients)
     check_ranks(aggregator, server, {client_id: ranks[client_id % len(ranks)] for client_id in clients})
@@ -128,7 +128,13 @@ def _check_base_precision(config: ExperimentConfig, aggregator: Aggregator) -> N
 
 def _check_adapters(config: ExperimentConfig, aggregator: Aggregator) -> None:
     if config.aggregation.name == "dual" and not config.uses_adapters:
-        raise UserError("aggregation.name=dual needs adapters: set model.type=clip_lora, or take fedavg")
+        raise UserError(f"aggregation.name=dual needs adapters: set {_with_adapters(config)}, or take fedavg")
+
+
+def _with_adapters(config: ExperimentConfig) -> str:
+    """Return the override that gives the run adapters."""
+    wanted = f"model.type={config.model.family}{ADAPTED}"
+    return "lora.enabled=true" if config.model.type.endswith(ADAPTED) else wanted
 
 
 def _check_evaluation(config: ExperimentConfig, aggregator: Aggregator) -> None:
@@ -138,6 +144,11 @@ def _check_evaluation(config: ExperimentConfig, aggregator: Aggregator) -> None:
         raise UserError(
             f"{aggregator.name} has no global model, only its clients can be evaluated: set "
             "evaluation.clients=true and partition.local_test_fraction above 0"
+        )
+    if config.federation.early_stopping.patience is not None:
+        raise UserError(
+            f"federation.early_stopping follows a global model on the validation split, and "
+            f"{aggregator.name} has none: set federation.early_stopping.patience=null"
         )
 
 

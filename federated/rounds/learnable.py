@@ -7,19 +7,24 @@ whatever the model does, classes that nothing can tell apart, a precision that t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from federated.data.batch_order import steps_per_epoch
+from federated.data.image_reader import ImageReader
 from federated.data.names import listed
+from federated.data.splits import IntArray
 from federated.rounds.batches import server_test_rows
-from federated.rounds.run import Run
 from lora.adapters import unwrap
 from models.errors import UserError
 from models.metrics import CONCEPT, PICTURE, TEXT
 from models.tasks import RECALL_CUTOFFS
+
+if TYPE_CHECKING:
+    from federated.rounds.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +37,7 @@ def check_can_learn(run: Run) -> None:
     Raises:
         UserError: Says what is degenerate, and what to set.
     """
-    for check in _CHECKS:
+    for check in (*_CHECKS, *run.family.checks):
         check(run)
 
 
@@ -52,6 +57,15 @@ def check_can_score(run: Run) -> None:
         )
     if groups := model.classes_that_read_alike():
         log.warning("%s: they have one embedding, and the pre-trained model can only guess", _read(groups))
+
+
+def _check_validation(run: Run) -> None:
+    patience = run.config.federation.early_stopping.patience
+    if patience is not None and run.data.validation is None:
+        raise UserError(
+            f"federation.early_stopping.patience={patience} needs a validation split, which this data has "
+            "not: set data.validation_fraction=0.1, or federation.early_stopping.patience=null"
+        )
 
 
 def _check_precision(run: Run) -> None:
@@ -117,7 +131,7 @@ def _check_contrast(run: Run) -> None:
     """Refuse retrieval where a client has nothing to tell a pair from."""
     if not run.model.task.reads_captions:
         return
-    everything = run.train_images.batch(np.arange(len(run.train_images)), pixels=False)
+    everything = _without_pixels(run, "train", None)
     for what, key in (("concept", CONCEPT), ("picture", PICTURE), ("caption", TEXT)):
         if key not in everything:
             continue
@@ -166,8 +180,7 @@ def _check_gallery(run: Run) -> None:
     """Refuse a gallery of one, and say where a recall is 100 % by construction."""
     if not run.model.task.reads_captions:
         return
-    images, rows = run.test_images, server_test_rows(run)
-    scored = images.batch(np.arange(len(images)) if rows is None else rows, pixels=False)
+    scored = _without_pixels(run, "test", server_test_rows(run))
     sizes = [len(torch.unique(scored[key])) for key in (PICTURE, TEXT) if key in scored]
     size = min([len(scored["index"]), *sizes])
     if size < 2:
@@ -177,6 +190,12 @@ def _check_gallery(run: Run) -> None:
         )
     if certain := [k for k in RECALL_CUTOFFS if k >= size]:
         log.warning("recall at %s among %d test pictures or captions is always 100 %%", certain[0], size)
+
+
+def _without_pixels(run: Run, split: str, rows: IntArray | None) -> Mapping[str, Any]:
+    """Return what a split of captioned images says of some rows beside the images; None: of all rows."""
+    images = cast(ImageReader, run.reader).images(split)
+    return images.batch(np.arange(len(images)) if rows is None else rows, pixels=False)
 
 
 def _clients(ids: list[int]) -> str:
@@ -190,12 +209,14 @@ def _read(groups: list[tuple[str, ...]]) -> str:
     return f"the classes {shown} read alike to the tokenizer"
 
 
-_CHECKS: tuple[Callable[[Run], None], ...] = (
-    _check_precision,
-    _check_shards,
+_CHECKS: tuple[Callable[[Run], None], ...] = (_check_validation, _check_precision, _check_shards)
+"""What every run is asked."""
+
+CLIP_CHECKS: tuple[Callable[[Run], None], ...] = (
     _check_reach,
     _check_classes,
     _check_contrast,
     _check_pairs,
     _check_gallery,
 )
+"""What the tasks of a CLIP ask of a run beside that."""

@@ -11,12 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from federated.config.augmentation_options import Augmentation
 from federated.config.schema import ExperimentConfig
-from federated.data.augmented_batches import training_augmentation
-from federated.data.dataset import FederatedData, ImageTensors, image_tensors
-from federated.data.feature_cache import FeatureCaches, build_feature_caches
+from federated.data.dataset import FederatedData
 from federated.data.partition import Partition, partition
+from federated.data.row_reader import RowReader
 from federated.methods import Aggregator, ServerState, cut_to_rank
 from federated.rounds.base_weights import BaseWeights
 from federated.rounds.build import (
@@ -26,14 +24,17 @@ from federated.rounds.build import (
     client_settings,
     load_run_data,
     own_options,
+    reading_settings,
     split_shards,
     training_settings,
 )
+from federated.rounds.client_devices import simulated_clock
 from federated.rounds.compatibility import build_aggregator, check_client_ranks
-from federated.rounds.trained_record import notes_of
+from federated.rounds.families import FAMILIES, ModelFamily
+from federated.rounds.trained_record import check_start, notes_of
 from lora.adapters import scalings, unwrap
-from lora.clip_wrapper import CLIPLoRAWrapper
-from models.clip import FederatedCLIPModel
+from lora.wrapper import LoRAWrapper
+from models.federated_model import FederatedModel
 from models.spare_memory import return_freed_memory
 from models.state import Layout, State, layout_of
 from models.training import TrainingSettings
@@ -45,12 +46,12 @@ class Run:
 
     Attributes:
         config: The run's settings.
+        family: What kind of model it has.
         model: The federated model, with adapters when the configuration asks for them.
         data: The rows.
         partition: Which client holds which training rows.
         shards: The same, split into training and local test rows.
-        train_images: Tensors of the training rows.
-        test_images: Tensors of the server's test rows.
+        reader: Makes batches of the rows.
         initial_state: What travels, before round 1.
         layout: Names and shapes of ``initial_state``.
         aggregator: How updates are combined, and what follows from that for clients.
@@ -58,17 +59,15 @@ class Run:
         scaling: Module -> s, the factor in front of B @ A at the model's rank.
         clients: What clients draw, decode and encode with.
         training_settings: How their optimizers step.
-        augmentation: What is done to the images and captions that clients train on.
-        caches: What of the frozen towers is computed once.
     """
 
     config: ExperimentConfig
-    model: FederatedCLIPModel | CLIPLoRAWrapper
+    family: ModelFamily
+    model: FederatedModel | LoRAWrapper
     data: FederatedData
     partition: Partition
     shards: tuple[Shard, ...]
-    train_images: ImageTensors
-    test_images: ImageTensors
+    reader: RowReader
     initial_state: State
     layout: Layout
     aggregator: Aggregator
@@ -76,8 +75,6 @@ class Run:
     scaling: Mapping[str, float]
     clients: ClientSettings
     training_settings: TrainingSettings
-    augmentation: Augmentation
-    caches: FeatureCaches
 
     @property
     def num_clients(self) -> int:
@@ -131,7 +128,10 @@ def build_run(config: ExperimentConfig, data: FederatedData | None = None) -> Ru
         UserError: Something the configuration names is missing or does not fit the rest.
     """
     aggregator = build_aggregator(config)  # a wrong name should not come up after minutes of loading
+    simulated_clock(config)
     data = load_run_data(config) if data is None else data
+    if config.model.adapter is not None:
+        check_start(config, data)
     split = partition(
         data.train,
         name=config.partition.name,
@@ -141,23 +141,16 @@ def build_run(config: ExperimentConfig, data: FederatedData | None = None) -> Ru
         domain_column=data.domain_column,
         **own_options("partition", config.partition.options, partition),
     )
-    model = build_model(config, data.class_names)
-    images = {
-        name: image_tensors(data, name, model.preprocess, cache_bytes=config.data.cache_bytes)
-        for name in ("train", "test")
-    }
+    model, family = build_model(config, data.class_names), FAMILIES[config.model.family]
     initial_state, scaling = model.get_state(), scalings(model)
-    augmentation = training_augmentation(
-        config.client.augmentation, model.preprocess, captions=model.task.reads_captions
-    )
     run = Run(
         config=config,
+        family=family,
         model=model,
         data=data,
         partition=split,
         shards=split_shards(config, data, split),
-        train_images=images["train"],
-        test_images=images["test"],
+        reader=family.read(unwrap(model), data, reading_settings(config)),
         initial_state=initial_state,
         layout=layout_of(initial_state),
         aggregator=aggregator,
@@ -165,10 +158,6 @@ def build_run(config: ExperimentConfig, data: FederatedData | None = None) -> Ru
         scaling=scaling,
         clients=client_settings(config),
         training_settings=training_settings(config),
-        augmentation=augmentation,
-        caches=build_feature_caches(
-            unwrap(model), images, config.cache, augmentation, batch_size=config.client.batch_size
-        ),
     )
     check_client_ranks(config, aggregator, run.initial_server_state)
     return_freed_memory()

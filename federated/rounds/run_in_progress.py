@@ -19,6 +19,7 @@ from federated.rounds.checkpoint import (
     write_commit,
 )
 from federated.rounds.client_store import ClientStates, ClientStore, Records, records_of, state_from
+from federated.rounds.conditions import Conditions
 from federated.rounds.fingerprints import check_fingerprints
 from federated.rounds.global_model import load_global_state, smallest_form
 from federated.rounds.resumption import HELD_BY_SERVER, Resumption, cut_back, read_lines
@@ -54,6 +55,7 @@ class Served:
     folder: RunFolder
     ledger: Ledger
     display: Display | None
+    conditions: Conditions
     origin: Origin
     states: ClientStates | None = None
     attempt: int = 1

@@ -12,6 +12,7 @@ from federated.communication.savings import ModelSizes
 from federated.data.partition import save_partition
 from federated.rounds.run import Run
 from lora.adapter_saving import save_full_checkpoint, save_lora_adapters
+from lora.adapters import is_adapter_parameter, unwrap
 from lora.verify import count_parameters
 from models.state import layout_of, num_values
 
@@ -29,7 +30,7 @@ def save_adapter(
     folder: Path,
     *,
     server_round: int,
-    final: float,
+    final: float | None,
     products: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> None:
     """Write the global adapter in PEFT's format, or the full model where there are no adapters.
@@ -38,10 +39,13 @@ def save_adapter(
         run: Whose model holds the weights.
         folder: Committed whole.
         server_round: The round that the weights are of.
-        final: Its headline metric.
+        final: Its headline metric, if there is one.
         products: What was merged into each base weight.
     """
-    about: dict[str, Any] = {"server_round": server_round, "metrics": {run.headline_metric: final}}
+    about: dict[str, Any] = {
+        "server_round": server_round,
+        "metrics": {} if final is None else {run.headline_metric: final},
+    }
     if run.config.uses_adapters:
         save_lora_adapters(run.model, folder, products=products, notes=run.notes, **about)
     else:
@@ -59,7 +63,8 @@ def parameter_counts(run: Run) -> dict[str, int]:
 def model_sizes(run: Run) -> ModelSizes:
     """Return what one transfer costs in other ways of training, in fp32 bytes."""
     full = count_parameters(run.model)["base"]  # the head included, adapters not
-    head = 0 if run.model.head is None else (run.model.embedding_dim + 1) * run.model.num_classes
+    named = unwrap(run.model).named_parameters()
+    head = sum(p.numel() for name, p in named if name.startswith("head.") and not is_adapter_parameter(name))
     preinstalled = run.config.communication.base_preinstalled
     return ModelSizes(
         full_model_bytes=full * BYTES_PER_FP32,

@@ -20,18 +20,17 @@ from flwr.app import Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from federated.communication.ledger import Ledger
-from federated.communication.metered_grid import MeteredGrid
 from federated.communication.savings import Bandwidth, communication_summary
 from federated.config.seeding import generator
 from federated.methods import Limits
 from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines
 from federated.results.run_folder import RunFolder, peak_memory_bytes
-from federated.rounds.checkpoint import (
-    Origin,
-)
+from federated.rounds.batches import accuracy_by_class
+from federated.rounds.checkpoint import Origin
 from federated.rounds.client_identities import ask_client_ids
 from federated.rounds.client_ranks import mixed_ranks, rank_of, scaling_at
 from federated.rounds.client_store import ClientStates
+from federated.rounds.conditions import Conditions, EarlyEnd, conditions_of
 from federated.rounds.fingerprints import fingerprints
 from federated.rounds.global_model import (
     bring_base_up_to_date,
@@ -79,27 +78,31 @@ def serve(
     config = run.config
     client_of = {node_id: client_id for client_id, node_id in clients.items()}
     run.reset()
-    strategy = build_strategy(run, clients, display)
-    origin = Origin(config.model_dump(mode="json"), fingerprints(run))
-    served = Served(run, strategy, folder, Ledger() if ledger is None else ledger, display, origin, states)
+    conditions = conditions_of(run)
+    strategy = build_strategy(run, clients, display, conditions)
+    served = Served(
+        run=run,
+        strategy=strategy,
+        folder=folder,
+        ledger=Ledger() if ledger is None else ledger,
+        display=display,
+        conditions=conditions,
+        origin=Origin(config.model_dump(mode="json"), fingerprints(run)),
+        states=states,
+        parts=conditions.parts(),
+    )
     if resumption is not None:
         go_on(served, resumption)
     if display is not None:
         display.run_started(
             config.federation.rounds,
             headline_metric=run.headline_metric,
-            notes=run.caches.notes,
+            notes=run.reader.notes,
         )
         if served.lines:
             display.rounds_before(served.lines)
     try:
-        strategy.start(
-            MeteredGrid(grid, served.ledger, client_of.__getitem__, strategy.num_values),
-            initial_arrays=strategy.packed_state(),
-            num_rounds=config.federation.rounds - strategy.rounds_before,
-            timeout=config.federation.timeout_seconds,
-            evaluate_fn=lambda server_round, _: close_round(served, server_round),
-        )
+        play_rounds(served, grid, client_of)
     except BaseException:
         with contextlib.suppress(UserError):
             write_ledger(served)  # what was sent in a round that did not end was paid for
@@ -107,21 +110,47 @@ def serve(
     return finish(served)
 
 
-def build_strategy(run: Run, clients: Mapping[int, int], display: Display | None = None) -> LoRAStrategy:
+def play_rounds(served: Served, grid: Grid, client_of: Mapping[int, int]) -> None:
+    """Let Flower play the rounds that are left, until the last one or an early end."""
+    strategy, under, settings = served.strategy, served.conditions, served.run.config.federation
+    before = strategy.rounds_before
+    if before and under.reason_to_end(strategy.server_state, before) is not None:
+        return
+    with contextlib.suppress(EarlyEnd):
+        strategy.start(
+            under.metered(grid, served.ledger, client_of.__getitem__, strategy.num_values),
+            initial_arrays=strategy.packed_state(),
+            num_rounds=settings.rounds - before,
+            timeout=settings.timeout_seconds,
+            evaluate_fn=lambda server_round, _: close_round(served, server_round),
+        )
+
+
+def build_strategy(
+    run: Run,
+    clients: Mapping[int, int],
+    display: Display | None = None,
+    conditions: Conditions | None = None,
+) -> LoRAStrategy:
     """Return the strategy of a run, before round 1.
 
     Args:
         run: Model, data and settings.
         clients: Node id of each client id.
         display: Told when messages go out.
+        conditions: That the run is under; None: those of its configuration.
     """
-    config = run.config
+    config, under = run.config, conditions or conditions_of(run)
 
     def before_broadcast(server_round: int, num_clients: int, phase: str) -> None:
         # clients simulated in this process then find the base as it is sent to them, whatever their order
         bring_base_up_to_date(run, strategy.server_state)
         if display is not None:
             display.round_started(server_round, num_clients, phase)
+
+    def evaluates(server_round: int) -> list[int]:
+        is_last = under.reason_to_end(strategy.server_state, server_round) is not None
+        return evaluating_clients(run, server_round, is_last=is_last)
 
     strategy = LoRAStrategy(
         aggregator=run.aggregator,
@@ -135,16 +164,25 @@ def build_strategy(run: Run, clients: Mapping[int, int], display: Display | None
         limits=Limits(config.aggregation.max_update_ratio, config.aggregation.max_examples_ratio),
         shard_sizes=ShardSizes(run.num_examples, lambda client_id: len(run.shards[client_id].test)),
         error_every=config.evaluation.aggregation_error_every,
-        evaluates=lambda server_round: evaluating_clients(run, server_round),
+        fault_of=under.faults.of,
+        reachable=under.is_reachable,
+        evaluates=evaluates,
         on_broadcast=before_broadcast,
     )
     return strategy
 
 
-def evaluating_clients(run: Run, server_round: int) -> list[int]:
-    """Return the clients that evaluate after a round: all of them, or a seeded sample of ``max_clients``."""
+def evaluating_clients(run: Run, server_round: int, *, is_last: bool = False) -> list[int]:
+    """Return the clients that evaluate after a round: all of them, or a seeded sample of ``max_clients``.
+
+    Args:
+        run: The run.
+        server_round: The round.
+        is_last: Whether the run ends early, after this round.
+    """
     settings, rounds = run.config.evaluation, run.config.federation.rounds
-    due = server_round == rounds or (settings.clients_every and server_round % settings.clients_every == 0)
+    is_last = is_last or server_round == rounds
+    due = is_last or (settings.clients_every and server_round % settings.clients_every == 0)
     if not settings.clients or not due:
         return []
     clients = [i for i in range(run.num_clients) if len(run.shards[i].test)]
@@ -161,6 +199,7 @@ def close_round(served: Served, server_round: int) -> MetricRecord | None:
         return None  # closed by an earlier attempt
     line = round_line(record, served.ledger)
     line |= global_metrics(run, served.strategy.server_state, record)
+    line |= served.conditions.end_round(served.strategy.server_state, record.server_round)
     now = time.perf_counter()
     line["seconds"] = round(now - served.round_started, 3)
     served.round_started = now
@@ -176,6 +215,8 @@ def close_round(served: Served, server_round: int) -> MetricRecord | None:
             )
     if served.display is not None:
         served.display.round_done(line)
+    if served.conditions.reason_to_end(served.strategy.server_state, record.server_round) is not None:
+        raise EarlyEnd
     return None
 
 
@@ -183,7 +224,7 @@ def round_line(record: RoundRecord, ledger: Ledger) -> dict[str, Any]:
     """Return a round's line of ``metrics.jsonl`` before the server's evaluation."""
     line: dict[str, Any] = {"server_round": record.server_round, "cohort": record.cohort, **record.metrics}
     line["clients"] = {str(client_id): metrics for client_id, metrics in record.clients.items()}
-    line["failed"] = [{"client_id": f.client_id, "reason": f.reason} for f in record.failed]
+    line["failed"] = [failure.entry() for failure in record.failed]
     if record.skipped:
         line["skipped"] = True
     for direction in ("uplink", "downlink"):
@@ -233,12 +274,15 @@ def save_results(served: Served) -> dict[str, Any]:
         "rounds": last["server_round"],
         "seconds": round(time.perf_counter() - served.started, 3),
         "peak_memory_bytes": peak_memory_bytes(),
-        "caches": list(run.caches.notes),
+        "caches": list(run.reader.notes),
         "parameters": parameter_counts(run),
         "communication": communication_summary(served.ledger, model_sizes(run), bandwidth),
     }
+    summary |= served.conditions.summary(served.strategy.server_state, served.lines)
     if served.best is not None:
         summary["best_round"] = served.best[0]
+    if run.config.output.report and run.aggregator.has_global_model and (by_class := accuracy_by_class(run)):
+        summary["per_class"] = by_class
     if served.attempt > 1:
         summary |= {"attempts": served.attempt, "lost": lost_transfers(folder.path)}
     if served.origin.forks:

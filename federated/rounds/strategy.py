@@ -90,6 +90,8 @@ class LoRAStrategy(Strategy):
         limits: How far one client may be from its cohort.
         shard_sizes: The most examples that a client can have used.
         error_every: Rounds between measurements of the aggregation error; 0: never.
+        fault_of: The fault on purpose that strikes a client's training in a round, if any.
+        reachable: Whether a client can be reached in a round; nothing is sent to one that cannot.
         evaluates: Which clients evaluate after a round; none by default.
         on_broadcast: Told ``(server_round, number of clients, message type)`` before messages go out.
 
@@ -112,6 +114,8 @@ class LoRAStrategy(Strategy):
         limits: Limits = DEFAULT_LIMITS,
         shard_sizes: ShardSizes = ShardSizes(),  # noqa: B008 - frozen
         error_every: int = 1,
+        fault_of: Callable[[int, int], str | None] = lambda server_round, client_id: None,
+        reachable: Callable[[int, int], bool] = lambda server_round, client_id: True,
         evaluates: Callable[[int], list[int]] = lambda server_round: [],
         on_broadcast: Callable[[int, int, str], None] = lambda server_round, num_clients, phase: None,
     ) -> None:
@@ -134,6 +138,8 @@ class LoRAStrategy(Strategy):
         self._error_every = error_every if aggregator.has_global_model else 0
         follows = bool(self._error_every) and not self._downlink.lossless
         self.held = HeldStates(remembers=aggregator.clients_remember) if follows else None
+        self._fault_of = fault_of
+        self._reachable = reachable
         self._evaluates = evaluates
         self._on_broadcast = on_broadcast
         self._sent: dict[int, Metadata] = {}
@@ -160,14 +166,22 @@ class LoRAStrategy(Strategy):
         before, updates = self.server_state, [reply.update for reply in read]
         after, accepted, refused = run_round(self.aggregator, before, updates, self._limits)
         self.server_state = after
-        self.record.failed += [Failure(client_id, reason) for client_id, reason in refused]
-        self.record.failed.sort(key=lambda failure: failure.client_id)
+        failed = self.record.failed + [Failure(client_id, reason) for client_id, reason in refused]
+        failed.sort(key=lambda failure: failure.client_id)
+        self.record.failed = [self._with_fault(failure) for failure in failed]
         if not accepted:
             self.record.skipped = True
             return None, None
         of_client = {reply.update.client_id: reply for reply in read}
         self._close(before, accepted, [of_client[update.client_id] for update in accepted])
         return self.packed_state(), MetricRecord(dict(self.record.metrics))
+
+    def _with_fault(self, failure: Failure) -> Failure:
+        """Name the fault that struck a client on purpose; none strikes who was sent nothing."""
+        client_id = failure.client_id
+        if client_id not in self._sent:
+            return failure
+        return replace(failure, fault=self._fault_of(self.record.server_round, client_id))
 
     def _close(
         self, before: ServerState, accepted: Sequence[Update], replies: Sequence[TrainingReply]
@@ -264,6 +278,7 @@ class LoRAStrategy(Strategy):
         self._sent_version = self.server_state.server_round
         self._sent.clear()
         self._starts.clear()
+        client_ids = [client_id for client_id in client_ids if self._is_reachable(server_round, client_id)]
         if client_ids:
             self._on_broadcast(server_round, len(client_ids), message_type)
         if self.held is not None:
@@ -283,6 +298,14 @@ class LoRAStrategy(Strategy):
                 config = cast(Mapping[str, int], contents[key][CONFIG])
                 self.held.sent(client_id, unpack_downlink(values, config))
         return messages
+
+    def _is_reachable(self, server_round: int, client_id: int) -> bool:
+        """Whether a client can be reached in a round; one that cannot is named, once."""
+        reachable = self._reachable(server_round, client_id)
+        failure = Failure(client_id, "it could not be reached (clock.availability); nothing was sent")
+        if not reachable and failure not in self.record.failed:
+            self.record.failed.append(failure)
+        return reachable
 
     def _downlink_content(self, server_round: int, profile: ClientProfile, message_type: str) -> RecordDict:
         downlink = self.aggregator.downlink(self.server_state, profile)

@@ -22,6 +22,8 @@ from federated.config.schema import DataSection, ExperimentConfig
 from federated.data.dataset import FederatedData
 from federated.data.names import visible
 from federated.data.splits import column_values
+from lora.adapter_files import read_notes
+from lora.start_adapter import adapter_folder
 from models.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -116,6 +118,21 @@ def check_rows(record: TrainedRecord, config: ExperimentConfig, data: FederatedD
             f"the rows of data.path={config.data.path} have changed since {record.source} was trained: the "
             f"{split} rows drawn from them are others, some of them trained on. Put the rows back; {remedy}"
         )
+
+
+def check_start(config: ExperimentConfig, data: FederatedData) -> None:
+    """Make sure that the adapter which a run starts from was not trained on rows that the run scores.
+
+    Raises:
+        UserError: It was trained on the same data, whose splits are drawn, and they are drawn otherwise here.
+    """
+    assert config.model.adapter is not None
+    folder = adapter_folder(config.model.adapter)
+    names, notes = read_notes(folder)
+    record = record_from(notes, folder, names)
+    if _same_place(config.data, record.data):
+        for split in data.drawn:
+            check_rows(record, config, data, split)
 
 
 def matched_classes(data: FederatedData, record: TrainedRecord, *, needed: bool) -> FederatedData:

@@ -28,17 +28,17 @@ from federated.config.schema import (
     PartitionSection,
 )
 from federated.config.seeding import generator, scoped_torch_rng
-from federated.data.dataset import ImageTensors, image_tensors, steps_per_epoch
+from federated.data.dataset import steps_per_epoch
 from federated.engines.simulation import limited_threads
 from federated.results.round_record import best_value
 from federated.results.run_folder import RunFolder, peak_memory_bytes
 from federated.results.run_place import check_free, run_path
-from federated.rounds.batches import evaluate_rows, evaluate_server, local_batches
+from federated.rounds.batches import accuracy_by_class, evaluate_rows, evaluate_server, local_batches
 from federated.rounds.checkpoint import save_checkpoint
+from federated.rounds.early_stopping import BestSoFar
 from federated.rounds.learnable import check_can_learn
 from federated.rounds.run import Run, build_run
 from federated.rounds.saving import parameter_counts, save_adapter, save_clients_rows
-from federated.tools.early_stopping import BestSoFar
 from models.errors import UserError
 from models.state import State
 
@@ -68,8 +68,7 @@ class Training:
     """A central training in progress.
 
     Attributes:
-        experiment: Model, data and settings of the one client.
-        validation_images: What is kept is chosen on these.
+        run: Model, data and settings of the one client.
         folder: Where results go.
         display: Told what happens.
         best: The best evaluation so far.
@@ -79,8 +78,7 @@ class Training:
         steps_done: Optimizer steps taken.
     """
 
-    experiment: Run
-    validation_images: ImageTensors
+    run: Run
     folder: RunFolder
     display: TrainingDisplay | None
     best: BestSoFar
@@ -93,7 +91,7 @@ class Training:
     @property
     def num_epochs(self) -> int:
         """Epochs to train; the last one may be cut short by ``train.steps``."""
-        settings = self.experiment.config.train
+        settings = self.run.config.train
         if settings.steps is None:
             return settings.epochs
         return math.ceil(settings.steps / self.steps_per_epoch)
@@ -101,14 +99,14 @@ class Training:
     @property
     def num_steps(self) -> int:
         """Optimizer steps to take."""
-        settings = self.experiment.config.train
+        settings = self.run.config.train
         return settings.steps or settings.epochs * self.steps_per_epoch
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps that see every training row once."""
-        rows = self.experiment.num_examples(THE_CLIENT)
-        return steps_per_epoch(rows, self.experiment.config.client.batch_size)
+        rows = self.run.num_examples(THE_CLIENT)
+        return steps_per_epoch(rows, self.run.config.client.batch_size)
 
 
 def train_centrally(
@@ -132,25 +130,19 @@ def train_centrally(
     path = run_path(config.output.root, "training" if config.output.name is None else config.output.name)
     check_free(path, overwrite=overwrite)
     with limited_threads(config.engine.threads):
-        experiment = build_run(config)
-        check_can_learn(experiment)
+        run = build_run(config)
+        check_can_learn(run)
         stopping = config.train.early_stopping
         training = Training(
-            experiment=experiment,
-            validation_images=image_tensors(
-                experiment.data,
-                "validation",
-                experiment.model.preprocess,
-                cache_bytes=config.data.cache_bytes,
-            ),
+            run=run,
             folder=RunFolder(path, config, overwrite=overwrite),
             display=display,
             best=BestSoFar(
-                stopping.metric or experiment.headline_metric, stopping.patience, stopping.minimum_change
+                stopping.metric or run.headline_metric, stopping.patience, stopping.minimum_change
             ),
         )
         with contextlib.closing(training.folder):
-            save_clients_rows(experiment, path / "partition.json")
+            save_clients_rows(run, path / "partition.json")
             train_epochs(training)
             finish(training)
     return path
@@ -181,16 +173,16 @@ def central_config(config: ExperimentConfig) -> ExperimentConfig:
 
 def train_epochs(training: Training) -> None:
     """Train until the last step, or until the validation metric has not improved for too long."""
-    experiment = training.experiment
-    experiment.reset()
+    run = training.run
+    run.reset()
     if training.display is not None:
         training.display.training_started(
             training.num_epochs,
             training.num_steps,
-            headline_metric=experiment.headline_metric,
-            notes=experiment.caches.notes,
+            headline_metric=run.headline_metric,
+            notes=run.reader.notes,
         )
-    experiment.model.start_training(experiment.training_settings, training.num_steps)
+    run.model.start_training(run.training_settings, training.num_steps)
     close_epoch(training, 0, {}, time.perf_counter())
     for epoch in range(1, training.num_epochs + 1):
         start = time.perf_counter()
@@ -206,13 +198,13 @@ def epoch_losses(training: Training, epoch: int) -> Iterator[float]:
     Raises:
         UserError: A loss is infinite or no number.
     """
-    experiment = training.experiment
+    run = training.run
     num_steps = min(training.steps_per_epoch, training.num_steps - training.steps_done)
-    rng = generator(experiment.config.seed, "client", epoch, THE_CLIENT)
-    batches = local_batches(experiment, THE_CLIENT, num_steps, rng, server_round=epoch)
+    rng = generator(run.config.seed, "client", epoch, THE_CLIENT)
+    batches = local_batches(run, THE_CLIENT, num_steps, rng, server_round=epoch)
     with scoped_torch_rng(rng):
         for batch in batches:
-            loss = experiment.model.train_step(batch)
+            loss = run.model.train_step(batch)
             training.steps_done += 1
             if not math.isfinite(loss):
                 raise UserError(
@@ -226,11 +218,20 @@ def epoch_losses(training: Training, epoch: int) -> Iterator[float]:
 
 def close_epoch(training: Training, epoch: int, line: dict[str, Any], start: float) -> None:
     """Evaluate where due, keep the weights if they are to be kept, and write the epoch down."""
-    every, last = training.experiment.config.train.evaluate_every, training.num_epochs
+    every, last = training.run.config.train.evaluate_every, training.num_epochs
     line = {"server_round": epoch, "steps": training.steps_done, **line}
     if epoch % every == 0 or epoch == last:
         line |= evaluate_epoch(training, epoch)
     line["seconds"] = round(time.perf_counter() - start, 3)
+    save_every = training.run.config.train.save_every
+    if save_every is not None and epoch and epoch % save_every == 0:
+        folder = training.folder.path / f"checkpoint-epoch-{epoch}"
+        save_adapter(
+            training.run,
+            folder,
+            server_round=epoch,
+            final=line.get(training.run.headline_metric),
+        )
     training.lines.append(line)
     training.folder.append_metrics(line)
     if training.display is not None:
@@ -243,9 +244,9 @@ def evaluate_epoch(training: Training, epoch: int) -> dict[str, float]:
     Raises:
         UserError: ``train.early_stopping.metric`` is not among the validation metrics.
     """
-    experiment = training.experiment
-    test = evaluate_server(experiment)
-    validation = evaluate_rows(experiment, training.validation_images)
+    run = training.run
+    test = evaluate_server(run)
+    validation = evaluate_rows(run, "validation")
     for metrics in (test, validation):
         del metrics["num_examples"]
     if training.best.metric not in validation:
@@ -254,23 +255,24 @@ def evaluate_epoch(training: Training, epoch: int) -> dict[str, float]:
             f"{', '.join(sorted(validation))}"
         )
     is_best = training.best.update(epoch, validation[training.best.metric])
-    if is_best or not experiment.config.train.keep_best or not training.kept:
-        training.kept, training.kept_epoch = experiment.model.get_state(), epoch
+    if is_best or not run.config.train.keep_best or not training.kept:
+        training.kept, training.kept_epoch = run.model.get_state(), epoch
         save_checkpoint(
-            training.folder.path / "checkpoint", training.kept, server_round=epoch, notes=experiment.notes
+            training.folder.path / "checkpoint", training.kept, server_round=epoch, notes=run.notes
         )
     return {**test, **{f"validation_{key}": value for key, value in validation.items()}}
 
 
 def finish(training: Training) -> None:
     """Put the kept weights into the model; write adapter, ``summary.json`` and, if possible, the report."""
-    experiment, folder, metric = training.experiment, training.folder, training.experiment.headline_metric
-    experiment.model.set_state(training.kept)
+    run, folder, metric = training.run, training.folder, training.run.headline_metric
+    run.model.set_state(training.kept)
     by_epoch = {line["server_round"]: line for line in training.lines}
     final = by_epoch[training.kept_epoch][metric]
-    save_adapter(experiment, folder.path / "adapter", server_round=training.kept_epoch, final=final)
+    save_adapter(run, folder.path / "adapter", server_round=training.kept_epoch, final=final)
     Ledger().write_csv(folder.path / "communication.csv")
     epochs_done = training.lines[-1]["server_round"]
+    by_class = accuracy_by_class(run) if run.config.output.report else []
     folder.write_summary(
         {
             "headline_metric": metric,
@@ -279,9 +281,9 @@ def finish(training: Training) -> None:
             "best": best_value(training.lines, metric, default=final),
             "rounds": epochs_done,
             "seconds": round(time.perf_counter() - training.started, 3),
-            "parameters": {**parameter_counts(experiment), "exchanged": 0},
+            "parameters": {**parameter_counts(run), "exchanged": 0},
             "peak_memory_bytes": peak_memory_bytes(),
-            "caches": experiment.caches.notes,
+            "caches": list(run.reader.notes),
             "training": {
                 "mode": "central",
                 "steps": training.steps_done,
@@ -291,7 +293,8 @@ def finish(training: Training) -> None:
                     f"validation_{training.best.metric}"
                 ],
             },
+            **({"per_class": by_class} if by_class else {}),
         }
     )
-    if experiment.config.output.report:
+    if run.config.output.report:
         folder.write_report()

@@ -6,7 +6,7 @@ The model is used as it is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
+from federated.data.sources.form import FederatedData
 from federated.data.splits import IntArray
 from federated.results.wording import format_metric, format_percent, metric_label
 from federated.tools.evaluation_plots import (
@@ -26,10 +27,13 @@ from federated.tools.evaluation_plots import (
     recall_by_k,
 )
 from lora.adapters import unwrap
+from models.federated_model import FederatedModel
 from models.finite import check_finite
 from models.metrics import CONCEPT, DIRECTIONS, PICTURE, TEXT, RetrievalSet, retrieval_set
 from models.training import Batch
 
+TOP = 5
+"""The class of an image is among so many best ones, where there are more classes: top-5 accuracy."""
 CUTOFFS = (1, 2, 3, 5, 10, 20, 30, 50, 100)
 """Values of k at which recall is reported, as far as the gallery reaches."""
 
@@ -42,11 +46,13 @@ class DetailedMetrics:
         results: For JSON.
         report: For reading.
         figures: File name without ending -> picture.
+        predictions: What the model says of each row, where its task predicts.
     """
 
     results: dict[str, Any]
     report: str
     figures: dict[str, Figure]
+    predictions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +68,39 @@ class Predictions:
     labels: IntArray
     predicted: IntArray
     loss: float
+    top5_accuracy: float | None = None
+
+
+@torch.no_grad()
+def describe_task(
+    model: FederatedModel, batches: Iterable[Batch], data: FederatedData, split: str
+) -> DetailedMetrics:
+    """The metrics and predictions of any family's task; figures of each class where it predicts classes.
+
+    Args:
+        model: As it is.
+        batches: The rows of the split, in order.
+        data: Has the right classes.
+        split: Which rows they are.
+    """
+    task, predictions = model.task, list[str]()
+
+    def predicting() -> Iterator[Batch]:
+        for batch in _on_device(batches, model.device):
+            if task.predict is not None:
+                predictions.extend(task.predict(model, batch))
+            yield batch
+
+    metrics = model.evaluate(predicting())
+    names = data.class_names
+    if names is not None and data.label_column is not None and predictions and set(predictions) <= set(names):
+        predicted = np.array([names.index(name) for name in predictions])
+        described = describe_classes(Predictions(data.labels(split), predicted, metrics["loss"]), names)
+        results = {**described.results, **metrics, "headline_metric": task.headline_metric}
+        return replace(described, results=results, predictions=tuple(predictions))
+    lines = [f"{metric_label(name)}: {format_metric(name, value)}" for name, value in metrics.items()]
+    results = {"headline_metric": task.headline_metric, **metrics}
+    return DetailedMetrics(results, "\n".join(lines) + "\n", {}, tuple(predictions))
 
 
 @torch.no_grad()
@@ -74,14 +113,17 @@ def predict_classes(model: nn.Module, batches: Iterable[Batch]) -> Predictions:
     federated_model = unwrap(model)
     logits_of = federated_model.logits if federated_model.task.uses_head else federated_model.zero_shot_logits
     federated_model.eval()
-    labels, predicted, loss = [], [], 0.0
+    labels, predicted, loss, in_top5 = [], [], 0.0, 0
     for batch in _on_device(batches, federated_model.device):
         logits = check_finite(logits_of(batch).float(), "logits")  # (B, C)
         loss += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
         labels.append(batch["labels"].cpu())
         predicted.append(logits.argmax(dim=1).cpu())
+        best = logits.topk(min(TOP, logits.shape[1]), dim=1).indices  # (B, 5)
+        in_top5 += int((best == batch["labels"].unsqueeze(1)).sum())
     right = torch.cat(labels)
-    return Predictions(right.numpy(), torch.cat(predicted).numpy(), loss / len(right))
+    top5 = in_top5 / len(right) if logits.shape[1] > TOP else None
+    return Predictions(right.numpy(), torch.cat(predicted).numpy(), loss / len(right), top5)
 
 
 def describe_classes(predictions: Predictions, class_names: Sequence[str]) -> DetailedMetrics:
@@ -117,7 +159,11 @@ def describe_classes(predictions: Predictions, class_names: Sequence[str]) -> De
         "per_class": [row.__dict__ for row in rows],
         "confusion_matrix": {"class_names": names, "rows_are_true_classes": counts.tolist()},
     }
-    head = f"accuracy {format_percent(accuracy, 2)}, loss {predictions.loss:.4f}, {len(labels)} images"
+    top5 = ""
+    if predictions.top5_accuracy is not None:
+        results["top5_accuracy"] = predictions.top5_accuracy
+        top5 = f"top-5 accuracy {format_percent(predictions.top5_accuracy, 2)}, "
+    head = f"accuracy {format_percent(accuracy, 2)}, {top5}loss {predictions.loss:.4f}, {len(labels)} samples"
     figures = {
         "confusion_matrix": confusion_matrix(counts, names),
         "class_performance": class_performance(rows),

@@ -8,18 +8,17 @@ for the same split.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from federated.communication.run_files import Summary, read_run_file
 from federated.config.config_files import load_config
 from federated.config.schema import AggregationSection, ExperimentConfig
-from federated.data.dataset import ImageTensors, image_tensors
 from federated.engines.simulation import limited_threads
-from federated.results.plot_style import save_png
+from federated.results.plot_style import save_figure
 from federated.results.run_place import check_place
-from federated.rounds.batches import model_batch
+from federated.results.run_settings import leaves
+from federated.rounds.batches import evaluation_batches
 from federated.rounds.build import load_run_data
 from federated.rounds.checkpoint import (
     CHECKPOINT_FILES,
@@ -37,9 +36,11 @@ from federated.tools.detailed_metrics import (
     DetailedMetrics,
     describe_classes,
     describe_retrieval,
+    describe_task,
     embed_pairs,
     predict_classes,
 )
+from federated.tools.result_tables import records_to_csv
 from federated.tools.trained_models import (
     NAME_AN_ADAPTER,
     check_global_model,
@@ -50,19 +51,22 @@ from federated.tools.trained_models import (
     record_of_run,
 )
 from lora.adapter_files import ADAPTER_FILE, read_adapter
+from lora.adapters import unwrap
 from lora.base_check import check_base_model
+from lora.start_adapter import adapter_folder
 from models.committed_folders import check_committed, current_folder
 from models.errors import UserError
 from models.files import BestEffort, errors_named, write_json, write_text
 from models.progress import Report, quiet
-from models.tasks import TASKS
-from models.training import Batch
+from models.tasks import CLIP, TASKS
+from models.training import Batch, num_examples
 from models.untrusted import read_tensors
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("test", "validation")
 REPORT_FILE, RESULTS_FILE = "evaluation_report.txt", "evaluation_results.json"
+PREDICTIONS_FILE = "predictions.csv"
 FREE = (
     *("data.", "evaluation.", "cache.", "engine.", "output.", "task.templates"),
     *("model.device", "model.dtype", "model.num_classes"),
@@ -75,7 +79,7 @@ AGREEMENT = 2e-3
 batch sizes and machines round differently, which moves a few images in ten thousand."""
 
 
-def evaluate_source(
+def evaluate_source(  # noqa: PLR0913 - the command's options; all but two are keyword-only
     source: str | Path,
     overrides: Sequence[str] = (),
     *,
@@ -84,6 +88,7 @@ def evaluate_source(
     split: str = "test",
     output: Path | None = None,
     overwrite: bool = False,
+    precision: str = "fp32",
     report: Report = quiet,
 ) -> tuple[Path, str]:
     """Evaluate a run, or a configuration with an adapter or without.
@@ -97,6 +102,7 @@ def evaluate_source(
         output: Where files go; ``evaluation_<split>`` inside the run by default, or
             ``<name>-evaluation_<split>`` under ``output.root``.
         overwrite: Replace the files of an earlier evaluation.
+        precision: Of the forward passes: "fp32", "bf16" or "fp16" (autocast).
         report: Told about the progress, after each batch.
 
     Returns:
@@ -111,6 +117,9 @@ def evaluate_source(
     config = load_config(source if run is None else run / "config.yaml", overrides)
     if run is not None:
         check_held(run, config)
+    if run is None and adapter is None and config.model.adapter is not None:
+        adapter = adapter_folder(config.model.adapter)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"adapter": None})})
     default = Path(config.output.root) / f"{config.output.name}-evaluation_{split}"
     folder = output or (default if run is None else run / f"evaluation_{split}")
     if run is not None and adapter is None:
@@ -127,9 +136,14 @@ def evaluate_source(
             data = matched_classes(data, record, needed=task.uses_head)
         experiment = build_run(one_shard(config), data)
         check_can_score(experiment)
-        images = split_images(experiment, split)
+        check_split(experiment, split)
         trained = load_trained(experiment, run, adapter, any_base=any_base)
-        detailed = evaluate_in_detail(experiment, images, report)
+        model = unwrap(experiment.model)
+        if hasattr(model, "precision"):
+            model.precision = precision
+        elif precision != "fp32":
+            raise UserError(f"--precision {precision}: model.type={config.model.type} computes in fp32 alone")
+        detailed = evaluate_in_detail(experiment, split, report)
     saw_the_same = split == "test" and not overrides and config.evaluation.max_samples is None
     if run is not None and adapter is None and saw_the_same:
         compare_with_record(run, detailed, experiment.headline_metric)
@@ -175,15 +189,6 @@ def check_held(run: Path, config: ExperimentConfig) -> None:
         )
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of a tree."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def record_of(run: Path | None, adapter: Path | None) -> TrainedRecord:
     """Return what is known of the training behind the weights that are evaluated."""
     if adapter is not None:
@@ -195,22 +200,17 @@ def record_of(run: Path | None, adapter: Path | None) -> TrainedRecord:
     return record
 
 
-def split_images(experiment: Run, split: str) -> ImageTensors:
-    """Return the rows of a split.
+def check_split(experiment: Run, split: str) -> None:
+    """Make sure that there are rows to evaluate.
 
     Raises:
         UserError: There is no validation split.
     """
-    if split == "test":
-        return experiment.test_images
-    if experiment.data.validation is None:
+    if split == "validation" and experiment.data.validation is None:
         raise UserError(
             f"{experiment.data.name} has no validation split and the configuration sets none apart: "
             "evaluate --split test, or train with data.validation_fraction=0.1"
         )
-    return image_tensors(
-        experiment.data, split, experiment.model.preprocess, cache_bytes=experiment.config.data.cache_bytes
-    )
 
 
 def load_trained(experiment: Run, run: Path | None, adapter: Path | None, *, any_base: bool = False) -> str:
@@ -251,10 +251,12 @@ def load_checkpoint(experiment: Run, folder: Path) -> str:
     return str(path)
 
 
-def evaluate_in_detail(experiment: Run, images: ImageTensors, report: Report = quiet) -> DetailedMetrics:
-    """Evaluate the experiment's model, as it is, on rows."""
-    batches = evaluation_batches(experiment, images, report)
-    if experiment.model.task.reads_captions:
+def evaluate_in_detail(experiment: Run, split: str, report: Report = quiet) -> DetailedMetrics:
+    """Evaluate the experiment's model, as it is, on the rows of a split."""
+    batches, task = reported_batches(experiment, split, report), experiment.model.task
+    if task.family != CLIP or task.predict is not None:
+        return describe_task(unwrap(experiment.model), batches, experiment.data, split)
+    if task.reads_captions:
         found = embed_pairs(experiment.model, batches)
         return describe_retrieval(found, headline_metric=experiment.headline_metric)
     names = experiment.data.class_names
@@ -262,13 +264,13 @@ def evaluate_in_detail(experiment: Run, images: ImageTensors, report: Report = q
     return describe_classes(predict_classes(experiment.model, batches), names)
 
 
-def evaluation_batches(experiment: Run, images: ImageTensors, report: Report) -> Iterator[Batch]:
-    """Yield what the model's task reads of the rows, in order."""
-    done = 0
-    for batch in images.batches(None, experiment.config.evaluation.batch_size, rng=None):
-        yield model_batch(experiment, batch)
-        done += len(batch["pixel_values"])
-        report(done, len(images))
+def reported_batches(experiment: Run, split: str, report: Report) -> Iterator[Batch]:
+    """Yield the rows of a split, in order; the report is told after each batch."""
+    done, num_rows = 0, len(experiment.data.split(split))
+    for batch in evaluation_batches(experiment, split):
+        yield batch
+        done += num_examples(batch)
+        report(done, num_rows)
 
 
 def compare_with_record(run: Path, detailed: DetailedMetrics, headline_metric: str) -> None:
@@ -310,6 +312,9 @@ def write_evaluation(
         {"source": source, "split": split, "trained": trained, **detailed.results},
     )
     write_text(folder / REPORT_FILE, head + detailed.report)
+    if detailed.predictions:
+        rows = [{"row": row, "prediction": text} for row, text in enumerate(detailed.predictions)]
+        write_text(folder / PREDICTIONS_FILE, records_to_csv(rows))
     for name, figure in detailed.figures.items():
-        with BestEffort(f"drawing {name}.png"):
-            save_png(figure, folder / f"{name}.png")
+        with BestEffort(f"drawing {name}"):
+            save_figure(figure, folder, name)

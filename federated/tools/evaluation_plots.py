@@ -143,7 +143,7 @@ def _number_cells(axis: Axes, counts: npt.NDArray[np.int64], shares: npt.NDArray
 
 
 def _name_style() -> dict[str, Any]:
-    return {"parse_math": False, "family": style.font_families(), "size": 8}
+    return {"parse_math": False, "size": 8}
 
 
 def _shortened(name: str) -> str:

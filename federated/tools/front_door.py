@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from federated.results.console import RunDisplay
-    from models.clip import FederatedCLIPModel
+    from models.federated_model import FederatedModel
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class RunResult:
         return self.folder / "adapter"
 
     @cached_property
-    def model(self) -> FederatedCLIPModel:
+    def model(self) -> FederatedModel:
         """The trained model, ready to predict and to evaluate."""
-        from federated.tools.trained_models import open_model
+        from federated.tools.trained_models import model_of_run
 
-        return open_model(self.folder).model
+        return model_of_run(self.folder, self.adapter)
 
     def __repr__(self) -> str:
         """Say where it is and what came out."""

@@ -17,15 +17,18 @@ from federated.communication.run_files import PartitionFile, read_run_file
 from federated.config.config_files import load_config
 from federated.config.schema import ExperimentConfig
 from federated.methods import aggregator_from_name
-from federated.rounds.build import build_model, usable_device
+from federated.rounds.build import build_bare_model, usable_device
 from federated.rounds.checkpoint import CHECKPOINT_FILES, latest_checkpoint
 from federated.rounds.trained_record import TrainedRecord, record_from
-from lora.adapter_files import CONFIG_FILE, FILES, FULL_FILE, HEAD_FILE, AdapterFile, read_adapter, read_notes
+from lora.adapter_files import CONFIG_FILE, FILES, FULL_FILE, HEAD_FILE, read_adapter, read_notes
+from lora.conversion import base_named_in, is_pt
+from lora.factory import load_model_with_lora
 from lora.loading import load_full_checkpoint, load_lora_adapters
 from models.clip import FederatedCLIPModel
 from models.committed_folders import check_committed, current_folder
 from models.errors import UserError
-from models.tasks import TASKS
+from models.federated_model import FederatedModel
+from models.tasks import CLIP, TASKS
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ def open_model(
     device: str = "cpu",
     any_base: bool = False,
 ) -> OpenedModel:
-    """Open a run folder, an adapter folder (or ``.pt`` file), or a model by name.
+    """Open a CLIP: a run folder, an adapter folder (or ``.pt`` file), or a model by name.
 
     Args:
         source: One of them. The ``adapter/`` of a run stands for the run.
@@ -102,7 +105,7 @@ def open_model(
     name = str(path.resolve()) if path.is_dir() else str(source)
     if adapter is not None:
         return _open_adapter(Path(adapter), name, place, any_base=any_base)
-    return OpenedModel(_plain_model(name, 0, place))
+    return OpenedModel(FederatedCLIPModel(name, task="zero_shot", strategy="lora", device=place))
 
 
 def record_of_run(run: Path) -> TrainedRecord:
@@ -128,7 +131,7 @@ def record_of_adapter(adapter: Path) -> TrainedRecord:
         UserError: It cannot be read, or is not as it was committed.
     """
     run, folder = run_of(adapter), current_folder(adapter)
-    if adapter.suffix in {".pt", ".pth"} or not folder.is_dir():
+    if is_pt(adapter) or not folder.is_dir():
         return TrainedRecord(adapter)
     names, notes = read_notes(folder)
     if not notes and run is not None:
@@ -159,27 +162,54 @@ def run_of(path: Path) -> Path | None:
 
 def _is_adapter(path: Path) -> bool:
     path = current_folder(path)
-    return path.suffix in {".pt", ".pth"} or any((path / name).is_file() for name in (CONFIG_FILE, HEAD_FILE))
+    return is_pt(path) or any((path / name).is_file() for name in (CONFIG_FILE, HEAD_FILE))
 
 
 def _open_run(run: Path, device: torch.device, folder: Path, *, any_base: bool) -> OpenedModel:
     config = load_config(run / "config.yaml")
-    folder = current_folder(folder)
-    if not folder.is_dir():
-        raise UserError(f"{run} has no {folder.name}/: the run did not come to its end; let it finish first")
-    check_global_model(run, config)
-    bare = config.model.model_copy(update={"type": "clip", "fine_tuning": "lora", "device": str(device)})
-    names = record_of_adapter(folder).class_names
-    check_names(run, config, names)
-    model = build_model(config.model_copy(update={"model": bare}), names)
+    if config.model.family != CLIP:
+        raise UserError(
+            f"{run} holds a model of type {config.model.type}, and this command knows CLIP alone: fedlora "
+            f"evaluate {run} writes metrics and predictions, its adapter/ is in PEFT's format"
+        )
+    folder, model = current_folder(folder), model_of_run(run, folder, device, any_base=any_base)
     assert isinstance(model, FederatedCLIPModel)
-    load_adapter_or_checkpoint(model, folder, any_base=any_base)
     return OpenedModel(
-        model.eval(),
+        model,
         run=str(run.resolve()),
         adapter=str(folder.resolve()),
         uses_head=model.task.uses_head,
     )
+
+
+def model_of_run(
+    run: Path,
+    folder: Path,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - does not change
+    *,
+    any_base: bool = False,
+) -> FederatedModel:
+    """Return the trained model of a run, of any family, in eval mode.
+
+    Args:
+        run: The run folder.
+        folder: Of the trained part.
+        device: Where the model goes.
+        any_base: Take the trained part although the base model is not known to be its own.
+
+    Raises:
+        UserError: The run did not end, or has no global model, or what it left does not fit together.
+    """
+    config, folder = load_config(run / "config.yaml"), current_folder(folder)
+    if not folder.is_dir():
+        raise UserError(f"{run} has no {folder.name}/: the run did not come to its end; let it finish first")
+    check_global_model(run, config)
+    names = record_of_adapter(folder).class_names
+    check_names(run, config, names)
+    section = config.model.model_copy(update={"device": str(device)})
+    model = build_bare_model(config.model_copy(update={"model": section}), names)
+    load_adapter_or_checkpoint(model, folder, any_base=any_base)
+    return model.eval()
 
 
 def load_adapter_or_checkpoint(model: nn.Module, folder: Path, *, any_base: bool = False) -> None:
@@ -209,7 +239,8 @@ def check_global_model(run: Path, config: ExperimentConfig) -> None:
     if not has_global_model(config):
         raise UserError(
             f"{run} was aggregated by {config.aggregation.name}, where only the clients hold complete "
-            "models: it has no global model to use"
+            "models: it has no global model to use. Run it again with another aggregation.name, "
+            "such as fedavg"
         )
 
 
@@ -222,32 +253,8 @@ def _listed_class_names(run: Path) -> list[str] | None:
 def _open_adapter(
     folder: Path, base_model: str | None, device: torch.device, *, any_base: bool
 ) -> OpenedModel:
-    found = read_adapter(folder) if folder.suffix not in {".pt", ".pth"} else AdapterFile(folder, state={})
-    name = base_model or found.base_model
+    name = base_model or (base_named_in(folder) if is_pt(folder) else read_adapter(folder).base_model)
     if not name:
         raise UserError(f"{folder} does not name its base model; give it with --model")
-    num_classes = _num_head_classes(found)
-    names = found.class_names
-    if names is not None and len(names) != num_classes:
-        raise UserError(
-            f"{folder} has a head for {num_classes} classes and names {len(names)}; copy it again"
-        )
-    model = _plain_model(name, num_classes, device, names)
-    load_lora_adapters(model, folder, check_base=not any_base)
-    return OpenedModel(model.eval(), adapter=str(folder.resolve()), uses_head=names is not None)
-
-
-def _plain_model(
-    name: str, num_classes: int, device: torch.device, class_names: tuple[str, ...] | None = None
-) -> FederatedCLIPModel:
-    """A model with a head only where an adapter file brings one, and classes where that names them."""
-    task = "classification" if num_classes else "zero_shot"
-    return FederatedCLIPModel(
-        name, num_classes or 2, class_names=class_names, task=task, strategy="lora", device=device
-    )
-
-
-def _num_head_classes(found: AdapterFile) -> int:
-    """C of the head in an adapter file; 0 without one."""
-    outputs = (found.head.get(name) for name in ("head.weight", "head.lora_B.weight"))
-    return next((int(tensor.shape[0]) for tensor in outputs if tensor is not None), 0)
+    model = load_model_with_lora(folder, name, device=device, check_base=not any_base)
+    return OpenedModel(model, adapter=str(folder.resolve()), uses_head=model.class_names is not None)

@@ -15,7 +15,7 @@ from pydantic import StringConstraints
 from federated.data.names import check_names, listed, plain, unusable
 from federated.data.pictures import PICTURE, picture_names
 from federated.data.sources.csv_table import Row, file_of, read_tables
-from federated.data.sources.folder_scan import leaves
+from federated.data.sources.folder_scan import IMAGE_SUFFIXES, leaves
 from federated.data.sources.form import (
     FederatedData,
     completed,
@@ -54,7 +54,7 @@ def csv(  # noqa: PLR0913 -- the options of the data section, one by one
     domain_column: str | None = None,
     concept_column: str | None = None,
     split_column: str | None = "split",
-    delimiter: Annotated[str, StringConstraints(min_length=1, max_length=1)] = ",",
+    separator: Annotated[str, StringConstraints(min_length=1, max_length=1)] | None = None,
     test_fraction: float = 0.2,
     skip_corrupt: bool = False,
     skip_incomplete: bool = False,
@@ -77,9 +77,10 @@ def csv(  # noqa: PLR0913 -- the options of the data section, one by one
         domain_column: column of domains.
         concept_column: rows of equal value show the same thing, positives of each other in retrieval.
         split_column: column of split names; used when it is there.
-        delimiter: what separates fields.
+        separator: what separates fields; by default comma, semicolon, tab or bar, as the header says.
         test_fraction: share of the images for testing where there is no test split.
-        skip_corrupt: leave images out that cannot be decoded, logged and counted, instead of stopping.
+        skip_corrupt: leave images out that are missing or cannot be decoded, logged and counted, instead of
+            stopping.
         skip_incomplete: likewise rows without image, label, caption, domain or concept.
         check_images: decode every image once at loading.
         allow_outside: take images that lie outside the folder, by ``..``, an absolute path or a link.
@@ -88,16 +89,16 @@ def csv(  # noqa: PLR0913 -- the options of the data section, one by one
         UserError: a missing file, column, label or image, a corrupt image, an unknown split; named with
             file and line.
     """
-    tables = read_tables(Path(path), split_column, delimiter)
+    tables = read_tables(Path(path), split_column, separator)
     wanted = Columns(image_column, label_column, caption_column, domain_column, concept_column)
     columns = _columns_there(tables, wanted, split_column)
     num_listed = sum(len(table) for table in tables.values())
     tables = {split: _complete(table, columns, skip=skip_incomplete) for split, table in tables.items()}
     root = None if image_root is None else Path(image_root)
-    files = {
-        split: _image_files(table, image_column, root, allow_outside=allow_outside)
-        for split, table in tables.items()
-    }
+    files = {}
+    for split, table in tables.items():
+        tables[split] = rows_with_images(table, image_column, root, skip_corrupt=skip_corrupt)
+        files[split] = image_files(tables[split], image_column, root, allow_outside=allow_outside)
     if check_images:
         for split, table in tables.items():
             readable = readable_images(files[split], skip_corrupt=skip_corrupt)
@@ -143,23 +144,21 @@ def _columns_there(tables: Mapping[str, Sequence[Row]], wanted: Columns, split_c
     """The columns that are read; the files of all splits must agree in them."""
     first = tables["train"][0]
     there = listed((column for column in first if column), limit=20)
-    for column in (wanted.image, wanted.domain, wanted.concept):
-        if column is not None and column not in first:
-            raise UserError(f"{file_of(first)} has no column {column!r}; it has {there}")
     named = wanted.named if split_column is None else {**wanted.named, "split": split_column}
-    for role, column in named.items():
-        alike = [name for name in first if name != column and name.casefold() == column.casefold()]
-        if column not in first and alike:
+    _refuse_other_spellings(first, named)
+    for role in ("image", "domain", "concept"):
+        if role in named and named[role] not in first:
             raise UserError(
-                f"{file_of(first)} has a column {alike[0]!r}, which is not {column!r}; rename it, or set "
-                f"{role}_column={alike[0]}{'' if role == 'image' else ', or null to do without it'}",
+                f"{file_of(first)} has no column {named[role]!r}; it has {there}: "
+                f"set data.options.{role}_column={_likely_column(first, role)}",
                 options=(f"{role}_column",),
             )
     label, caption = (c if c in first else None for c in (wanted.label, wanted.caption))
     if label is None and caption is None:
         raise UserError(
             f"{file_of(first)} has neither {wanted.label!r} nor {wanted.caption!r}; it has {there}: set "
-            "label_column or caption_column",
+            "data.options.label_column to the column of class names, or data.options.caption_column to the "
+            "column of texts",
             options=("label_column", "caption_column"),
         )
     columns = Columns(wanted.image, label, caption, wanted.domain, wanted.concept)
@@ -171,6 +170,31 @@ def _columns_there(tables: Mapping[str, Sequence[Row]], wanted: Columns, split_c
                     "remove it from the others"
                 )
     return columns
+
+
+def _refuse_other_spellings(first: Row, named: Mapping[str, str]) -> None:
+    """Name every column that is there in other letters ("Image"), with the options that read it."""
+    found = {}
+    for role, column in named.items():
+        alike = [name for name in first if name.casefold() == column.casefold()]
+        if column not in first and alike:
+            found[role] = alike[0]
+    if not found:
+        return
+    wanted = " and ".join(repr(named[role]) for role in found)
+    options = " ".join(f"data.options.{role}_column={column}" for role, column in found.items())
+    without = "" if list(found) == ["image"] else "; null does without a column"
+    raise UserError(
+        f"{file_of(first)} has {' and '.join(map(repr, found.values()))}, which is not {wanted}: set "
+        f"{options}, or rename the header's columns{without}",
+        options=tuple(f"{role}_column" for role in found),
+    )
+
+
+def _likely_column(first: Row, role: str) -> str:
+    """The column whose first field names an image file, for the image's; otherwise a place to fill in."""
+    images = [c for c, field in first.items() if c and Path(field).suffix.lower() in IMAGE_SUFFIXES]
+    return images[0] if role == "image" and images else "COLUMN"
 
 
 def _complete(table: Sequence[Row], columns: Columns, *, skip: bool) -> list[Row]:
@@ -198,32 +222,74 @@ def _complete(table: Sequence[Row], columns: Columns, *, skip: bool) -> list[Row
     return rows
 
 
-def _image_files(
-    table: Sequence[Row], image_column: str, root: Path | None, *, allow_outside: bool
-) -> list[Path]:
-    """Paths of the rows' images; all exist and, unless allowed, none leaves the folder it starts from."""
-    files, missing, outside = [], [], []
+def rows_with_images(
+    table: Sequence[Row],
+    image_column: str,
+    root: Path | None,
+    *,
+    skip_corrupt: bool,
+    root_option: str = "image_root",
+) -> list[Row]:
+    """Return the rows whose image file exists; a missing one is an error, or left out and logged.
+
+    Args:
+        table: The rows.
+        image_column: Column of image paths.
+        root: What they are relative to; None: the folder of the csv file.
+        skip_corrupt: Leave rows without an image out.
+        root_option: What the option is called that sets ``root``, for messages.
+
+    Raises:
+        UserError: An image does not exist; names row and file.
+    """
+    there, missing = [], []
     for row in table:
-        folder = root or file_of(row).parent
         if (reason := unusable(row[image_column])) is not None:
             raise UserError(f"{row['']}: image path {row[image_column]!r} {reason}; rename the file")
-        file = folder / row[image_column]
-        if not os.path.isfile(file):
+        file = (root or file_of(row).parent) / row[image_column]
+        if os.path.isfile(file):
+            there.append(row)
+        else:
             missing.append(f"{row['']}: {file}")
-        elif not allow_outside and leaves(file, folder):
+    if missing and (not skip_corrupt or not there):
+        skip = ", or skip_corrupt=true to leave these rows out" if there else ""
+        raise UserError(
+            f"{len(missing)} images do not exist ({listed(missing)}); correct the paths, or set "
+            f"{root_option} to the folder they are relative to{skip}",
+            options=(root_option, "skip_corrupt") if there else (root_option,),
+        )
+    if missing:
+        logger.warning("left out %d rows whose image does not exist: %s", len(missing), listed(missing))
+    return there
+
+
+def image_files(
+    table: Sequence[Row],
+    image_column: str,
+    root: Path | None,
+    *,
+    allow_outside: bool,
+    root_option: str = "image_root",
+) -> list[Path]:
+    """Return the paths of the rows' images; unless allowed, none leaves the folder it starts from.
+
+    The arguments are those of ``rows_with_images``.
+
+    Raises:
+        UserError: An image lies outside; names row and file.
+    """
+    files, outside = [], []
+    for row in table:
+        folder = root or file_of(row).parent
+        file = folder / row[image_column]
+        if not allow_outside and leaves(file, folder):
             outside.append(f"{row['']}: {file}")
         files.append(file)
-    if missing:
-        raise UserError(
-            f"{len(missing)} images do not exist ({listed(missing)}); correct the paths, or set image_root "
-            "to the folder they are relative to",
-            options=("image_root",),
-        )
     if outside:
         raise UserError(
             f"{len(outside)} images lie outside the folder ({listed(outside)}); move them into it, set "
-            "image_root to a folder that holds them all, or allow_outside=true to read them nevertheless",
-            options=("image_root", "allow_outside"),
+            f"{root_option} to a folder that holds them all, or allow_outside=true to read them nevertheless",
+            options=(root_option, "allow_outside"),
         )
     return files
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
 import re
 from collections import Counter
@@ -17,24 +18,25 @@ from models.errors import UserError
 Row = dict[str, str]
 """Column -> field. The column "" says where the row stands, for messages."""
 
-DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+SEPARATORS = (",", ";", "\t", "|")
+_ROWS_TO_SNIFF = 20
 _SPLIT_WORD = re.compile(rf"({'|'.join(name for names in SPLIT_NAMES.values() for name in names)})(?![a-z])")
 
 
-def read_tables(path: Path, split_column: str | None, delimiter: str) -> dict[str, list[Row]]:
+def read_tables(path: Path, split_column: str | None, separator: str | None) -> dict[str, list[Row]]:
     """Return split -> rows, from one csv file or a folder of them.
 
     Args:
         path: One file, whose rows say their split, or a folder with a file for each split.
         split_column: The column of split names; None: the data has none.
-        delimiter: What separates fields.
+        separator: What separates fields; None: found out for each file.
 
     Raises:
         UserError: a file that is missing, no csv, without rows, or not used; a row of another form than the
             header, or of an unknown split.
     """
     if path.is_dir():
-        tables = {split: read_csv(file, delimiter) for split, file in _files_by_split(path).items()}
+        tables = {split: read_csv(file, separator) for split, file in _files_by_split(path).items()}
         for split, rows in tables.items():
             if not rows:
                 raise UserError(
@@ -43,7 +45,7 @@ def read_tables(path: Path, split_column: str | None, delimiter: str) -> dict[st
             _check_splits(rows, split, split_column)
     elif path.is_file():
         tables = {}
-        for row in read_csv(path, delimiter):
+        for row in read_csv(path, separator):
             tables.setdefault(_split_of(row, split_column) or "train", []).append(row)
     else:
         raise UserError(f"{path} does not exist; give a csv file or a folder with train.csv and test.csv")
@@ -52,17 +54,23 @@ def read_tables(path: Path, split_column: str | None, delimiter: str) -> dict[st
     return tables
 
 
-def read_csv(path: Path, delimiter: str = ",") -> list[Row]:
+def read_csv(path: Path, separator: str | None = None) -> list[Row]:
     """Return the rows of a csv file by column.
+
+    Args:
+        path: The file.
+        separator: What separates fields; None: comma, semicolon, tab or bar, as the header says.
 
     Raises:
         UserError: it cannot be read, is not UTF-8, names a column twice, or a row has another
             number of fields than the header; names file and line.
     """
-    reader = csv.reader(io.StringIO(_text_of(path), newline=""), delimiter=delimiter, strict=True)
+    text = _text_of(path)
+    separator = separator or _sniffed(text)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
-        _check_header(path, header, delimiter)
+        _check_header(path, header)
         rows = [_row(header, fields, f"{path} line {reader.line_num}") for fields in reader if fields]
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num}: no csv ({error}); correct the line") from error
@@ -92,7 +100,18 @@ def _text_of(path: Path) -> str:
     return text
 
 
-def _check_header(path: Path, header: Sequence[str], delimiter: str) -> None:
+def _sniffed(text: str) -> str:
+    """Return what separates the header's fields; of several, the first that the next rows agree with."""
+    found = []
+    for separator in SEPARATORS:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        widths = [len(fields) for fields in itertools.islice(reader, 1 + _ROWS_TO_SNIFF) if fields]
+        if widths and widths[0] > 1:
+            found.append((len(set(widths)) > 1, separator))
+    return min(found, key=lambda candidate: candidate[0], default=(False, ","))[1]
+
+
+def _check_header(path: Path, header: Sequence[str]) -> None:
     if not any(header):
         raise UserError(f"{path} has no header; its first line must name the columns, such as image,label")
     doubles = [name for name, count in Counter(header).items() if count > 1 and name]
@@ -100,20 +119,14 @@ def _check_header(path: Path, header: Sequence[str], delimiter: str) -> None:
         raise UserError(
             f"{path} has two columns {doubles[0]!r}; rename or remove one, so that each has a name"
         )
-    others = [other for other in DELIMITERS if len(header) == 1 and other != delimiter and other in header[0]]
-    if others:
-        raise UserError(
-            f"{path}: its fields seem to be separated by {DELIMITERS[others[0]]} ({header[0]!r}); set "
-            f"delimiter={others[0]!r}, or save it with commas",
-            options=("delimiter",),
-        )
 
 
 def _row(header: Sequence[str], fields: Sequence[str], where: str) -> Row:
     if len(fields) != len(header):
         raise UserError(
             f"{where}: the number of fields differs from the header's ({len(fields)} and {len(header)}); "
-            "quote fields with commas"
+            "quote fields that hold the separator, or set separator to another",
+            options=("separator",),
         )
     return {**dict(zip(header, fields, strict=True)), "": where}
 

@@ -88,7 +88,7 @@ def group_names(language: str = "en") -> tuple[str, ...]:
     Raises:
         UserError: for a language that is not embedded.
     """
-    _check_choices("language", [language], LANGUAGES)
+    check_choices("language", [language], LANGUAGES)
     return tuple(group[language] for group in _concept_table()[0])
 
 
@@ -103,7 +103,7 @@ def captions(language: str = "en") -> list[str]:
     Raises:
         UserError: for a language that is not embedded.
     """
-    _check_choices("language", [language], LANGUAGES)
+    check_choices("language", [language], LANGUAGES)
     return [concept.names[language] for concept in concepts()]
 
 
@@ -121,7 +121,7 @@ def emoji_tiles(vendor: str) -> np.ndarray:
     """
     from PIL import Image
 
-    _check_choices("vendor", [vendor], VENDORS)
+    check_choices("vendor", [vendor], VENDORS)
     with Image.open(DATA_FOLDER / "emoji" / vendor / "tiles.webp") as sheet:
         pixels = np.asarray(sheet.convert("RGBA"))
     rows, columns = pixels.shape[0] // TILE_PIXELS, pixels.shape[1] // TILE_PIXELS
@@ -152,8 +152,8 @@ def emoji(vendors: Sequence[str] = VENDORS, language: str = "en") -> DatasetDict
     """
     from datasets import DatasetDict
 
-    _check_choices("vendor", vendors, VENDORS)
-    _check_choices("language", [language], LANGUAGES)
+    check_choices("vendor", vendors, VENDORS)
+    check_choices("language", [language], LANGUAGES)
     tiles = {vendor: flatten_tiles(emoji_tiles(vendor)) for vendor in vendors}
     return DatasetDict(
         {
@@ -282,7 +282,12 @@ def _encode_netpbm(pixels: np.ndarray) -> bytes:
     return magic + f" {width} {height} 255\n".encode() + pixels.tobytes()
 
 
-def _check_choices(what: str, given: Sequence[Any], available: tuple[str, ...]) -> None:
+def check_choices(what: str, given: Sequence[Any], available: tuple[str, ...]) -> None:
+    """Make sure that what is chosen is there.
+
+    Raises:
+        UserError: It is not, or nothing is chosen.
+    """
     if isinstance(given, str):
         raise UserError(f"{what}s must be a list, not the string {given!r}; write ({given!r},)")
     unknown = [value for value in given if value not in available]

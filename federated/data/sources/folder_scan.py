@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -99,8 +99,7 @@ def scan_folder(path: Path | str, *, allow_outside: bool = False) -> FolderScan:
     if missing := [str(root / split) for split in SPLITS if split not in {*there, "val"}]:
         problems.append(
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; lay images out as "
-            f"{root}/{{train,val,test}}/<class>/*, or split a <class>/* folder with: "
-            "fedlora data prepare TARGET --from FLAT"
+            f"{root}/{{train,val,test}}/<class>/*, {_where_images_are(root)}"
         )
     for split in there:
         folder = root / split
@@ -125,6 +124,16 @@ def scan_folder(path: Path | str, *, allow_outside: bool = False) -> FolderScan:
             ignored.append(entry)
     problems.extend(_class_differences(root, files))
     return FolderScan(files, tuple(ignored), tuple(problems))
+
+
+def _where_images_are(root: Path) -> str:
+    """Say what to do with the images that lie elsewhere below a folder."""
+    folders = sorted((path for path in root.rglob("*") if path.is_dir()), key=lambda path: len(path.parts))
+    if inner := next((f for f in folders if (f / "train").is_dir() and (f / "test").is_dir()), None):
+        return f"or give {inner}, which has train/ and test/"
+    parents = [file.parent.parent for folder in folders for file in folder.iterdir() if _is_image(file)]
+    flat = max(sorted(set(parents)), key=parents.count, default=Path("FLAT"))
+    return f"or split a <class>/* folder with: fedlora data prepare TARGET --from {flat}"
 
 
 @dataclass(frozen=True)
@@ -253,7 +262,7 @@ class Look:
     has_more_frames: bool
 
 
-def look_at(path: Path) -> Look:
+def look_at(path: Path | BinaryIO) -> Look:
     """Decode an image file.
 
     Raises:
@@ -271,13 +280,19 @@ def look_at(path: Path) -> Look:
     )
 
 
-def look_at_all(images: Sequence[Path], corrupt: list[tuple[Path, str]], report: Report) -> dict[Path, Look]:
+def look_at_all(
+    images: Sequence[Path],
+    corrupt: list[tuple[Path, str]],
+    report: Report,
+    content_of: Callable[[Path], Path | BinaryIO] = lambda image: image,
+) -> dict[Path, Look]:
     """Decode image files.
 
     Args:
         images: the files.
         corrupt: gets (file, why it cannot be decoded).
         report: told about the progress, after each image.
+        content_of: image -> what to read, for images that are no files of their own.
 
     Returns:
         Image -> what it shows, without the corrupt ones.
@@ -285,7 +300,7 @@ def look_at_all(images: Sequence[Path], corrupt: list[tuple[Path, str]], report:
     looks = {}
     for number, image in enumerate(images, start=1):
         try:
-            looks[image] = look_at(image)
+            looks[image] = look_at(content_of(image))
         except DECODE_ERRORS as error:
             corrupt.append((image, str(error) or type(error).__name__))
         report(number, len(images))

@@ -29,7 +29,9 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class FederatedData:
-    """Train, validation and test rows, and what their columns mean.
+    """Train, validation and test rows as the source gives them, and what some columns mean.
+
+    Columns beside those named here are carried along: a task names what it reads (``Task.reads``).
 
     Attributes:
         train: the rows that are partitioned over clients.
@@ -37,10 +39,10 @@ class FederatedData:
         test: the server's rows for reported results.
         class_names: names in order of the label numbers; None without labels.
         label_column: the class number, 0 to len(class_names) - 1.
-        image_column: the image (``datasets.Image``).
+        image_column: the image (``datasets.Image``) that CLIP reads.
         caption_column: the text that goes with the image.
-        domain_column: where an image comes from (vendor, hospital ...), for natural partitions.
-        name: the source.
+        domain_column: where a row comes from (vendor, hospital ...), for natural partitions.
+        name: the source; ``load_data`` fills it in.
         concept_column: rows of equal value show the same thing: positives of each other in retrieval, and
             kept together when rows are split.
         picture_column: likewise rows of the same picture, one for each of its captions; a picture is in the
@@ -52,12 +54,12 @@ class FederatedData:
     train: Dataset
     validation: Dataset | None
     test: Dataset
-    class_names: tuple[str, ...] | None
-    label_column: str | None
-    image_column: str
-    caption_column: str | None
-    domain_column: str | None
-    name: str
+    class_names: tuple[str, ...] | None = None
+    label_column: str | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    domain_column: str | None = None
+    name: str = ""
     concept_column: str | None = None
     picture_column: str | None = None
     num_skipped: int = 0

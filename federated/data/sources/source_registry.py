@@ -18,9 +18,12 @@ from federated.data.names import listed
 from federated.data.pictures import PICTURE, with_pictures
 from federated.data.sources import embedded
 from federated.data.sources.csv_source import csv
+from federated.data.sources.easy_vqa_source import easy_vqa
+from federated.data.sources.emoji_scenes import emoji_vqa
 from federated.data.sources.folder_scan import ClassFiles, scan_folder
 from federated.data.sources.form import FederatedData, image_dataset, readable_images, split_off
 from federated.data.sources.hub_source import hub
+from federated.data.sources.question_csv import vqa_csv
 from models.errors import UserError
 from models.registration import registering
 
@@ -186,6 +189,9 @@ SOURCES: dict[str, Source] = {
     "imagefolder": imagefolder,
     "csv": csv,
     "hub": hub,
+    "easy_vqa": easy_vqa,
+    "emoji_vqa": emoji_vqa,
+    "vqa_csv": vqa_csv,
 }
 """Name -> function (rng, **options) -> FederatedData."""
 
