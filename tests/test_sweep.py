@@ -280,7 +280,7 @@ def test_a_rate_is_tuned_on_the_validation_rows_of_real_runs(
         "--tune", "client.learning_rate=[1e-9,5e-3]", "--seeds", "2",
     )  # fmt: skip
     assert code == 0, err
-    assert "s: chose client.learning_rate=0.005" in out
+    assert "s: chose client.learning_rate=5e-3" in out
 
 
 def test_a_combination_that_cannot_be_run_ends_the_command_before_any_run(

@@ -24,15 +24,15 @@ TASK_NAMES = ("classification", "zero_shot", "retrieval")
 MODEL_FAMILIES = ("clip",)
 """What ``federated.rounds.families`` holds, likewise."""
 
+ADAPTED = "_lora"
+"""Ends ``model.type`` where adapters train."""
+
 MAY_CHANGE = "may_change"
 """Mark of keys that may differ when a run goes on: they change no round, or no round that is done."""
 ON_RESUME: dict[str, Any] = {MAY_CHANGE: "resume"}
 ON_FORK: dict[str, Any] = {MAY_CHANGE: "fork"}
 """Marks: of keys that say how rounds are computed, or how many; of keys that rounds to come may have of their
 own, in a branch that says so."""
-
-ADAPTED = "_lora"
-"""Ends ``model.type`` where adapters train."""
 
 
 class ModelSection(Section):
@@ -155,7 +155,7 @@ class FederationSection(Section):
     worker is ended then; without workers a running client ends late."""
     keep_best: bool = True
     """Keep the best round's adapter in ``adapter_best/``; the server's test rows choose, so flatter it."""
-    early_stopping: EarlyStoppingSection = EarlyStoppingSection()
+    early_stopping: EarlyStoppingSection = Field(EarlyStoppingSection(), json_schema_extra=ON_RESUME)
 
 
 class ClientSection(Section):
@@ -323,6 +323,9 @@ class OutputSection(Section):
     """How many of the newest commits stay; ``fedlora fork --at ROUND`` needs the one of that round."""
     report: bool = Field(True, json_schema_extra=ON_RESUME)
     """Draw ``report.html`` and ``plots/`` at the end, in some seconds; ``fedlora report`` does it later."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where each round's numbers go beside ``metrics.jsonl``: TensorBoard events in the run folder, Weights &
+    Biases, MLflow. Environment variables of the latter two say where, and whether they are offline."""
 
 
 class ExperimentConfig(Section):
@@ -341,7 +344,7 @@ class ExperimentConfig(Section):
     aggregation: AggregationSection = AggregationSection()
     communication: CommunicationSection = CommunicationSection()
     evaluation: EvaluationSection = Field(EvaluationSection(), json_schema_extra=ON_FORK)
-    faults: FaultsSection = FaultsSection()
+    faults: FaultsSection = Field(FaultsSection(), json_schema_extra=ON_FORK)
     clock: ClockSection | None = None
     """Simulated time; none when not given."""
     cache: CacheSection = Field(CacheSection(), json_schema_extra=ON_RESUME)

@@ -15,9 +15,11 @@ from federated.config.schema import ExperimentConfig
 from federated.engines.batched_clients import batched_clients
 from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.engines.workers import check_workers
+from federated.results.callbacks import Callback, Followers
 from federated.results.console import RunDisplay
 from federated.results.run_folder import RunFolder
 from federated.results.run_place import check_free, run_path
+from federated.results.trackers import check_trackers, tracked
 from federated.rounds.client import client_app
 from federated.rounds.learnable import check_can_learn
 from federated.rounds.local_training import train_locally
@@ -28,7 +30,11 @@ from federated.rounds.server import serve
 
 
 def run_experiment(
-    config: ExperimentConfig, *, overwrite: bool = False, display: RunDisplay | None = None
+    config: ExperimentConfig,
+    *,
+    overwrite: bool = False,
+    display: RunDisplay | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Path:
     """Run a configuration from start to report.
 
@@ -36,6 +42,7 @@ def run_experiment(
         config: The run.
         overwrite: Replace an earlier run's folder of the same name.
         display: Shows progress.
+        callbacks: Told of each round and of the end.
 
     Returns:
         The run folder.
@@ -47,11 +54,12 @@ def run_experiment(
     with limited_threads(config.engine.threads):
         check_workers(config.engine.workers)
         check_free(path, overwrite=overwrite)
+        check_trackers(config.output.trackers)
         run = build_run(config)
         check_can_learn(run)
         with contextlib.closing(RunFolder(path, config, overwrite=overwrite)) as folder:
             save_clients_rows(run, folder.path / "partition.json")
-            _simulate(run, folder, display)
+            _simulate(run, folder, display, callbacks=callbacks)
     return path
 
 
@@ -76,6 +84,7 @@ def resume_experiment(
         resumption = read_resumption(path, overrides)
         with limited_threads(resumption.config.engine.threads):
             check_workers(resumption.config.engine.workers)
+            check_trackers(resumption.config.output.trackers)
             _simulate(build_run(resumption.config), folder, display, resumption)
     return path
 
@@ -110,6 +119,7 @@ def fork_experiment(
     resumption = check_fork(source, server_round, config)
     with limited_threads(config.engine.threads):
         check_workers(config.engine.workers)
+        check_trackers(config.output.trackers)
         run = build_run(config)
         with contextlib.closing(RunFolder(path, config)) as folder:
             _simulate(run, folder, display, copy_past(source, path, resumption))
@@ -117,7 +127,11 @@ def fork_experiment(
 
 
 def _simulate(
-    run: Run, folder: RunFolder, display: RunDisplay | None, resumption: Resumption | None = None
+    run: Run,
+    folder: RunFolder,
+    display: RunDisplay | None,
+    resumption: Resumption | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> None:
     """Play the rounds of a run, or those that are left, with all clients in this process."""
     logging.getLogger("flwr").setLevel(logging.WARNING)
@@ -133,8 +147,14 @@ def _simulate(
     if workers > 1:
         run.reader.read_before_forking()  # once here, not in each worker
     clients = {client_id: node_id_of(client_id) for client_id in range(run.num_clients)}
-    with contextlib.closing(grid), display if display is not None else contextlib.nullcontext():
-        serve(grid, run, clients, folder, display, states=grid, resumption=resumption)
+    settings = run.config.model_dump(mode="json")
+    with (
+        contextlib.closing(grid),
+        display if display is not None else contextlib.nullcontext(),
+        tracked(run.config.output.trackers, folder.path, settings) as trackers,
+    ):
+        followers = Followers(display, [*trackers, *callbacks])
+        followers.run_done(serve(grid, run, clients, folder, followers, states=grid, resumption=resumption))
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def _rows_digest(rows: Dataset, image_column: str | None) -> str:
     others = [name for name in rows.column_names if name != image_column]
     for start in range(0, len(rows), _BATCH):
         batch = table[start : start + _BATCH]
-        for image in [] if image_column is None else batch[image_column].to_pylist():
+        for image in batch[image_column].to_pylist() if image_column is not None else ():
             digest.update(_image_digest(image))
         values = [batch[name].to_pylist() for name in others]
         digest.update(json.dumps(values, default=str).encode())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from federated.communication.ledger import Ledger
+from federated.results.callbacks import Display
 from federated.results.run_folder import LEDGER_FILE, RunFolder
 from federated.rounds.checkpoint import (
     Origin,
@@ -28,22 +28,6 @@ from federated.rounds.saving import save_adapter
 from federated.rounds.strategy import LoRAStrategy
 from models.errors import UserError
 from models.files import errors_named
-
-
-class Display(Protocol):
-    """What ``serve`` tells whoever watches; ``federated.results.console.RunDisplay`` is one."""
-
-    def run_started(self, num_rounds: int, *, headline_metric: str, notes: Sequence[str]) -> None:
-        """The run begins; the notes say what is cached and what is not."""
-
-    def rounds_before(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """The run goes on after these lines of ``metrics.jsonl``."""
-
-    def round_started(self, server_round: int, cohort_size: int, phase: str) -> None:
-        """Messages of a round are about to be sent."""
-
-    def round_done(self, metrics: Mapping[str, Any]) -> None:
-        """A round's line of ``metrics.jsonl``."""
 
 
 @dataclass

@@ -11,8 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,25 @@ from flwr.serverapp import Grid, ServerApp
 
 from federated.communication.ledger import Ledger
 from federated.communication.savings import Bandwidth, communication_summary
-from federated.config.seeding import generator
-from federated.methods import Limits
+from federated.results.callbacks import Display, Followers
 from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines
 from federated.results.run_folder import RunFolder, peak_memory_bytes
+from federated.results.trackers import check_trackers, tracked
 from federated.rounds.batches import accuracy_by_class
 from federated.rounds.checkpoint import Origin
 from federated.rounds.client_identities import ask_client_ids
-from federated.rounds.client_ranks import mixed_ranks, rank_of, scaling_at
 from federated.rounds.client_store import ClientStates
-from federated.rounds.conditions import Conditions, EarlyEnd, conditions_of
+from federated.rounds.conditions import EarlyEnd, conditions_of
 from federated.rounds.fingerprints import fingerprints
 from federated.rounds.global_model import (
-    bring_base_up_to_date,
     global_metrics,
 )
 from federated.rounds.learnable import check_can_learn
-from federated.rounds.replies import ShardSizes
 from federated.rounds.resumption import Resumption, lost_transfers
 from federated.rounds.run import Run
-from federated.rounds.run_in_progress import Display, Served, commit, go_on, save_global, write_ledger
+from federated.rounds.run_in_progress import Served, commit, go_on, save_global, write_ledger
+from federated.rounds.run_strategy import build_strategy
 from federated.rounds.saving import model_sizes, parameter_counts, save_clients_rows
-from federated.rounds.strategy import LoRAStrategy, Ranks
 from models.errors import UserError
 from models.interrupts import unstoppable
 
@@ -79,14 +75,14 @@ def serve(
     client_of = {node_id: client_id for client_id, node_id in clients.items()}
     run.reset()
     conditions = conditions_of(run)
-    strategy = build_strategy(run, clients, display, conditions)
+    on_broadcast = None if display is None else display.round_started
     served = Served(
-        run=run,
-        strategy=strategy,
-        folder=folder,
-        ledger=Ledger() if ledger is None else ledger,
-        display=display,
-        conditions=conditions,
+        run,
+        build_strategy(run, clients, on_broadcast, conditions),
+        folder,
+        Ledger() if ledger is None else ledger,
+        display,
+        conditions,
         origin=Origin(config.model_dump(mode="json"), fingerprints(run)),
         states=states,
         parts=conditions.parts(),
@@ -101,95 +97,35 @@ def serve(
         )
         if served.lines:
             display.rounds_before(served.lines)
+    with contextlib.suppress(EarlyEnd):
+        play_rounds(served, grid, client_of.__getitem__)
+    return finish(served)
+
+
+def play_rounds(served: Served, grid: Grid, client_of: Callable[[int], int]) -> None:
+    """Let Flower's loop run the rounds that are left.
+
+    Raises:
+        EarlyEnd: The run is to end before its last round; the round is closed.
+    """
+    strategy, federation = served.strategy, served.run.config.federation
+    under, done = served.conditions, served.strategy.rounds_before
+    if done and under.reason_to_end(strategy.server_state, done) is not None:
+        return  # the attempt before had only its results to write
     try:
-        play_rounds(served, grid, client_of)
+        strategy.start(
+            under.metered(grid, served.ledger, client_of, strategy.num_values),
+            initial_arrays=strategy.packed_state(),
+            num_rounds=federation.rounds - done,
+            timeout=federation.timeout_seconds,
+            evaluate_fn=lambda server_round, _: close_round(served, server_round),
+        )
+    except EarlyEnd:
+        raise
     except BaseException:
         with contextlib.suppress(UserError):
             write_ledger(served)  # what was sent in a round that did not end was paid for
         raise
-    return finish(served)
-
-
-def play_rounds(served: Served, grid: Grid, client_of: Mapping[int, int]) -> None:
-    """Let Flower play the rounds that are left, until the last one or an early end."""
-    strategy, under, settings = served.strategy, served.conditions, served.run.config.federation
-    before = strategy.rounds_before
-    if before and under.reason_to_end(strategy.server_state, before) is not None:
-        return
-    with contextlib.suppress(EarlyEnd):
-        strategy.start(
-            under.metered(grid, served.ledger, client_of.__getitem__, strategy.num_values),
-            initial_arrays=strategy.packed_state(),
-            num_rounds=settings.rounds - before,
-            timeout=settings.timeout_seconds,
-            evaluate_fn=lambda server_round, _: close_round(served, server_round),
-        )
-
-
-def build_strategy(
-    run: Run,
-    clients: Mapping[int, int],
-    display: Display | None = None,
-    conditions: Conditions | None = None,
-) -> LoRAStrategy:
-    """Return the strategy of a run, before round 1.
-
-    Args:
-        run: Model, data and settings.
-        clients: Node id of each client id.
-        display: Told when messages go out.
-        conditions: That the run is under; None: those of its configuration.
-    """
-    config, under = run.config, conditions or conditions_of(run)
-
-    def before_broadcast(server_round: int, num_clients: int, phase: str) -> None:
-        # clients simulated in this process then find the base as it is sent to them, whatever their order
-        bring_base_up_to_date(run, strategy.server_state)
-        if display is not None:
-            display.round_started(server_round, num_clients, phase)
-
-    def evaluates(server_round: int) -> list[int]:
-        is_last = under.reason_to_end(strategy.server_state, server_round) is not None
-        return evaluating_clients(run, server_round, is_last=is_last)
-
-    strategy = LoRAStrategy(
-        aggregator=run.aggregator,
-        server_state=run.initial_server_state,
-        clients=clients,
-        seed=config.seed,
-        cohort_size=config.cohort_size,
-        uplink=run.clients.uplink,
-        downlink=run.clients.downlink,
-        ranks=Ranks(partial(rank_of, run), partial(scaling_at, run)) if mixed_ranks(run) else Ranks(),
-        limits=Limits(config.aggregation.max_update_ratio, config.aggregation.max_examples_ratio),
-        shard_sizes=ShardSizes(run.num_examples, lambda client_id: len(run.shards[client_id].test)),
-        error_every=config.evaluation.aggregation_error_every,
-        fault_of=under.faults.of,
-        reachable=under.is_reachable,
-        evaluates=evaluates,
-        on_broadcast=before_broadcast,
-    )
-    return strategy
-
-
-def evaluating_clients(run: Run, server_round: int, *, is_last: bool = False) -> list[int]:
-    """Return the clients that evaluate after a round: all of them, or a seeded sample of ``max_clients``.
-
-    Args:
-        run: The run.
-        server_round: The round.
-        is_last: Whether the run ends early, after this round.
-    """
-    settings, rounds = run.config.evaluation, run.config.federation.rounds
-    is_last = is_last or server_round == rounds
-    due = is_last or (settings.clients_every and server_round % settings.clients_every == 0)
-    if not settings.clients or not due:
-        return []
-    clients = [i for i in range(run.num_clients) if len(run.shards[i].test)]
-    if len(clients) <= settings.max_clients:
-        return clients
-    rng = generator(run.config.seed, "evaluation", server_round)
-    return sorted(int(i) for i in rng.choice(clients, size=settings.max_clients, replace=False))
 
 
 def close_round(served: Served, server_round: int) -> MetricRecord | None:
@@ -299,12 +235,17 @@ def server_app(run: Run) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         check_can_learn(run)
         config = run.config
+        check_trackers(config.output.trackers)
         timeout, ledger = config.federation.timeout_seconds, Ledger()
         clients = ask_client_ids(grid, run.num_clients, ledger, timeout=timeout)
         name = str(context.run_config.get("run-dir") or "")
         path = Path(name) if name else Path(config.output.root) / f"{config.output.name}-{context.run_id}"
-        with contextlib.closing(RunFolder(path, config)) as folder:
+        with (
+            contextlib.closing(RunFolder(path, config)) as folder,
+            tracked(config.output.trackers, path, config.model_dump(mode="json")) as trackers,
+        ):
             save_clients_rows(run, folder.path / "partition.json")
-            serve(grid, run, clients, folder, ledger=ledger)
+            followers = Followers(None, trackers)
+            followers.run_done(serve(grid, run, clients, folder, followers, ledger=ledger))
 
     return app

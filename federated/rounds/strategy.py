@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -168,20 +169,16 @@ class LoRAStrategy(Strategy):
         self.server_state = after
         failed = self.record.failed + [Failure(client_id, reason) for client_id, reason in refused]
         failed.sort(key=lambda failure: failure.client_id)
-        self.record.failed = [self._with_fault(failure) for failure in failed]
+        struck = partial(self._fault_of, self.record.server_round)  # none strikes who was sent nothing
+        self.record.failed = [
+            replace(f, fault=struck(f.client_id)) if f.client_id in self._sent else f for f in failed
+        ]
         if not accepted:
             self.record.skipped = True
             return None, None
         of_client = {reply.update.client_id: reply for reply in read}
         self._close(before, accepted, [of_client[update.client_id] for update in accepted])
         return self.packed_state(), MetricRecord(dict(self.record.metrics))
-
-    def _with_fault(self, failure: Failure) -> Failure:
-        """Name the fault that struck a client on purpose; none strikes who was sent nothing."""
-        client_id = failure.client_id
-        if client_id not in self._sent:
-            return failure
-        return replace(failure, fault=self._fault_of(self.record.server_round, client_id))
 
     def _close(
         self, before: ServerState, accepted: Sequence[Update], replies: Sequence[TrainingReply]
@@ -278,7 +275,9 @@ class LoRAStrategy(Strategy):
         self._sent_version = self.server_state.server_round
         self._sent.clear()
         self._starts.clear()
-        client_ids = [client_id for client_id in client_ids if self._is_reachable(server_round, client_id)]
+        reached = [client_id for client_id in client_ids if self._reachable(server_round, client_id)]
+        self.record.name_unreached(sorted(set(client_ids) - set(reached)))
+        client_ids = reached
         if client_ids:
             self._on_broadcast(server_round, len(client_ids), message_type)
         if self.held is not None:
@@ -298,14 +297,6 @@ class LoRAStrategy(Strategy):
                 config = cast(Mapping[str, int], contents[key][CONFIG])
                 self.held.sent(client_id, unpack_downlink(values, config))
         return messages
-
-    def _is_reachable(self, server_round: int, client_id: int) -> bool:
-        """Whether a client can be reached in a round; one that cannot is named, once."""
-        reachable = self._reachable(server_round, client_id)
-        failure = Failure(client_id, "it could not be reached (clock.availability); nothing was sent")
-        if not reachable and failure not in self.record.failed:
-            self.record.failed.append(failure)
-        return reachable
 
     def _downlink_content(self, server_round: int, profile: ClientProfile, message_type: str) -> RecordDict:
         downlink = self.aggregator.downlink(self.server_state, profile)

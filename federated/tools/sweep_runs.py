@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -116,10 +117,16 @@ def _has_ended(run: PlannedRun) -> bool:
 
 
 def _is_same(run: PlannedRun) -> bool:
+    path = run.folder / "config.yaml"
     try:
-        return fingerprint(load_config(run.folder / "config.yaml")) == fingerprint(run.config)
-    except UserError:  # of another version, or damaged
+        return _fingerprint_in(path, path.stat().st_mtime_ns) == fingerprint(run.config)
+    except (UserError, OSError):  # of another version, damaged, or not there
         return False
+
+
+@functools.cache  # a file that changed since is read again
+def _fingerprint_in(path: Path, changed_ns: int) -> str:
+    return fingerprint(load_config(path))
 
 
 def _check_settled(study: Study, *, overwrite: bool) -> None:
