@@ -135,7 +135,7 @@ class PartitionSection(Section):
 class EarlyStoppingSection(Section):
     """When training ends before its last epoch or round: the validation split decides."""
 
-    patience: int | None = Field(None, ge=1)
+    patience: int | None = Field(None, ge=1, json_schema_extra=ON_RESUME)
     """Evaluations without an improvement after which training stops; never before the end when not given."""
     metric: str | None = None
     """Metric of the validation split; the task's headline metric when not given. A loss is better lower."""

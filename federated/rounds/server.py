@@ -25,9 +25,7 @@ from federated.results.round_record import SCORED_BY, RoundRecord, best_value, c
 from federated.results.run_folder import RunFolder, peak_memory_bytes
 from federated.results.trackers import check_trackers, tracked
 from federated.rounds.batches import accuracy_by_class
-from federated.rounds.checkpoint import (
-    Origin,
-)
+from federated.rounds.checkpoint import Origin
 from federated.rounds.client_identities import ask_client_ids
 from federated.rounds.client_store import ClientStates
 from federated.rounds.conditions import EarlyEnd, conditions_of
@@ -104,11 +102,14 @@ def play_rounds(served: Served, grid: Grid, client_of: Callable[[int], int]) -> 
         EarlyEnd: The run is to end before its last round; the round is closed.
     """
     strategy, federation = served.strategy, served.run.config.federation
+    under, done = served.conditions, served.strategy.rounds_before
+    if done and under.reason_to_end(strategy.server_state, done) is not None:
+        return  # the attempt before had only its results to write
     try:
         strategy.start(
-            served.conditions.metered(grid, served.ledger, client_of, strategy.num_values),
+            under.metered(grid, served.ledger, client_of, strategy.num_values),
             initial_arrays=strategy.packed_state(),
-            num_rounds=federation.rounds - strategy.rounds_before,
+            num_rounds=federation.rounds - done,
             timeout=federation.timeout_seconds,
             evaluate_fn=lambda server_round, _: close_round(served, server_round),
         )

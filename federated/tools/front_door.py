@@ -135,14 +135,8 @@ def run(
 
     load_plugins(plugins)
     loaded = config_from(config, **sections)
-    return RunResult(
-        run_experiment(
-            loaded,
-            overwrite=overwrite,
-            display=_display() if show_progress else None,
-            callbacks=callbacks,
-        )
-    )
+    display = _display() if show_progress else None
+    return RunResult(run_experiment(loaded, overwrite=overwrite, display=display, callbacks=callbacks))
 
 
 def resume(folder: str | Path, *, show_progress: bool = True, **sections: Any) -> RunResult:
