@@ -21,6 +21,7 @@ from federated.results.plot_style import save_figure
 from federated.results.records import RunRecord, read_run
 from federated.results.round_record import curve_lines
 from federated.results.run_kind import FEDERATED
+from federated.results.run_outcome import parse_target
 from federated.results.run_settings import ALPHA, differing_settings, method_of, settings_of
 from federated.results.tables import TextTable
 from federated.results.time_plot import TIME, metric_by_time
@@ -126,23 +127,24 @@ class Comparison:
     runs: list[RunRecord] = field(repr=False)
 
 
-def compare_runs(run_dirs: Sequence[str | Path], *, target: float | None = None) -> Comparison:
+def compare_runs(run_dirs: Sequence[str | Path], *, target: float | str | None = None) -> Comparison:
     """Return one row a run, in the order given, and in what the runs differ.
 
     Args:
         run_dirs: run folders. One that cannot be read, or has another headline metric than most, is left out.
-        target: value of the headline metric for ``wire_bytes_to_target``; by default the best value that
-            every run reached.
+        target: value of the headline metric for ``wire_bytes_to_target``, as ``parse_target`` reads it; by
+            default the best value that every run reached.
 
     Raises:
-        UserError: no folder is given, or none can be compared.
+        UserError: no folder is given, none can be compared, or the target is no value.
     """
     runs, left_out = _read(run_dirs)
     bests, names = [run.headline["best"] for run in runs], _names(runs)
-    if target is None and all(best is not None for best in bests):
-        target = min(bests)
+    goal = None if target is None else parse_target(target, runs[0].metric)
+    if goal is None and all(best is not None for best in bests):
+        goal = min(bests)
     rows = [
-        _row(run, name, target, settings)
+        _row(run, name, goal, settings)
         for run, name, settings in zip(runs, names, differing_settings(runs), strict=True)
     ]
     notes = comparison_notes(runs, names)
@@ -150,22 +152,8 @@ def compare_runs(run_dirs: Sequence[str | Path], *, target: float | None = None)
         notes.append(f"Unfinished, so that figures are as far as the run went: {', '.join(unfinished)}.")
     if any(row.wire_bytes for row in rows):
         reached = any(row.wire_bytes_to_target is not None for row in rows)
-        notes.append(bytes_note(format_metric(runs[0].metric, target) if reached else None))
+        notes.append(bytes_note(format_metric(runs[0].metric, goal) if reached else None))
     return Comparison(rows, notes, left_out, runs)
-
-
-def parse_target(text: str) -> float:
-    """Return the value that a target means: ``0.65``, ``65 %`` and ``65%`` are the same.
-
-    Raises:
-        UserError: it is no number.
-    """
-    number = text.strip()
-    percent = number.endswith("%")
-    try:
-        return float(number.removesuffix("%")) / (100 if percent else 1)
-    except ValueError as error:
-        raise UserError(f"--target {text!r} is no number: give a share such as 0.65, or 65%") from error
 
 
 def write_comparison(comparison: Comparison, out_dir: str | Path) -> Path:
