@@ -23,8 +23,10 @@ from rich.text import Text
 
 from federated.commands import data, exporting, inference, status, train_and_evaluate
 from federated.commands.importing import PluginsOption, modules_that_stay
+from federated.commands.verbosity import add_verbosity, usual_verbosity
 from federated.config.plugins import load_plugins, plugins_at_fault
 from models.errors import ROUND_FAILURE, UserError, printable
+from models.progress import is_quiet
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,11 +90,13 @@ def run(
         load_plugins(plugin or ())
     loaded = load_config(config, overrides or [])
     console = lasting_console()
-    with _failures_shown_once():
-        folder = run_experiment(loaded, overwrite=overwrite, display=RunDisplay(console))
+    with _failures_shown_once(), RunDisplay(console) as display:
+        folder = run_experiment(loaded, overwrite=overwrite, display=display)
     record = read_run(folder)
     print_results(console, record.metrics, record.summary, record.ledger)
     print_where(console, folder)
+    if is_quiet():
+        typer.echo(str(folder))
     _print_skipped(console, record.metrics, folder)
 
 
@@ -159,6 +163,7 @@ app.command()(status.status)
 inference.register(app)
 app.command()(exporting.export)
 app.add_typer(data.app, name="data")
+add_verbosity(app)
 
 
 @contextlib.contextmanager
@@ -203,14 +208,13 @@ def _print_skipped(console: Console, metrics: Sequence[Mapping[str, Any]], folde
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command; ends with exit code 2 on bad input."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that a terminal cannot show ends nothing
             stream.reconfigure(errors="replace")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    usual_verbosity()
     try:
         with plugins_at_fault():
-            app(args=None if arguments is None else list(arguments))
+            app(args=None if arguments is None else list(arguments), prog_name="fedlora")
     except (UserError, OSError) as error:  # of the latter: a name that is too long, a full disk, ...
         message = Text.assemble(("error:", "bold red"), f" {printable(str(error))}")
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)

@@ -10,12 +10,16 @@ from typing import TextIO
 
 from rich.console import Console
 
+from models.progress import is_quiet
+
 log = logging.getLogger(__name__)
 
 
 def lasting_console() -> Console:
     """Return a console on standard output for work whose results are in files: it goes on without output."""
-    return Console() if sys.stdout is None else Console(file=_Lasting(sys.stdout))
+    if sys.stdout is None:
+        return Console(quiet=is_quiet())
+    return Console(file=_Lasting(sys.stdout), quiet=is_quiet())
 
 
 class _Lasting(io.TextIOBase, TextIO):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import io
 import json
@@ -162,7 +163,8 @@ def run(
         from federated.results.lasting_console import lasting_console
 
         display = RunDisplay(lasting_console())
-    return RunResult(run_experiment(loaded, overwrite=overwrite, display=display))
+    with contextlib.nullcontext() if display is None else display:
+        return RunResult(run_experiment(loaded, overwrite=overwrite, display=display))
 
 
 def open_run(folder: str | Path) -> RunResult:
