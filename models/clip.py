@@ -80,6 +80,7 @@ class FederatedCLIPModel(AdapterVerbs, FederatedModel):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        cache_dir: str | None = None,
     ) -> None:
         """Load the CLIP, start the head from the class names, and freeze what does not train.
 
@@ -95,6 +96,7 @@ class FederatedCLIPModel(AdapterVerbs, FederatedModel):
             device: Where the model runs.
             dtype: Of the CLIP's weights; the head stays float32.
             seed: Of whatever starts random.
+            cache_dir: Where downloads are kept; the hub's own folder if left out.
 
         Raises:
             UserError: An argument is unknown or contradicts another.
@@ -103,7 +105,9 @@ class FederatedCLIPModel(AdapterVerbs, FederatedModel):
         check_choice("task", task, TASKS)
         check_choice("strategy", strategy, STRATEGIES)
         check_classes(num_classes, class_names, templates)
-        loaded = load_clip(model_name, pretrained=pretrained, device=device, dtype=dtype, seed=seed)
+        loaded = load_clip(
+            model_name, pretrained=pretrained, device=device, dtype=dtype, seed=seed, cache_dir=cache_dir
+        )
         self.clip = loaded.clip
         self.towers, self.tokenize, self.preprocess = loaded.towers, loaded.tokenize, loaded.preprocess
         self.image_size, self.embedding_dim = loaded.image_size, loaded.embedding_dim

@@ -89,6 +89,7 @@ def load_clip(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    cache_dir: str | None = None,
 ) -> LoadedCLIP:
     """Load or construct a CLIP model.
 
@@ -98,6 +99,7 @@ def load_clip(
         device: Where the module goes. "meta" with pretrained=False allocates nothing.
         dtype: Of the weights.
         seed: Of the random weights; the global generator is left as it was.
+        cache_dir: Where downloads are kept and looked for; the hub's own folder if left out.
 
     Returns:
         The model, in eval mode, with its tokenizer and image processor.
@@ -106,22 +108,31 @@ def load_clip(
         UserError: The model is not where its name says, cannot be reached, or is no CLIP.
     """
     if model_name.startswith(OPEN_CLIP_PREFIX):
-        return load_open_clip(model_name, pretrained=pretrained, device=device, dtype=dtype, seed=seed)
+        return load_open_clip(
+            model_name, pretrained=pretrained, device=device, dtype=dtype, seed=seed, cache_dir=cache_dir
+        )
     source = _source(model_name)
     clip: Any
     if pretrained:
-        clip = _pretrained(model_name, source)
+        clip = _pretrained(model_name, source, cache_dir)
     else:
-        config = _config(model_name, source)
+        config = _config(model_name, source, cache_dir)
         clip = seeded_construction(lambda: CLIPModel(config), seed=seed, device=device)
     clip = clip.to(device=device, dtype=dtype).eval()
     image_size = int(clip.config.vision_config.image_size)
     settings = read_image_settings(
-        model_name, source, image_size, pretrained=pretrained, local_only=pretrained and _local_only(source)
+        model_name,
+        source,
+        image_size,
+        pretrained=pretrained,
+        local_only=pretrained and _local_only(source),
+        cache_dir=cache_dir,
     )
     return LoadedCLIP(
         clip=clip,
-        tokenize=HubTokenizer(model_name, source, clip.config.text_config, local_only=_local_only),
+        tokenize=HubTokenizer(
+            model_name, source, clip.config.text_config, local_only=_local_only, cache_dir=cache_dir
+        ),
         preprocess=ImageProcessor.from_settings(settings),
         encode_image=_encode_image,
         encode_text=_encode_text,
@@ -220,12 +231,12 @@ def without_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _pretrained(model_name: str, source: str) -> CLIPModel:
+def _pretrained(model_name: str, source: str, cache_dir: str | None) -> CLIPModel:
     try:
         local_only = _local_only(source)
         with without_progress_bar() if local_only else nullcontext():
             loaded: Any = CLIPModel.from_pretrained(
-                source, output_loading_info=True, local_files_only=local_only
+                source, output_loading_info=True, local_files_only=local_only, cache_dir=cache_dir
             )
     except (SafetensorError, RuntimeError) as error:
         raise UserError(
@@ -258,11 +269,11 @@ def _unreachable(model_name: str) -> str:
     )
 
 
-def _config(model_name: str, source: str) -> CLIPConfig:
+def _config(model_name: str, source: str, cache_dir: str | None) -> CLIPConfig:
     if source in ARCHITECTURES:
         return CLIPConfig(**ARCHITECTURES[source])
     try:
-        return CLIPConfig.from_pretrained(source, local_files_only=_local_only(source))
+        return CLIPConfig.from_pretrained(source, local_files_only=_local_only(source), cache_dir=cache_dir)
     except OSError as error:
         raise UserError(
             f"model_name={model_name!r}, pretrained=false: its configuration is not on this machine and the "

@@ -30,7 +30,13 @@ class HubTokenizer:
     """Tokenizer read at first use, so that a model without text needs none."""
 
     def __init__(
-        self, model_name: str, source: str, text_config: Any, *, local_only: Callable[[str], bool]
+        self,
+        model_name: str,
+        source: str,
+        text_config: Any,
+        *,
+        local_only: Callable[[str], bool],
+        cache_dir: str | None = None,
     ) -> None:
         """Remember what to read.
 
@@ -39,9 +45,10 @@ class HubTokenizer:
             source: Folder or hub name.
             text_config: The text tower's configuration: size, end token and context length.
             local_only: Whether a source is to be looked for on this machine only.
+            cache_dir: Where downloads are kept; the hub's own folder if left out.
         """
         self.model_name, self.source = model_name, source
-        self.text_config, self.local_only = text_config, local_only
+        self.text_config, self.local_only, self.cache_dir = text_config, local_only, cache_dir
         self.context_length = int(text_config.max_position_embeddings)
         self.tokenizer: Any = None
 
@@ -79,7 +86,9 @@ class HubTokenizer:
                     "copy it from where the model comes from, or leave out class names and texts"
                 )
         try:
-            return AutoTokenizer.from_pretrained(self.source, local_files_only=self.local_only(self.source))
+            return AutoTokenizer.from_pretrained(
+                self.source, local_files_only=self.local_only(self.source), cache_dir=self.cache_dir
+            )
         except (OSError, ValueError) as error:
             if folder.is_dir():
                 raise UserError(

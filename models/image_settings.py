@@ -22,7 +22,13 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 def read_image_settings(
-    model_name: str, source: str, image_size: int, *, pretrained: bool, local_only: bool
+    model_name: str,
+    source: str,
+    image_size: int,
+    *,
+    pretrained: bool,
+    local_only: bool,
+    cache_dir: str | None = None,
 ) -> CLIPImageProcessorPil:
     """Return how a model's images are resized, cut and scaled.
 
@@ -32,6 +38,7 @@ def read_image_settings(
         image_size: Side of the vision tower's input in pixels.
         pretrained: Whether weights are loaded; random ones take CLIP's values where there is no file.
         local_only: Look on this machine only.
+        cache_dir: Where downloads are kept; the hub's own folder if left out.
 
     Raises:
         UserError: The file is missing, another model's, or does not fit the vision tower.
@@ -51,7 +58,9 @@ def read_image_settings(
     if file is not None:
         _check_kind(where, file)
     try:
-        settings = CLIPImageProcessorPil.from_pretrained(source, local_files_only=local_only)
+        settings = CLIPImageProcessorPil.from_pretrained(
+            source, local_files_only=local_only, cache_dir=cache_dir
+        )
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{where} cannot be read ({reason}); copy or fetch it again") from error

@@ -29,7 +29,13 @@ _DEFAULT_TARGETS = ("attn",)
 
 
 def load_open_clip(
-    model_name: str, *, pretrained: bool, device: str | torch.device, dtype: torch.dtype, seed: int
+    model_name: str,
+    *,
+    pretrained: bool,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    cache_dir: str | None = None,
 ) -> LoadedCLIP:
     """Load or construct an open_clip model; see `models.clip_loading.load_clip` for the arguments.
 
@@ -47,7 +53,7 @@ def load_open_clip(
     _check_architecture(architecture, open_clip.list_models())
     clip: Any
     if pretrained:
-        clip = _pretrained(open_clip, architecture, weights)
+        clip = _pretrained(open_clip, architecture, weights, cache_dir)
     else:
         clip = seeded_construction(lambda: _create(open_clip, architecture, None), seed=seed, device=device)
     clip = clip.to(device=device, dtype=dtype).eval()
@@ -85,17 +91,20 @@ def _check_architecture(architecture: str, known: Sequence[str]) -> None:
         )
 
 
-def _create(open_clip: Any, architecture: str, weights: str | None) -> nn.Module:
+def _create(
+    open_clip: Any, architecture: str, weights: str | None, cache_dir: str | None = None
+) -> nn.Module:
     return open_clip.create_model(
         architecture,
         pretrained=weights,
         device=torch.get_default_device(),
         pretrained_image=False,
         pretrained_text=False,
+        cache_dir=cache_dir,
     )
 
 
-def _pretrained(open_clip: Any, architecture: str, weights: str | None) -> nn.Module:
+def _pretrained(open_clip: Any, architecture: str, weights: str | None, cache_dir: str | None) -> nn.Module:
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if weights is None:
         raise UserError(
@@ -107,7 +116,7 @@ def _pretrained(open_clip: Any, architecture: str, weights: str | None) -> nn.Mo
             f"open_clip:{architecture}: {weights!r} is no file and no tag (tags: {', '.join(tags)})"
         )
     try:
-        return _create(open_clip, architecture, weights)
+        return _create(open_clip, architecture, weights, cache_dir)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"open_clip:{architecture}?pretrained={weights}: the weights cannot be fetched or do not fit "

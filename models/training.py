@@ -38,6 +38,7 @@ class TrainingSettings:
         micro_batch_size: Examples per forward pass, or None for the whole batch. Gradients are
             accumulated inside the step and equal those of the whole batch.
         precision: "fp32", "bf16" (autocast) or "fp16" (autocast and loss scaling, CUDA only).
+        warmup_ratio: Warm-up as a share of the local training's steps, rounded, where warmup_steps is 0.
     """
 
     learning_rate: float = 1e-3
@@ -49,6 +50,7 @@ class TrainingSettings:
     clip_norm: float | None = None
     micro_batch_size: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    warmup_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         """Reject values that would only fail, or mislead, steps later."""
@@ -56,6 +58,9 @@ class TrainingSettings:
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be 0 or more")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "must be 0 or more and below 1")
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must be 0 or more")
+        _require(
+            0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "must be 0 or more and below 1"
+        )
         if self.clip_norm is not None:
             _require(self.clip_norm > 0, "clip_norm", self.clip_norm, "must be above 0, or null")
         if self.micro_batch_size is not None:
@@ -92,15 +97,16 @@ def learning_rate_at(settings: TrainingSettings, step: int, num_steps: int) -> f
         num_steps: Steps the local training will take.
 
     Returns:
-        The rate. Warm-up rises as (step + 1) / warmup_steps to the peak; the cosine then falls
+        The rate. Warm-up rises as (step + 1) / its steps to the peak; the cosine then falls
         from the peak, in its first step, to 0 in the last of `num_steps` and stays there. A cosine
         that has one step alone takes it at the peak.
     """
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    warmup_steps = settings.warmup_steps or round(settings.warmup_ratio * num_steps)
+    if step < warmup_steps:
+        return settings.learning_rate * (step + 1) / warmup_steps
     if settings.schedule == "constant":
         return settings.learning_rate
-    progress = (step - settings.warmup_steps) / max(1, num_steps - 1 - settings.warmup_steps)
+    progress = (step - warmup_steps) / max(1, num_steps - 1 - warmup_steps)
     return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 

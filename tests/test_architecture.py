@@ -160,7 +160,8 @@ def test_the_wheel_holds_exactly_the_three_packages_and_their_data(tmp_path: Pat
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     top_level = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
     assert top_level == set(LAYERS)
-    for needed in ("federated/configs/quickstart.yaml", "models/tiny_clip/model.safetensors"):
+    weights = [f"models/{name}/model.safetensors" for name in ("tiny_clip", "tiny_mbart")]
+    for needed in ("federated/configs/quickstart.yaml", *weights):
         assert needed in names
     for folder in ("federated/data/embedded_data/", "federated/results/templates/"):
         assert any(name.startswith(folder) for name in names)

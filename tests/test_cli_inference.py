@@ -276,7 +276,7 @@ def test_skip_corrupt_names_what_is_left_out_and_predicts_the_rest(corrupt_image
         (["predict", "{run}", "{images}", "--adapter", "{adapter}"], "its own adapter"),
         (["predict", "{run}", "{images}", "--model", "tiny"], "leave --model out"),
         (["predict", "{run}", "{images}", "--device", "warp"], "device 'warp'"),
-        (["predict", "{run}", "{images}", "--output", "{tmp}/p.txt"], "--format"),
+        (["predict", "{run}", "{images}", "--output", "{tmp}/p.dat"], "--format"),
         (["predict", "{run}", "{images}", "--output", "{tmp}/missing/p.csv"], "missing is no folder"),
         (["encode", "tiny", "{images}"], "--output"),
         (["encode", "tiny", "{images}", "--output", "{tmp}/e.txt"], ".safetensors or .npy"),

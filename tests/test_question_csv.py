@@ -174,7 +174,7 @@ def test_an_impossible_validation_share_is_refused(table, share):
 
 def checked(tmp_path, lines: list[str], header: str = f"{HEADER},split", **options):
     path = write_csv(tmp_path / "all.csv", header, lines)
-    return check_table(Path(path), image_dir=str(tmp_path / "images"), **options)
+    return check_table(Path(path), options={"image_dir": str(tmp_path / "images"), **options})
 
 
 def test_the_check_counts_types_answers_lengths_and_what_is_unseen(tmp_path):
@@ -231,7 +231,7 @@ def test_data_check_reads_questions_with_options(tmp_path, capsys, table):
     assert "120 images do not exist" in error
     code, _, error = fedlora(capsys, "data", "check", table["path"], "image_dir")
     assert code == 2
-    assert "write data.options.KEY=VALUE" in error
+    assert "is no option: write data.options.KEY=VALUE" in error
     code, _, error = fedlora(capsys, "data", "check", tmp_path, "image_dir=x")
     assert code == 2
-    assert "takes no options" in error
+    assert "which has no option image_dir=x" in error

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from federated.commands.json_output import JsonOption, print_json
 from federated.data.names import MAX_NAMED, listed, names_in
 from models.errors import UserError
 from models.progress import progress_bar
@@ -40,8 +42,7 @@ def check(
     options: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Of a table: data.options.image_column=Image, or image_dir=pictures.",
+            metavar="[KEY=VALUE]...", help="For tables: data.options.label_column=kind and so on."
         ),
     ] = None,
     *,
@@ -52,6 +53,7 @@ def check(
         str,
         typer.Option("--model", help="For captions of a table: the model that reads them."),
     ] = "tiny",
+    as_json: JsonOption = False,
 ) -> None:
     """Look at every image of a folder: structure, corrupt files, class balance, doubles across splits.
 
@@ -63,34 +65,40 @@ def check(
 
     Example: fedlora data check my_images/all.csv data.options.caption_column=text
 
-    Example: fedlora data check questions.csv image_dir=pictures answer_column=reply
+    Example: fedlora data check questions.csv data.options.image_dir=pictures
     """
-    if _is_table(folder):
-        _check_table(folder, model, allow_outside=allow_outside, options=_parsed(options or []))
+    source = _kind_of(folder)
+    if source != "imagefolder":
+        given = _options_of(options or [], allow_outside=allow_outside and source == "csv")
+        _check_table(folder, source, given, model, as_json=as_json)
         return
-    if options:
-        raise UserError(
-            f"{folder} is a folder of images, which takes no options: leave {listed(options)} out"
-        )
     from federated.data.folders import check_folder
+
+    if options:
+        raise UserError(f"{folder} is a folder of images, which has no option {options[0]}; leave it out")
     from federated.results.console import print_table
     from federated.tools.result_tables import class_table, double_table
 
     with progress_bar("images") as report_progress:
         report = check_folder(folder, allow_outside=allow_outside, report=report_progress)
-    console = Console()
-    if report.counts:
-        print_table(console, class_table(report.counts), f"Images in {folder}")
-    if report.leaks:
-        print_table(console, double_table(report), "In more than one split: test results would be too good")
-    if report.ignored:
-        shown = listed(report.ignored)
-        typer.echo(f"not images by their suffix or place, and ignored: {shown}")
-    _name_suspects(report)
+    if as_json:
+        print_json({"usable": report.usable, **asdict(report)})
+    else:
+        console = Console()
+        if report.counts:
+            print_table(console, class_table(report.counts), f"Images in {folder}")
+        if report.leaks:
+            title = "In more than one split: test results would be too good"
+            print_table(console, double_table(report), title)
+        if report.ignored:
+            shown = listed(report.ignored)
+            typer.echo(f"not images by their suffix or place, and ignored: {shown}")
+        _name_suspects(report)
     if not report.usable:
         corrupt = [f"{path} cannot be decoded ({error})" for path, error in report.corrupt]
         raise UserError(f"{folder} cannot be used:\n  " + "\n  ".join([*report.problems, *corrupt]))
-    typer.echo(f"{folder} can be used; {_balance(report.imbalance())}")
+    if not as_json:
+        typer.echo(f"{folder} can be used; {_balance(report.imbalance())}")
 
 
 @app.command()
@@ -120,6 +128,7 @@ def prepare(  # noqa: PLR0913 - the command's options
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Write through links, and follow those that leave FLAT.")
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Make train/ val/ test/<class>/: empty, or from a folder that has one folder of images per class.
 
@@ -153,37 +162,37 @@ def prepare(  # noqa: PLR0913 - the command's options
             allow_outside=allow_outside,
             report=report,
         )
+    if as_json:
+        print_json({"path": str(target), "counts": counts})
+        return
     print_table(Console(), class_table(counts), f"Images in {target}")
 
 
-def _is_table(path: Path) -> bool:
-    """Whether a path holds rows, csv or in the hub's format, and not folders of images."""
+def _kind_of(path: Path) -> str:
+    """Return the data source that reads a path."""
     if path.is_file():
-        return True
+        return "csv"
     if not path.is_dir() or any((path / "train").glob("*/")):
-        return False
+        return "imagefolder"
     if any(file.suffix.lower() in (".csv", ".tsv") for file in path.iterdir()):
-        return True
+        return "csv"
     from federated.data.table_check import is_hub_folder
 
-    return is_hub_folder(path)
+    return "hub" if is_hub_folder(path) else "imagefolder"
 
 
-def _parsed(options: Sequence[str]) -> dict[str, Any]:
-    """The options of a source from ``data.options.KEY=VALUE``, or ``KEY=VALUE``; values as in YAML."""
-    found = {}
-    for option in options:
-        key, equals, value = option.partition("=")
-        name = key.removeprefix("data.").removeprefix("options.")
-        if not equals or not name.isidentifier():
-            raise UserError(
-                f"{option!r} is no option: write data.options.KEY=VALUE, as in image_dir=pictures"
-            )
-        found[name] = parse_yaml(value, option)
-    return found
+def _options_of(given: Sequence[str], *, allow_outside: bool) -> dict[str, Any]:
+    """Read ``data.options.KEY=VALUE`` arguments, with or without the first two words."""
+    options: dict[str, Any] = {"allow_outside": True} if allow_outside else {}
+    for argument in given:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise UserError(f"{argument!r} is no option: write data.options.KEY=VALUE")
+        options[key.removeprefix("data.").removeprefix("options.")] = parse_yaml(value, argument)
+    return options
 
 
-def _check_table(path: Path, model: str, *, allow_outside: bool, options: dict[str, Any]) -> None:
+def _check_table(path: Path, source: str, options: Mapping[str, Any], model: str, *, as_json: bool) -> None:
     """The check of rows: of csv files, or of a data set in the hub's format."""
     from federated.data.table_check import check_table
     from federated.results.console import print_table
@@ -192,7 +201,10 @@ def _check_table(path: Path, model: str, *, allow_outside: bool, options: dict[s
     from models.prompts import warn_of_cut
 
     with progress_bar("images") as report_progress:
-        report = check_table(path, allow_outside=allow_outside, report=report_progress, **options)
+        report = check_table(path, source=source, options=options, report=report_progress)
+    if as_json:
+        print_json({"usable": True, "path": str(path), **asdict(report)})
+        return
     print_table(Console(), count_table(report.counts), f"Rows in {path}")
     if report.leaks:
         groups = [" = ".join(map(str, group[:MAX_NAMED])) for group in report.leaks]

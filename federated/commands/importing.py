@@ -1,4 +1,4 @@
-"""Importing: torch and the data libraries without looking for garbage in them; and the option for plugins."""
+"""Importing torch and the data libraries without looking for garbage in them; options of several commands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import gc
 import sys
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,15 @@ import click
 import typer
 
 from models.progress import is_quiet
+
+
+class Precision(StrEnum):
+    """Precision of forward passes."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
 
 PluginsOption = Annotated[
     list[Path] | None,

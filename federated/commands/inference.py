@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from federated.commands.importing import PluginsOption, modules_that_stay
+from federated.commands.importing import PluginsOption, Precision, modules_that_stay
+from federated.commands.json_output import JsonOption, print_json
 from federated.config.plugins import load_plugins
 from federated.data.names import names_in
 from models.errors import UserError, printable
@@ -31,6 +32,7 @@ class Format(StrEnum):
     table = "table"
     csv = "csv"
     json = "json"
+    text = "text"
 
 
 InputsArgument = Annotated[
@@ -56,13 +58,16 @@ DeviceOption = Annotated[str, typer.Option("--device", help="Where the model run
 BatchSizeOption = Annotated[
     int, typer.Option("--batch-size", min=1, help="Images or texts that pass through the model at once.")
 ]
+PrecisionOption = Annotated[
+    Precision, typer.Option("--precision", help="Of the forward passes: bf16 and fp16 are half (autocast).")
+]
 SkipCorruptOption = Annotated[
     bool, typer.Option("--skip-corrupt", help="Leave out images that cannot be decoded, and name them.")
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a file of the same name.")]
 FormatOption = Annotated[
     Format | None,
-    typer.Option("--format", help="By default csv or json by --output's suffix, otherwise a table."),
+    typer.Option("--format", help="By default csv, json or text by --output's suffix, otherwise a table."),
 ]
 
 
@@ -85,12 +90,14 @@ def predict(  # noqa: PLR0913 - the command's options
     model: ModelOption = None,
     adapter: AdapterOption = None,
     any_base: AnyBaseOption = False,
-    output: Annotated[Path | None, typer.Option("--output", help="Write a .csv or .json file.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Write a .csv, .json or .txt file.")] = None,
     output_format: FormatOption = None,
+    as_json: JsonOption = False,
     overwrite: OverwriteOption = False,
     skip_corrupt: SkipCorruptOption = False,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "cpu",
+    precision: PrecisionOption = Precision.fp32,
     plugin: PluginsOption = None,
 ) -> None:
     """Classify an image, or all images of a folder, with a run's model or with class prompts.
@@ -107,12 +114,13 @@ def predict(  # noqa: PLR0913 - the command's options
         from federated.tools.result_tables import prediction_records, prediction_table
 
         load_plugins(plugin or ())
-    chosen = _format(output_format, output)
+    chosen = _format(Format.json if as_json else output_format, output)
     if output is not None:
         check_output(output, overwrite=overwrite)
     source, path = _source_and_input(inputs, model)
     names = None if classes is None else names_in(classes)
     opened = _open(source, adapter, model, device, any_base=any_base)
+    opened.model.precision = precision.value
     classifier = make_classifier(opened, names, template)
     with progress_bar("images") as report:
         options = InputOptions(batch_size, skip_corrupt, report)
@@ -132,6 +140,10 @@ def encode(  # noqa: PLR0913 - the command's options
     raw: Annotated[
         bool, typer.Option("--raw", help="Keep the rows' lengths instead of making them 1.")
     ] = False,
+    patches: Annotated[
+        bool,
+        typer.Option("--patches", help="Write features of image patches (N, T, D), as language models read."),
+    ] = False,
     compare_base: Annotated[
         bool, typer.Option("--compare-base", help="Print the mean cosine with the base model's embeddings.")
     ] = False,
@@ -142,6 +154,7 @@ def encode(  # noqa: PLR0913 - the command's options
     skip_corrupt: SkipCorruptOption = False,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "cpu",
+    precision: PrecisionOption = Precision.fp32,
     plugin: PluginsOption = None,
 ) -> None:
     """Write the embeddings of a folder of images, or of the lines of a text file, and a manifest beside them.
@@ -158,16 +171,19 @@ def encode(  # noqa: PLR0913 - the command's options
         load_plugins(plugin or ())
     if output is None and not compare_base:
         raise UserError("name the file to write with --output FILE.safetensors (or .npy)")
+    if text and patches:
+        raise UserError("--patches goes with images, not with --text")
     if output is not None:
         check_array_output(output, overwrite=overwrite)
     source, path = _source_and_input(inputs, model)
     if not text:
         check_no_texts(path)
     opened = _open(source, adapter, model, device, any_base=any_base)
+    opened.model.precision = precision.value
     kind = "texts" if text else "images"
     if output is not None:
         with progress_bar(kind) as report:
-            options = InputOptions(batch_size, skip_corrupt, report)
+            options = InputOptions(batch_size, skip_corrupt, report, patches)
             manifest = encode_to_file(
                 opened, path, output, texts=text, normalised=not raw, overwrite=overwrite, options=options
             )
@@ -196,6 +212,7 @@ def search(  # noqa: PLR0913 - the command's options
     adapter: AdapterOption = None,
     output: Annotated[Path | None, typer.Option("--output", help="Write a .csv or .json file.")] = None,
     output_format: FormatOption = None,
+    as_json: JsonOption = False,
     overwrite: OverwriteOption = False,
     device: DeviceOption = "cpu",
     plugin: PluginsOption = None,
@@ -214,7 +231,7 @@ def search(  # noqa: PLR0913 - the command's options
         from federated.tools.search import search as search_index
 
         load_plugins(plugin or ())
-    chosen = _format(output_format, output)
+    chosen = _format(Format.json if as_json else output_format, output)
     if output is not None:
         check_output(output, overwrite=overwrite)
     found = read_index(index)
@@ -237,6 +254,7 @@ def compare(
             "--target", help="Value of the metric that the rounds and MB to reach refer to: 0.65, or 65%."
         ),
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Put runs side by side: what each reached, and the bytes it sent for it.
 
@@ -255,14 +273,19 @@ def compare(
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; --output takes a folder")
     goal = None if target is None else parse_target(target)
-    console, comparison = Console(), compare_runs(runs, target=goal)
+    comparison = compare_runs(runs, target=goal)
     written = None if output is None else write_comparison(comparison, output)
-    for title, table in terminal_tables(comparison.rows).items():
-        print_table(console, table, title)
-    for note in comparison.notes:
-        print_note(console, note)
-    if written is not None:
-        typer.echo(f"written: {written}")
+    if as_json:
+        rows = [row.record for row in comparison.rows]
+        print_json({"runs": rows, "notes": comparison.notes, "left_out": comparison.left_out})
+    else:
+        console = Console()
+        for title, table in terminal_tables(comparison.rows).items():
+            print_table(console, table, title)
+        for note in comparison.notes:
+            print_note(console, note)
+        if written is not None:
+            typer.echo(f"written: {written}")
     for reason in comparison.left_out:
         typer.echo(f"left out: {printable(reason)}", err=True)
     if comparison.left_out:
@@ -297,11 +320,13 @@ def _open(source: str, adapter: str | None, model: str | None, device: str, *, a
 
 def _format(chosen: Format | None, output: Path | None) -> Format:
     """The format asked for, or the one that the output's suffix says; a table is for the terminal."""
-    by_suffix = {".csv": Format.csv, ".json": Format.json}
+    by_suffix = {".csv": Format.csv, ".json": Format.json, ".txt": Format.text}
     if output is None:
         return chosen or Format.table
     if chosen is None and output.suffix not in by_suffix:
-        raise UserError(f"{output}: say --format csv or json, or give a name that ends in .csv or .json")
+        raise UserError(
+            f"{output}: say --format csv, json or text, or give a name that ends in .csv, .json or .txt"
+        )
     if chosen is Format.table:
         raise UserError("a table goes to the terminal; write a file with --format csv or json")
     return chosen or by_suffix[output.suffix]
@@ -312,13 +337,14 @@ def _deliver(
 ) -> None:
     """Print the results, or write them to a file."""
     from federated.results.console import print_table
-    from federated.tools.result_tables import records_to_csv, records_to_json
+    from federated.tools.result_tables import records_to_csv, records_to_json, records_to_text
     from models.files import write_text
 
     if chosen is Format.table:
         print_table(Console(), table, title)
         return
-    text = (records_to_json if chosen is Format.json else records_to_csv)(records)
+    writers = {Format.json: records_to_json, Format.csv: records_to_csv, Format.text: records_to_text}
+    text = writers[chosen](records)
     if output is None:
         typer.echo(text, nl=False)
     else:

@@ -71,17 +71,29 @@ def build(
         UserError: There is no such name or option, a required option is missing, or the function refuses a
             value; the message begins with the dotted keys.
     """
-    if name not in registry:
-        raise UserError(f"{choice.name_key}: {no_such(choice.kind, name, registry)}")
+    typed = checked_options(registry, choice, name, options)
     function = registry[name]
-    try:
-        typed = options_of(function).model_validate(options)
-    except ValidationError as error:
-        raise UserError(_wrong_option(error, choice, name, function, options)) from error
     try:
         return function(*arguments, **{option: getattr(typed, option) for option in typed.model_fields_set})
     except UserError as error:
         raise UserError(f"{_keys_meant(error, choice, options)}: {error}") from error
+
+
+def checked_options(
+    registry: Mapping[str, Callable[..., Any]], choice: Choice, name: str, options: Mapping[str, Any]
+) -> BaseModel:
+    """Return the options of a choice, brought to their types, without calling its function.
+
+    Raises:
+        UserError: As ``build``, before the function has its say.
+    """
+    if name not in registry:
+        raise UserError(f"{choice.name_key}: {no_such(choice.kind, name, registry)}")
+    function = registry[name]
+    try:
+        return options_of(function).model_validate(options)
+    except ValidationError as error:
+        raise UserError(_wrong_option(error, choice, name, function, options)) from error
 
 
 @functools.cache

@@ -87,7 +87,22 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
     if not equals or not key.strip():
         raise UserError(f"override {override!r} is not of the form key=value, such as federation.rounds=3")
     value = parse_yaml(text, f"the value of {override!r}")
-    key = key.strip()
+    set_value(tree, key.strip(), value, told_as=f"override {override!r}")
+    return key.strip()
+
+
+def set_value(tree: dict[str, Any], key: str, value: Any, *, told_as: str) -> None:
+    """Put a value into a configuration tree under a dotted key.
+
+    Args:
+        tree: Sections by name; changed.
+        key: Such as ``client.learning_rate``.
+        value: As YAML has it.
+        told_as: Begins the error.
+
+    Raises:
+        UserError: A part of the key is a value, not a section.
+    """
     *parents, leaf = key.split(".")
     node = tree
     for part in parents:
@@ -95,7 +110,6 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
             node[part] = {}
         child = node[part]
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {part} is a value, not a section")
+            raise UserError(f"{told_as}: {part} is a value, not a section")
         node = child
     node[leaf] = value
-    return key

@@ -1,4 +1,4 @@
-"""Checking a table of images, csv or in the hub's format: every row and image, its captions or questions."""
+"""Checking a table of images, csv or in the hub's format, before a run: rows, images, captions, questions."""
 
 from __future__ import annotations
 
@@ -47,34 +47,33 @@ class TableReport:
     questions: QuestionReport | None = None
 
 
-def is_hub_folder(path: Path) -> bool:
-    """Whether a path is a folder of parquet files, or of what ``save_to_disk`` of ``datasets`` wrote."""
-    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json")) or (
-        path.is_dir() and any(path.rglob("*.parquet"))
+def is_hub_folder(folder: Path) -> bool:
+    """Whether a folder holds parquet files, or what ``save_to_disk`` of ``datasets`` wrote."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")) or any(
+        folder.rglob("*.parquet")
     )
 
 
 def check_table(
-    path: Path, *, allow_outside: bool = False, report: Report = quiet, **options: Any
+    path: Path, *, source: str = "csv", options: Mapping[str, Any] | None = None, report: Report = quiet
 ) -> TableReport:
     """Look at every row and image of a csv file, of a folder of them, or of a data set in the hub's format.
 
-    A table with a column of questions is read by the source ``vqa_csv``, another one by ``csv``.
+    A csv table with a column of questions is read by the source ``vqa_csv``.
 
     Args:
         path: the file or folder.
-        allow_outside: look at images that lie outside the folder.
-        report: told about the progress.
-        **options: of the source, such as ``image_column``.
+        source: "csv" or "hub".
+        options: of the source, as in ``data.options``.
+        report: told about the progress, after each image.
 
     Raises:
         UserError: a run could not use it; names file and line, or all images that cannot be decoded.
     """
-    if is_hub_folder(path):
-        data = load_data("hub", path=str(path), **options)
-    else:
-        source = "vqa_csv" if _has_questions(path, options) else "csv"
-        data = load_data(source, path=str(path), allow_outside=allow_outside, check_images=False, **options)
+    if source == "csv" and _has_questions(path, options or {}):
+        source = "vqa_csv"
+    unread = {} if source == "hub" else {"check_images": False}  # all are looked at below
+    data = load_data(source, path=str(path), **{**unread, **(options or {})})
     parts = {"train": data.train, "val": data.validation, "test": data.test}
     splits = {name: rows for name, rows in parts.items() if rows is not None}
     counts: dict[str, dict[str, int]] = {"rows": {name: len(rows) for name, rows in splits.items()}}
@@ -102,7 +101,9 @@ def check_table(
             f"{kind} {class_name}": {name: int(found[number]) for name, found in of_class.items()}
             for number, class_name in enumerate(names)
         }
-    files, held = _images(splits, data.image_column or "image")
+    if data.image_column is None:
+        raise UserError(f"{path} has no column of images")
+    files, held = _images(splits, data.image_column)
     corrupt: list[tuple[Path, str]] = []
     looks = look_at_all(list(files), corrupt, report, lambda image: held[image]() if image in held else image)
     if corrupt:
@@ -117,6 +118,13 @@ def check_table(
         leaks=_leaks(files, looks),
         questions=check_questions(data) if has_questions else None,
     )
+
+
+def _has_questions(path: Path, options: Mapping[str, Any]) -> bool:
+    """Whether the file, or the first of the folder's, has the column of questions."""
+    file = min(path.glob("*.csv"), default=path) if path.is_dir() else path
+    rows = read_csv(file, options.get("separator")) if file.is_file() else []
+    return bool(rows) and options.get("question_column", "question") in rows[0]
 
 
 def _images(
@@ -139,13 +147,6 @@ def _images(
 
 def _content(rows: Dataset, number: int, image_column: str) -> BytesIO:
     return BytesIO(rows[number][image_column]["bytes"])
-
-
-def _has_questions(path: Path, options: Mapping[str, Any]) -> bool:
-    """Whether the file, or the first of the folder's, has the column of questions."""
-    file = min(path.glob("*.csv"), default=path) if path.is_dir() else path
-    rows = read_csv(file, options.get("separator")) if file.is_file() else []
-    return bool(rows) and options.get("question_column", "question") in rows[0]
 
 
 def _leaks(splits_of: Mapping[Path, set[str]], looks: Mapping[Path, Look]) -> tuple[tuple[Path, ...], ...]:

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 SUPPORTED = {
     "local_steps", "batch_size", "optimizer", "momentum", "learning_rate", "weight_decay", "warmup_steps",
-    "schedule", "clip_norm", "precision", "augmentation",
+    "warmup_ratio", "schedule", "clip_norm", "precision", "augmentation",
 }  # fmt: skip
 """Keys of ``client`` that this way of training knows; any other must be at its default."""
 

@@ -328,7 +328,7 @@ def _fork(work: Work, others: Sequence[_Worker]) -> _Worker:
         return _Worker(process_id, requests_in, answers_out)
     status = 1
     try:
-        _end_with(parent)
+        end_with(parent)
         for pipe in (requests_in, answers_out, *(pipe for o in others for pipe in (o.requests, o.answers))):
             os.close(pipe)  # else a worker would outlive this process as long as another one does
         _serve(work, requests_out, answers_in)
@@ -341,7 +341,7 @@ def _fork(work: Work, others: Sequence[_Worker]) -> _Worker:
         os._exit(status)  # nothing of the parent's may run again here: no handlers, no buffers
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Have the system kill this process once its parent has ended, even if that was killed.
 
     Else a client that sleeps would sleep on, with the lock of the run's folder in its hands.

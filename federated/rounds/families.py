@@ -45,6 +45,7 @@ class ModelSetup:
         class_names: Their names; None where there are none, or nobody needs them.
         model_name: Of the pre-trained weights.
         pretrained: Whether weights are loaded, or drawn from ``seed``.
+        cache_dir: Where downloads are kept; None: the hub's own place.
         fine_tuning: What trains and travels: "lora" where adapters are put in next, "full" or a name of the
             family's own.
         train_head: Whether the head trains beside adapters.
@@ -62,6 +63,7 @@ class ModelSetup:
     class_names: tuple[str, ...] | None
     model_name: str
     pretrained: bool
+    cache_dir: str | None
     fine_tuning: str
     train_head: bool
     templates: tuple[str, ...]
@@ -109,6 +111,7 @@ def build_clip(setup: ModelSetup) -> FederatedCLIPModel:
         strategy=setup.fine_tuning,
         train_head=setup.train_head,
         pretrained=setup.pretrained,
+        cache_dir=setup.cache_dir,
         device=setup.device,
         dtype=setup.dtype,
         seed=setup.seed,

@@ -30,7 +30,7 @@ def save_adapter(
     folder: Path,
     *,
     server_round: int,
-    final: float,
+    final: float | None,
     products: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> None:
     """Write the global adapter in PEFT's format, or the full model where there are no adapters.
@@ -39,10 +39,13 @@ def save_adapter(
         run: Whose model holds the weights.
         folder: Committed whole.
         server_round: The round that the weights are of.
-        final: Its headline metric.
+        final: Its headline metric, if there is one.
         products: What was merged into each base weight.
     """
-    about: dict[str, Any] = {"server_round": server_round, "metrics": {run.headline_metric: final}}
+    about: dict[str, Any] = {
+        "server_round": server_round,
+        "metrics": {} if final is None else {run.headline_metric: final},
+    }
     if run.config.uses_adapters:
         save_lora_adapters(run.model, folder, products=products, notes=run.notes, **about)
     else:

@@ -32,6 +32,8 @@ from models.finite import check_finite
 from models.metrics import CONCEPT, DIRECTIONS, PICTURE, TEXT, RetrievalSet, retrieval_set
 from models.training import Batch
 
+TOP = 5
+"""The class of an image is among so many best ones, where there are more classes: top-5 accuracy."""
 CUTOFFS = (1, 2, 3, 5, 10, 20, 30, 50, 100)
 """Values of k at which recall is reported, as far as the gallery reaches."""
 
@@ -66,6 +68,7 @@ class Predictions:
     labels: IntArray
     predicted: IntArray
     loss: float
+    top5_accuracy: float | None = None
 
 
 @torch.no_grad()
@@ -89,8 +92,8 @@ def describe_task(
             yield batch
 
     metrics = model.evaluate(predicting())
-    names = data.class_names
-    if names is not None and data.label_column is not None and predictions and set(predictions) <= set(names):
+    names = data.class_names if task.uses_head and data.label_column is not None else None
+    if names is not None and predictions and set(predictions) <= set(names):
         predicted = np.array([names.index(name) for name in predictions])
         described = describe_classes(Predictions(data.labels(split), predicted, metrics["loss"]), names)
         results = {**described.results, **metrics, "headline_metric": task.headline_metric}
@@ -110,14 +113,17 @@ def predict_classes(model: nn.Module, batches: Iterable[Batch]) -> Predictions:
     federated_model = unwrap(model)
     logits_of = federated_model.logits if federated_model.task.uses_head else federated_model.zero_shot_logits
     federated_model.eval()
-    labels, predicted, loss = [], [], 0.0
+    labels, predicted, loss, in_top5 = [], [], 0.0, 0
     for batch in _on_device(batches, federated_model.device):
         logits = check_finite(logits_of(batch).float(), "logits")  # (B, C)
         loss += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
         labels.append(batch["labels"].cpu())
         predicted.append(logits.argmax(dim=1).cpu())
+        best = logits.topk(min(TOP, logits.shape[1]), dim=1).indices  # (B, 5)
+        in_top5 += int((best == batch["labels"].unsqueeze(1)).sum())
     right = torch.cat(labels)
-    return Predictions(right.numpy(), torch.cat(predicted).numpy(), loss / len(right))
+    top5 = in_top5 / len(right) if logits.shape[1] > TOP else None
+    return Predictions(right.numpy(), torch.cat(predicted).numpy(), loss / len(right), top5)
 
 
 def describe_classes(predictions: Predictions, class_names: Sequence[str]) -> DetailedMetrics:
@@ -153,7 +159,11 @@ def describe_classes(predictions: Predictions, class_names: Sequence[str]) -> De
         "per_class": [row.__dict__ for row in rows],
         "confusion_matrix": {"class_names": names, "rows_are_true_classes": counts.tolist()},
     }
-    head = f"accuracy {format_percent(accuracy, 2)}, loss {predictions.loss:.4f}, {len(labels)} samples"
+    top5 = ""
+    if predictions.top5_accuracy is not None:
+        results["top5_accuracy"] = predictions.top5_accuracy
+        top5 = f"top-5 accuracy {format_percent(predictions.top5_accuracy, 2)}, "
+    head = f"accuracy {format_percent(accuracy, 2)}, {top5}loss {predictions.loss:.4f}, {len(labels)} samples"
     figures = {
         "confusion_matrix": confusion_matrix(counts, names),
         "class_performance": class_performance(rows),

@@ -48,7 +48,7 @@ class Manifest:
     """What the rows of an array file are.
 
     Attributes:
-        kind: "image" or "text".
+        kind: "image", "text", or "patches" of images, (N, T, D) as a language model reads them.
         rows: Per row the image's path relative to ``folder``, or the text, (N,).
         folder: Folder of the images, absolute; "" for texts.
         model: Name of the base model.
@@ -62,7 +62,7 @@ class Manifest:
         corrupt: Images left out because they cannot be decoded, relative to ``folder``.
     """
 
-    kind: Literal["image", "text"]
+    kind: Literal["image", "text", "patches"]
     rows: tuple[str, ...]
     folder: str
     model: str
@@ -111,7 +111,7 @@ def encode_to_file(
         source: An image or a folder of images; with ``texts`` a text file, one text a line.
         output: The array file, ending in .safetensors or .npy.
         texts: Whether ``source`` holds texts.
-        normalised: Give each row length 1.
+        normalised: Give each row length 1; patches stay as they are.
         overwrite: Replace files of the same name.
         options: How inputs pass through the model; corrupt images left out are listed in the manifest.
 
@@ -124,6 +124,8 @@ def encode_to_file(
     rows, features, about = (
         _text_rows(opened, source, options) if texts else _image_rows(opened, source, options)
     )
+    if options.patches:
+        about, normalised = {**about, "kind": "patches"}, False
     array = functional.normalize(features, dim=-1) if normalised else features
     return _write(target, array, {**about, "rows": rows, "normalised": normalised}, opened)
 
@@ -140,6 +142,10 @@ def read_index(path: str | Path) -> EmbeddingIndex:
         raise UserError(f"{array_path} is missing; write it with: fedlora encode MODEL FOLDER --output FILE")
     if content_hash(array_path) != manifest.array_sha256:
         raise UserError(f"{array_path} is not the file that its manifest describes; encode the folder again")
+    if manifest.kind == "patches":
+        raise UserError(
+            f"{array_path} holds patches of images, which cannot be searched; encode without --patches"
+        )
     embeddings = _read_array(array_path)
     if tuple(embeddings.shape) != (len(manifest.rows), manifest.dimension):
         raise UserError(
@@ -202,7 +208,7 @@ def _write(target: Path, array: Tensor, about: dict[str, Any], opened: OpenedMod
         adapter=opened.adapter,
         run=opened.run,
         weights_sha256=weights_sha256(opened.model.clip),
-        dimension=array.shape[1],
+        dimension=array.shape[-1],
         dtype=str(array.dtype).removeprefix("torch."),
         array_sha256=array_sha256,
     )

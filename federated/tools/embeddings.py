@@ -32,11 +32,13 @@ class InputOptions:
         batch_size: Images or texts that pass through at once.
         skip_corrupt: Leave images out that cannot be decoded; otherwise they are an error that names them.
         report: Told about the progress, after each batch.
+        patches: Give what the vision tower says of each patch instead of an image's embedding.
     """
 
     batch_size: int = 64
     skip_corrupt: bool = False
     report: Report = quiet
+    patches: bool = False
 
 
 DEFAULT_OPTIONS = InputOptions()
@@ -47,7 +49,7 @@ class ImageEmbeddings:
     """What embedding a list of files gave.
 
     Attributes:
-        features: Projected features, not normalised, (N, D) float32 on the CPU.
+        features: Projected features, not normalised, (N, D) float32 on the CPU; (N, T, width) of patches.
         paths: The N files, in the order given.
         corrupt: (file, why it cannot be decoded) of those left out.
     """
@@ -116,7 +118,7 @@ def embed_images(
     kept: list[Path] = []
     corrupt: list[tuple[Path, str]] = []
     for files, pixel_values in image_batches(model, paths, options, corrupt):
-        rows.append(model.encode_image(pixel_values).cpu())
+        rows.append(model.encode_image(pixel_values, patches=options.patches).cpu())
         kept.extend(files)
     return ImageEmbeddings(check_finite(torch.cat(rows)), tuple(kept), tuple(corrupt))
 

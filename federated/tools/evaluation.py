@@ -20,7 +20,13 @@ from federated.results.run_place import check_place
 from federated.results.run_settings import leaves
 from federated.rounds.batches import evaluation_batches
 from federated.rounds.build import load_run_data
-from federated.rounds.checkpoint import CHECKPOINT_FILES, SERVER_FILE, STATE_FILE, load_server_checkpoint
+from federated.rounds.checkpoint import (
+    CHECKPOINT_FILES,
+    SERVER_FILE,
+    STATE_FILE,
+    latest_checkpoint,
+    load_server_checkpoint,
+)
 from federated.rounds.global_model import load_global_state
 from federated.rounds.learnable import check_can_score
 from federated.rounds.run import Run, build_run
@@ -73,7 +79,7 @@ AGREEMENT = 2e-3
 batch sizes and machines round differently, which moves a few images in ten thousand."""
 
 
-def evaluate_source(
+def evaluate_source(  # noqa: PLR0913 - the command's options; all but two are keyword-only
     source: str | Path,
     overrides: Sequence[str] = (),
     *,
@@ -82,6 +88,7 @@ def evaluate_source(
     split: str = "test",
     output: Path | None = None,
     overwrite: bool = False,
+    precision: str = "fp32",
     report: Report = quiet,
 ) -> tuple[Path, str]:
     """Evaluate a run, or a configuration with an adapter or without.
@@ -95,6 +102,7 @@ def evaluate_source(
         output: Where files go; ``evaluation_<split>`` inside the run by default, or
             ``<name>-evaluation_<split>`` under ``output.root``.
         overwrite: Replace the files of an earlier evaluation.
+        precision: Of the forward passes: "fp32", "bf16" or "fp16" (autocast).
         report: Told about the progress, after each batch.
 
     Returns:
@@ -130,6 +138,11 @@ def evaluate_source(
         check_can_score(experiment)
         check_split(experiment, split)
         trained = load_trained(experiment, run, adapter, any_base=any_base)
+        model = unwrap(experiment.model)
+        if hasattr(model, "precision"):
+            model.precision = precision
+        elif precision != "fp32":
+            raise UserError(f"--precision {precision}: model.type={config.model.type} computes in fp32 alone")
         detailed = evaluate_in_detail(experiment, split, report)
     saw_the_same = split == "test" and not overrides and config.evaluation.max_samples is None
     if run is not None and adapter is None and saw_the_same:
@@ -211,7 +224,7 @@ def load_trained(experiment: Run, run: Path | None, adapter: Path | None, *, any
         return str(adapter)
     if run is None:
         return "none (untrained)"
-    folder, trained = current_folder(run / "checkpoint"), current_folder(run / "adapter")
+    folder, trained = latest_checkpoint(run), current_folder(run / "adapter")
     check_committed(folder, CHECKPOINT_FILES, remedy=NAME_AN_ADAPTER)
     if (trained / ADAPTER_FILE).is_file() and not any_base:
         check_base_model(experiment.model, read_adapter(trained))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import copy
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +16,17 @@ import pandas as pd
 from federated.config.config_files import load_config, parse_config
 from federated.config.plugins import load_plugins
 from federated.config.schema import ExperimentConfig
+from federated.results.callbacks import Callback
 from federated.results.records import RunRecord, read_run
 from federated.results.wording import format_bytes, format_metric
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from models.federated_model import FederatedModel
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run's folder as Python objects; a notebook shows it as its headline and its pictures.
+    """A run's folder as Python objects; a notebook shows it as its report does.
 
     Attributes:
         folder: The run folder.
@@ -95,22 +91,10 @@ class RunResult:
         return f"RunResult({self.folder}: {self._headline()})"
 
     def _repr_html_(self) -> str:
-        """Show the headline, the metric by round, and the metric against the bytes sent."""
-        from federated.results import plots
+        """Show what the report shows: headline figures, pictures, tables."""
+        from federated.results.notebook_view import run_html
 
-        record = self.record
-        pictures = []
-        for name, make in (
-            ("metric", lambda: plots.metric_by_round(record.metrics, record.metric)),
-            ("bytes", lambda: plots.metric_by_bytes(record.metrics, record.metric, record.ledger)),
-        ):
-            try:
-                pictures.append(_picture(make(), name))
-            except plots.MissingData as missing:
-                pictures.append(escape(str(missing)))
-        cells = "".join(f"<div style='width:30em;max-width:48%'>{picture}</div>" for picture in pictures)
-        head = f"<b>{escape(record.name)}</b>: {escape(self._headline())}"
-        return f"<div>{head}<div style='display:flex;flex-wrap:wrap;gap:1em'>{cells}</div></div>"
+        return run_html(self.record)
 
     def _headline(self) -> str:
         """Return the metric before and after, and the bytes sent."""
@@ -122,20 +106,13 @@ class RunResult:
         return f"{record.metric} {values[0]} → {values[1]} in {rounds}, {sent} sent{ending}"
 
 
-def _picture(figure: Figure, title: str) -> str:
-    """Return a figure as an image that a page can hold without any other file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}" style="width:100%">'
-
-
 def run(
     config: str | Path | Mapping[str, Any] | ExperimentConfig = "quickstart",
     *,
     overwrite: bool = False,
     show_progress: bool = True,
     plugins: Sequence[str | Path] = (),
+    callbacks: Sequence[Callback] = (),
     **sections: Any,
 ) -> RunResult:
     """Run a federated fine-tuning in this process and return what it left.
@@ -145,6 +122,7 @@ def run(
         overwrite: Replace an earlier run's folder of the same name.
         show_progress: Show bars and a line a round.
         plugins: Python files that register what the configuration names; they stay loaded in this process.
+        callbacks: Told when rounds start, when they are done, and of the end.
         **sections: What differs from ``config``, by section: ``client={"learning_rate": 1e-3}, seed=1``.
 
     Returns:
@@ -164,7 +142,8 @@ def run(
 
         display = RunDisplay(lasting_console())
     with contextlib.nullcontext() if display is None else display:
-        return RunResult(run_experiment(loaded, overwrite=overwrite, display=display))
+        folder = run_experiment(loaded, overwrite=overwrite, display=display, callbacks=callbacks)
+    return RunResult(folder)
 
 
 def open_run(folder: str | Path) -> RunResult:

@@ -57,7 +57,7 @@ class Prediction:
     """The most probable classes of one image, the best first.
 
     Attributes:
-        path: The image.
+        path: The image's file; empty for one in memory.
         class_names: (K,).
         probabilities: (K,), softmax over all classes.
     """
@@ -156,7 +156,7 @@ def predict(
         UserError: as ``find_images`` and ``embed_images``.
     """
     found = embed_images(opened.model, find_images(path), options)
-    return Predictions(_classify(opened, found, classifier, top_k), classifier.method, found.corrupt)
+    return Predictions(classify(opened, found, classifier, top_k), classifier.method, found.corrupt)
 
 
 def compare_with_base(
@@ -198,9 +198,10 @@ def compare_with_base(
     return BaseComparison(len(rows), float(rows.mean()), float(rows.min()))
 
 
-def _classify(
+def classify(
     opened: OpenedModel, found: ImageEmbeddings, classifier: Classifier, top_k: int
 ) -> tuple[Prediction, ...]:
+    """Return the most probable classes of embedded images, at most ``top_k`` each."""
     rows: list[Prediction] = []
     with torch.no_grad():
         for features in found.features.split(_SCORED_AT_ONCE):

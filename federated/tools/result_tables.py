@@ -105,6 +105,11 @@ def records_to_csv(records: Sequence[Record]) -> str:
     return buffer.getvalue()
 
 
+def records_to_text(records: Sequence[Record]) -> str:
+    """Return one line a record, its values apart by tabs, without a header."""
+    return "".join("\t".join(str(value) for value in record.values()) + "\n" for record in records)
+
+
 def records_to_json(records: Sequence[Record]) -> str:
     """Return records as a JSON list of objects."""
     return json_text(list(records), indent=1, ensure_ascii=False) + "\n"
