@@ -23,16 +23,19 @@ class Callback(Protocol):
 
 
 class Display(Protocol):
-    """Shows a run; ``federated.results.console.RunDisplay`` is one."""
+    """What ``serve`` tells whoever watches; ``federated.results.console.RunDisplay`` is one."""
 
     def run_started(self, num_rounds: int, *, headline_metric: str, notes: Sequence[str]) -> None:
-        """The run begins."""
+        """The run begins; the notes say what is cached and what is not."""
+
+    def rounds_before(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """The run goes on after these lines of ``metrics.jsonl``."""
 
     def round_started(self, server_round: int, cohort_size: int, phase: str) -> None:
         """Messages of a round are about to be sent."""
 
     def round_done(self, metrics: Mapping[str, Any]) -> None:
-        """A round is over."""
+        """A round's line of ``metrics.jsonl``."""
 
 
 class Followers:
@@ -51,6 +54,11 @@ class Followers:
         """Tell the display; callbacks know the run that they were made for."""
         if self._display is not None:
             self._display.run_started(num_rounds, headline_metric=headline_metric, notes=notes)
+
+    def rounds_before(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Tell the display; callbacks are told of the rounds that they follow."""
+        if self._display is not None:
+            self._display.rounds_before(lines)
 
     def round_started(self, server_round: int, cohort_size: int, phase: str) -> None:
         """Tell the display of every broadcast, callbacks of those that train."""

@@ -120,6 +120,13 @@ class RunDisplay(BarsDisplay):
         print_notes(self.console, notes)
         self._progress.update(self._rounds, total=num_rounds)
 
+    def rounds_before(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Say after which round the run goes on; what was sent before counts."""
+        done = lines[-1]["server_round"]
+        self._wire_bytes = sum(line.get(key) or 0 for line in lines for key in _BYTE_KEYS)
+        self.console.print(f"resumed after round {done}", highlight=False, soft_wrap=True)
+        self._progress.update(self._rounds, completed=done)
+
     def round_started(self, server_round: int, cohort_size: int, phase: str = "train") -> None:
         """Start counting the replies of a round's cohort; ``phase`` names what the clients do."""
         self._failed = 0

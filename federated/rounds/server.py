@@ -11,43 +11,48 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from federated.communication.foreign_text import shown
 from federated.communication.ledger import Ledger
-from federated.communication.messages import CLIENT_ID, SERVER_ROUND
-from federated.communication.metered_grid import enter, wire_sizes
-from federated.communication.payload import CONFIG, METRICS
 from federated.communication.savings import Bandwidth, communication_summary
-from federated.config.seeding import generator
-from federated.methods import Limits
 from federated.results.callbacks import Display, Followers
 from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines
-from federated.results.run_folder import RunFolder, peak_memory_bytes
+from federated.results.run_folder import LEDGER_FILE, RunFolder, peak_memory_bytes
 from federated.results.trackers import check_trackers, tracked
 from federated.rounds.batches import accuracy_by_class
-from federated.rounds.checkpoint import Part, ServerCheckpoint, save_checkpoint
-from federated.rounds.client_ranks import mixed_ranks, rank_of, scaling_at
+from federated.rounds.checkpoint import (
+    Origin,
+    Part,
+    Progress,
+    ServerCheckpoint,
+    client_file_name,
+    write_commit,
+)
+from federated.rounds.client_identities import ask_client_ids
+from federated.rounds.client_store import ClientStates, ClientStore, Records, records_of, state_from
 from federated.rounds.conditions import Conditions, EarlyEnd, conditions_of
+from federated.rounds.fingerprints import check_fingerprints, fingerprints
 from federated.rounds.global_model import (
-    bring_base_up_to_date,
     global_metrics,
     load_global_state,
     smallest_form,
 )
 from federated.rounds.learnable import check_can_learn
-from federated.rounds.replies import ShardSizes
+from federated.rounds.resumption import HELD_BY_SERVER, Resumption, cut_back, lost_transfers, read_lines
 from federated.rounds.run import Run
+from federated.rounds.run_strategy import build_strategy
 from federated.rounds.saving import model_sizes, parameter_counts, save_adapter, save_clients_rows
-from federated.rounds.strategy import LoRAStrategy, Ranks
+from federated.rounds.strategy import LoRAStrategy
 from models.errors import UserError
+from models.files import errors_named
+from models.interrupts import unstoppable
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +67,10 @@ class Served:
     ledger: Ledger
     display: Display | None
     conditions: Conditions
+    origin: Origin
+    store: ClientStore
+    states: ClientStates | None = None
+    attempt: int = 1
     started: float = field(default_factory=time.perf_counter)
     round_started: float = field(default_factory=time.perf_counter)
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -76,8 +85,11 @@ def serve(
     folder: RunFolder,
     display: Display | None = None,
     ledger: Ledger | None = None,
+    *,
+    states: ClientStates | None = None,
+    resumption: Resumption | None = None,
 ) -> dict[str, Any]:
-    """Run all rounds of a run and write its folder.
+    """Run all rounds of a run, or those that are left, and write its folder.
 
     Args:
         grid: Carries the messages.
@@ -86,130 +98,170 @@ def serve(
         folder: Where results go.
         display: Told what happens.
         ledger: Holds what was sent before; None: nothing was.
+        states: Where the engine keeps the clients' states; None: out of reach, so that no run can be resumed.
+        resumption: How the run goes on; None: it begins.
 
     Returns:
         The content of ``summary.json``.
     """
-    config, ledger = run.config, Ledger() if ledger is None else ledger
+    config = run.config
     client_of = {node_id: client_id for client_id, node_id in clients.items()}
     run.reset()
     conditions = conditions_of(run)
-    strategy = build_strategy(run, clients, display, conditions)
-    served = Served(run, strategy, folder, ledger, display, conditions, parts=conditions.parts())
+    on_broadcast = None if display is None else display.round_started
+    strategy = build_strategy(run, clients, on_broadcast, conditions)
+    served = Served(
+        run,
+        strategy,
+        folder,
+        Ledger() if ledger is None else ledger,
+        display,
+        conditions,
+        origin=Origin(config.model_dump(mode="json"), fingerprints(run)),
+        store=ClientStore(folder.path / "checkpoint"),
+        states=states,
+        parts=conditions.parts(),
+    )
+    if resumption is not None:
+        go_on(served, resumption)
     if display is not None:
         display.run_started(
             config.federation.rounds,
             headline_metric=run.headline_metric,
             notes=run.reader.notes,
         )
+        if served.lines:
+            display.rounds_before(served.lines)
     with contextlib.suppress(EarlyEnd):
-        strategy.start(
-            conditions.metered(grid, ledger, client_of.__getitem__, strategy.num_values),
-            initial_arrays=strategy.packed_state(),
-            num_rounds=config.federation.rounds,
-            timeout=config.federation.timeout_seconds,
-            evaluate_fn=lambda server_round, _: close_round(served, server_round),
-        )
+        play_rounds(served, grid, client_of.__getitem__)
     return finish(served)
 
 
-def build_strategy(
-    run: Run,
-    clients: Mapping[int, int],
-    display: Display | None = None,
-    conditions: Conditions | None = None,
-) -> LoRAStrategy:
-    """Return the strategy of a run, before round 1.
+def play_rounds(served: Served, grid: Grid, client_of: Callable[[int], int]) -> None:
+    """Let Flower's loop run the rounds that are left.
 
-    Args:
-        run: Model, data and settings.
-        clients: Node id of each client id.
-        display: Told when messages go out.
-        conditions: That the run is under; None: those of its configuration.
+    Raises:
+        EarlyEnd: The run is to end before its last round; the round is closed.
     """
-    config, under = run.config, conditions or conditions_of(run)
-
-    def before_broadcast(server_round: int, num_clients: int, phase: str) -> None:
-        # clients simulated in this process then find the base as it is sent to them, whatever their order
-        bring_base_up_to_date(run, strategy.server_state)
-        if display is not None:
-            display.round_started(server_round, num_clients, phase)
-
-    def evaluates(server_round: int) -> list[int]:
-        is_last = under.reason_to_end(strategy.server_state, server_round) is not None
-        return evaluating_clients(run, server_round, is_last=is_last)
-
-    strategy = LoRAStrategy(
-        aggregator=run.aggregator,
-        server_state=run.initial_server_state,
-        clients=clients,
-        seed=config.seed,
-        cohort_size=config.cohort_size,
-        uplink=run.clients.uplink,
-        downlink=run.clients.downlink,
-        ranks=Ranks(partial(rank_of, run), partial(scaling_at, run)) if mixed_ranks(run) else Ranks(),
-        limits=Limits(config.aggregation.max_update_ratio, config.aggregation.max_examples_ratio),
-        shard_sizes=ShardSizes(run.num_examples, lambda client_id: len(run.shards[client_id].test)),
-        error_every=config.evaluation.aggregation_error_every,
-        fault_of=under.faults.of,
-        reachable=under.is_reachable,
-        evaluates=evaluates,
-        on_broadcast=before_broadcast,
-    )
-    return strategy
+    strategy, federation = served.strategy, served.run.config.federation
+    try:
+        strategy.start(
+            served.conditions.metered(grid, served.ledger, client_of, strategy.num_values),
+            initial_arrays=strategy.packed_state(),
+            num_rounds=federation.rounds - strategy.rounds_before,
+            timeout=federation.timeout_seconds,
+            evaluate_fn=lambda server_round, _: close_round(served, server_round),
+        )
+    except EarlyEnd:
+        raise
+    except BaseException:
+        with contextlib.suppress(UserError):
+            write_ledger(served)  # what was sent in a round that did not end was paid for
+        raise
 
 
-def evaluating_clients(run: Run, server_round: int, *, is_last: bool = False) -> list[int]:
-    """Return the clients that evaluate after a round: all of them, or a seeded sample of ``max_clients``.
+def go_on(served: Served, resumption: Resumption) -> None:
+    """Put a run back to where it was at a commit, and commit that as the beginning of another attempt.
 
-    Args:
-        run: The run.
-        server_round: The round.
-        is_last: Whether the run ends early, after this round.
+    Raises:
+        UserError: Data or base weights are not what the run was made with.
     """
-    settings, rounds = run.config.evaluation, run.config.federation.rounds
-    is_last = is_last or server_round == rounds
-    due = is_last or (settings.clients_every and server_round % settings.clients_every == 0)
-    if not settings.clients or not due:
-        return []
-    clients = [i for i in range(run.num_clients) if len(run.shards[i].test)]
-    if len(clients) <= settings.max_clients:
-        return clients
-    rng = generator(run.config.seed, "evaluation", server_round)
-    return sorted(int(i) for i in rng.choice(clients, size=settings.max_clients, replace=False))
+    strategy, folder, checkpoint = served.strategy, served.folder, resumption.checkpoint
+    if served.states is None:
+        raise UserError("this engine does not keep the clients' states: the run cannot go on here")
+    check_fingerprints(resumption.origin.fingerprints, served.origin.fingerprints, folder.path)
+    strategy.server_state = checkpoint.server
+    strategy.versions, strategy.current_ranks = dict(checkpoint.versions), dict(checkpoint.ranks)
+    strategy.rounds_before = resumption.server_round
+    for client_id, records in resumption.states.items():
+        own = {key: record for key, record in records.items() if key != HELD_BY_SERVER}
+        served.states.context(client_id).state = state_from(own)
+    if strategy.held is not None:
+        held = {i: records.get(HELD_BY_SERVER, {}) for i, records in resumption.states.items()}
+        strategy.held.restore({client_id: state for client_id, state in held.items() if state})
+    for name, part in served.parts.items():
+        if name in checkpoint.parts:
+            part.restore(checkpoint.parts[name])
+    served.store, served.attempt = resumption.store, resumption.attempt
+    served.origin = replace(served.origin, forks=resumption.origin.forks)
+    served.started -= resumption.progress.elapsed_seconds
+    served.best = resumption.progress.best
+    folder.reopen_files(served.run.config, first_step=resumption.server_round + 1)
+    cut_back(folder.path, resumption.progress)
+    served.ledger, served.lines = Ledger.continued(folder.path / LEDGER_FILE), read_lines(folder.path)
+    commit(served)
+    if served.best is not None and served.best[0] == resumption.server_round:
+        save_global(served, "adapter_best", server_round=served.best[0], metric=served.best[1])
 
 
 def close_round(served: Served, server_round: int) -> MetricRecord | None:
     """Evaluate the global state where due, and write the round down; round 0 is before training."""
     run, record = served.run, served.strategy.record
+    if server_round == 0 and served.lines:
+        return None  # closed by an earlier attempt
     line = round_line(record, served.ledger)
     line |= global_metrics(run, served.strategy.server_state, record)
-    line |= served.conditions.end_round(served.strategy.server_state, server_round)
+    line |= served.conditions.end_round(served.strategy.server_state, record.server_round)
     now = time.perf_counter()
     line["seconds"] = round(now - served.round_started, 3)
     served.round_started = now
     served.lines.append(line)
-    served.folder.append_metrics(line)
-    served.ledger.write_csv(served.folder.path / "communication.csv")
-    strategy = served.strategy
-    save_checkpoint(
-        served.folder.path / "checkpoint",
-        strategy.server_state.state,
-        server_round=server_round,
-        server=ServerCheckpoint(
-            strategy.server_state,
-            strategy.versions,
-            strategy.current_ranks,
-            {name: part.state() for name, part in served.parts.items()},
-        ),
-        notes=run.notes,
-    )
-    keep_best(served, line)
+    is_best = is_best_so_far(served, line)
+    with unstoppable():
+        served.folder.append_metrics(line)
+        write_ledger(served)
+        commit(served)
+        if is_best:
+            save_global(
+                served, "adapter_best", server_round=line["server_round"], metric=line[run.headline_metric]
+            )
     if served.display is not None:
         served.display.round_done(line)
-    if served.conditions.reason_to_end(strategy.server_state, server_round) is not None:
+    if served.conditions.reason_to_end(served.strategy.server_state, record.server_round) is not None:
         raise EarlyEnd
     return None
+
+
+def write_ledger(served: Served) -> None:
+    """Bring ``communication.csv`` up to date."""
+    path = served.folder.path / LEDGER_FILE
+    with errors_named(path):
+        served.ledger.write_csv(path)
+
+
+def commit(served: Served) -> None:
+    """Write down everything that crosses to the next round: the one place that names it."""
+    strategy, states = served.strategy, served.states
+    checkpoint = served.folder.path / "checkpoint"
+    if states is not None:
+        failed = {failure.client_id for failure in strategy.record.failed}
+        name = client_file_name(served.attempt, strategy.server_state.server_round)
+        served.store.write(
+            name, states.changed_clients() | failed, partial(records_of_client, strategy, states)
+        )
+    content = ServerCheckpoint(
+        server=strategy.server_state,
+        versions=strategy.versions,
+        ranks=strategy.current_ranks,
+        parts={name: part.state() for name, part in served.parts.items()},
+        clients=served.store.index,
+        progress=Progress(
+            attempt=served.attempt,
+            elapsed_seconds=round(time.perf_counter() - served.started, 3),
+            best=served.best,
+            lengths=served.folder.lengths_on_disk(),
+        ),
+        origin=None if states is None else served.origin,
+    )
+    write_commit(checkpoint, content, keep=served.run.config.output.keep_checkpoints, notes=served.run.notes)
+
+
+def records_of_client(strategy: LoRAStrategy, states: ClientStates, client_id: int) -> Records:
+    """Return what a client keeps, and what the server follows of it."""
+    records = records_of(states.context(client_id).state)
+    if strategy.held is not None and (held := strategy.held.kept(client_id)):
+        records[HELD_BY_SERVER] = held
+    return records
 
 
 def round_line(record: RoundRecord, ledger: Ledger) -> dict[str, Any]:
@@ -226,19 +278,19 @@ def round_line(record: RoundRecord, ledger: Ledger) -> dict[str, Any]:
     return line
 
 
-def keep_best(served: Served, line: Mapping[str, Any]) -> None:
-    """Keep the weights of a round that is better than all before it, by the server's own evaluation.
+def is_best_so_far(served: Served, line: Mapping[str, Any]) -> bool:
+    """Note a round that is better than all before it, by the server's own evaluation; its weights are kept.
 
     Round 0, before training, counts as it does in the summary.
     """
     run = served.run
     value = line.get(run.headline_metric)
     if not run.config.federation.keep_best or SCORED_BY in line or value is None or math.isnan(value):
-        return
+        return False
     if not run.aggregator.has_global_model or not (served.best is None or value > served.best[1]):
-        return
+        return False
     served.best = (line["server_round"], value)
-    save_global(served, "adapter_best", server_round=line["server_round"], metric=value)
+    return True
 
 
 def save_global(served: Served, name: str, *, server_round: int, metric: float) -> None:
@@ -256,6 +308,15 @@ def save_global(served: Served, name: str, *, server_round: int, metric: float) 
 
 def finish(served: Served) -> dict[str, Any]:
     """Write what comes at the end: the adapter, ``summary.json`` and, where that can be done, the report."""
+    with unstoppable():
+        summary = save_results(served)
+    if served.run.config.output.report:
+        served.folder.write_report()
+    return summary
+
+
+def save_results(served: Served) -> dict[str, Any]:
+    """Write the adapter and ``summary.json``."""
     run, folder = served.run, served.folder
     metric = run.headline_metric
     first, last = served.lines[0], served.lines[-1]
@@ -279,9 +340,11 @@ def finish(served: Served) -> dict[str, Any]:
         summary["best_round"] = served.best[0]
     if run.config.output.report and run.aggregator.has_global_model and (by_class := accuracy_by_class(run)):
         summary["per_class"] = by_class
+    if served.attempt > 1:
+        summary |= {"attempts": served.attempt, "lost": lost_transfers(folder.path)}
+    if served.origin.forks:
+        summary["forks"] = list(served.origin.forks)
     folder.write_summary(summary)
-    if run.config.output.report:
-        folder.write_report()
     return summary
 
 
@@ -307,58 +370,3 @@ def server_app(run: Run) -> ServerApp:
             followers.run_done(serve(grid, run, clients, folder, followers, ledger=ledger))
 
     return app
-
-
-def ask_client_ids(grid: Grid, num_clients: int, ledger: Ledger, *, timeout: float) -> dict[int, int]:
-    """Ask every node which client it is, so that cohorts are the same on every engine.
-
-    Question and answers are the phase ``setup`` of the ledger.
-
-    Raises:
-        UserError: Too few nodes came, or two nodes are the same client.
-    """
-    deadline = time.monotonic() + timeout
-    while len(node_ids := list(grid.get_node_ids())) < num_clients:
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{len(node_ids)} nodes connected within {timeout:.0f} s for {num_clients} clients: "
-                "start one SuperNode a client, or set partition.num_clients"
-            )
-        time.sleep(1.0)
-    question = RecordDict({CONFIG: ConfigRecord({SERVER_ROUND: 0})})
-    messages = [
-        Message(question, dst_node_id=node_id, message_type=MessageType.QUERY) for node_id in node_ids
-    ]
-    sizes = wire_sizes(messages)
-    replies = list(grid.send_and_receive(messages, timeout=timeout))
-    clients = _clients_that_answered(replies)
-    client_of = {node_id: client_id for client_id, node_id in clients.items()}
-    sent = [(m, size) for m, size in zip(messages, sizes, strict=True) if m.metadata.dst_node_id in client_of]
-    sent.sort(key=lambda pair: client_of[pair[0].metadata.dst_node_id])
-    enter(ledger, sent, replies, client_of.__getitem__)
-    missing = [client_id for client_id in range(num_clients) if client_id not in clients]
-    if missing:
-        raise UserError(f"no node answered for client {missing[0]}: give one the partition-id {missing[0]}")
-    return clients
-
-
-def _clients_that_answered(replies: Iterable[Message]) -> dict[int, int]:
-    """Return the node of each client, from the answers of the nodes.
-
-    Raises:
-        UserError: A node failed or gave no client id, or two nodes are the same client.
-    """
-    clients: dict[int, int] = {}
-    for reply in replies:
-        node_id = reply.metadata.src_node_id
-        if not reply.has_content():
-            reason = shown(str(reply.error.reason)) if reply.has_error() else "its reply is empty"
-            raise UserError(f"node {node_id} failed at start: {reason}")
-        metrics = reply.content.get(METRICS)
-        client_id = metrics.get(CLIENT_ID) if isinstance(metrics, MetricRecord) else None
-        if not isinstance(client_id, int):
-            raise UserError(f"node {node_id} did not say which client it is: install the same fedlora on it")
-        if client_id in clients:
-            raise UserError(f"two nodes say they are client {client_id}: give each its own partition-id")
-        clients[client_id] = node_id
-    return clients
