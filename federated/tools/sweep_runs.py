@@ -25,6 +25,7 @@ from federated.results.compare_notes import comparison_notes
 from federated.results.records import RunRecord, read_run
 from federated.results.run_outcome import Outcome, outcome_of
 from federated.results.study_results import StudyResults, VariantRuns
+from federated.rounds.checkpoint import read_latest
 from federated.tools.evaluation import RESULTS_FILE, evaluate_source
 from federated.tools.run_processes import Do, Pool, Watcher
 from federated.tools.study_plan import PlannedRun, Study, fingerprint
@@ -35,7 +36,7 @@ _NAMED = 5
 
 
 def do_run(run: PlannedRun) -> None:
-    """Do a run: on from its newest commit where its folder has one of these settings, else from its beginning."""
+    """Do a run: on from its newest commit where it has one of these settings, else from its beginning."""
     if _is_same(run) and _has_commit(run.folder):
         resume_experiment(run.folder)
     else:
