@@ -61,9 +61,9 @@ def sweep(  # noqa: PLR0913 - options of a command
     ] = False,
     plugin: PluginsOption = None,
 ) -> None:
-    """Run a study: variants by seeds, and a table with intervals. What is finished stays; start it again.
+    r"""Run a study: variants by seeds, and a table with intervals. What is finished stays; start it again.
 
-    Example: fedlora sweep quickstart --grid aggregation.name=[fedavg,ffa] --seeds 5 --jobs 2
+    Example: fedlora sweep quickstart --grid aggregation.name=\[fedavg,ffa] --seeds 5 --jobs 2
     """
     with modules_that_stay():
         from federated.results.lasting_console import lasting_console
