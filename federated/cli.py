@@ -24,6 +24,7 @@ from rich.text import Text
 
 from federated.commands import checking, data, exporting, inference, status, sweep, train_and_evaluate
 from federated.commands.importing import PluginsOption, modules_that_stay
+from federated.commands.json_output import JsonOption, print_json
 from federated.config.plugins import load_plugins, plugins_at_fault
 from models.errors import ROUND_FAILURE, NoRoomError, UserError, printable
 from models.files import NO_ROOM
@@ -145,6 +146,7 @@ def show_config(
     ] = None,
     overrides: OverridesArgument = None,
     *,
+    as_json: JsonOption = False,
     plugin: PluginsOption = None,
 ) -> None:
     """Print the resolved configuration, defaults included; without CONFIG, which configurations are shipped.
@@ -158,29 +160,47 @@ def show_config(
     load_plugins(plugin or ())
     if config is None:
         rows = tuple(shipped_descriptions().items())
+        if as_json:
+            print_json([{"config": name, "description": words} for name, words in rows])
+            return
         table = TextTable(("CONFIG", "what it is"), rows, frozenset({0, 1}))
         print_table(Console(), table, "Shipped configurations")
         return
-    typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
+    loaded = load_config(config, overrides or [])
+    if as_json:
+        print_json(loaded.model_dump(mode="json"))
+        return
+    typer.echo(dump_config(loaded), nl=False)
 
 
 @app.command()
 def info(
-    config: ConfigArgument, overrides: OverridesArgument = None, *, plugin: PluginsOption = None
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    *,
+    as_json: JsonOption = False,
+    plugin: PluginsOption = None,
 ) -> None:
-    """Print parameter counts and the bytes a round will send, without training.
+    """Print parameter counts and the bytes that a run will send, round by round, without training.
 
     Example: fedlora info clip_lora model.pretrained=false
+
+    Example: fedlora info quickstart aggregation.name=flora federation.rounds=20 --json
     """
     with modules_that_stay():
         from federated.config.config_files import load_config
-        from federated.results.console import print_table
-        from federated.tools.inspection import describe_run, description_tables
+        from federated.results.console import print_note, print_table
+        from federated.tools.inspection import closing_note, describe_run, description_tables
 
         load_plugins(plugin or ())
+    description = describe_run(load_config(config, overrides or []))
+    if as_json:
+        print_json(description.record)
+        return
     console = Console()
-    for title, table in description_tables(describe_run(load_config(config, overrides or []))):
+    for title, table in description_tables(description):
         print_table(console, table, title)
+    print_note(console, closing_note(description))
 
 
 @app.command()

@@ -185,4 +185,4 @@ def test_every_cell_of_the_notebook_runs_and_plain_peft_finds_what_the_run_found
         exec(code, names)
     assert abs(names["accuracy"] - names["lora"].summary["final"]) < 0.021  # one image in fifty
     assert [row.name for row in names["comparison"].rows] == ["lora", "lora_int8", "head"]
-    assert names["lora"]._repr_html_().count("<img") == 2
+    assert names["lora"]._repr_html_().count("<img") == 7

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from federated.commands.json_output import JsonOption, print_json
 from federated.data.names import MAX_NAMED, listed, names_in
 from models.errors import UserError
 from models.progress import progress_bar
@@ -51,6 +53,7 @@ def check(
         str,
         typer.Option("--model", help="For captions of a table: the model that reads them."),
     ] = "tiny",
+    as_json: JsonOption = False,
 ) -> None:
     """Look at every image of a folder: structure, corrupt files, class balance, doubles across splits.
 
@@ -67,7 +70,7 @@ def check(
     source = _kind_of(folder)
     if source != "imagefolder":
         given = _options_of(options or [], allow_outside=allow_outside and source == "csv")
-        _check_table(folder, source, given, model)
+        _check_table(folder, source, given, model, as_json=as_json)
         return
     from federated.data.folders import check_folder
 
@@ -78,19 +81,24 @@ def check(
 
     with progress_bar("images") as report_progress:
         report = check_folder(folder, allow_outside=allow_outside, report=report_progress)
-    console = Console()
-    if report.counts:
-        print_table(console, class_table(report.counts), f"Images in {folder}")
-    if report.leaks:
-        print_table(console, double_table(report), "In more than one split: test results would be too good")
-    if report.ignored:
-        shown = listed(report.ignored)
-        typer.echo(f"not images by their suffix or place, and ignored: {shown}")
-    _name_suspects(report)
+    if as_json:
+        print_json({"usable": report.usable, **asdict(report)})
+    else:
+        console = Console()
+        if report.counts:
+            print_table(console, class_table(report.counts), f"Images in {folder}")
+        if report.leaks:
+            title = "In more than one split: test results would be too good"
+            print_table(console, double_table(report), title)
+        if report.ignored:
+            shown = listed(report.ignored)
+            typer.echo(f"not images by their suffix or place, and ignored: {shown}")
+        _name_suspects(report)
     if not report.usable:
         corrupt = [f"{path} cannot be decoded ({error})" for path, error in report.corrupt]
         raise UserError(f"{folder} cannot be used:\n  " + "\n  ".join([*report.problems, *corrupt]))
-    typer.echo(f"{folder} can be used; {_balance(report.imbalance())}")
+    if not as_json:
+        typer.echo(f"{folder} can be used; {_balance(report.imbalance())}")
 
 
 @app.command()
@@ -120,6 +128,7 @@ def prepare(  # noqa: PLR0913 - the command's options
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Write through links, and follow those that leave FLAT.")
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Make train/ val/ test/<class>/: empty, or from a folder that has one folder of images per class.
 
@@ -153,6 +162,9 @@ def prepare(  # noqa: PLR0913 - the command's options
             allow_outside=allow_outside,
             report=report,
         )
+    if as_json:
+        print_json({"path": str(target), "counts": counts})
+        return
     print_table(Console(), class_table(counts), f"Images in {target}")
 
 
@@ -180,7 +192,7 @@ def _options_of(given: Sequence[str], *, allow_outside: bool) -> dict[str, Any]:
     return options
 
 
-def _check_table(path: Path, source: str, options: Mapping[str, Any], model: str) -> None:
+def _check_table(path: Path, source: str, options: Mapping[str, Any], model: str, *, as_json: bool) -> None:
     """The check of rows: of csv files, or of a data set in the hub's format."""
     from federated.data.table_check import check_table
     from federated.results.console import print_table
@@ -190,6 +202,9 @@ def _check_table(path: Path, source: str, options: Mapping[str, Any], model: str
 
     with progress_bar("images") as report_progress:
         report = check_table(path, source=source, options=options, report=report_progress)
+    if as_json:
+        print_json({"usable": True, "path": str(path), **asdict(report)})
+        return
     print_table(Console(), count_table(report.counts), f"Rows in {path}")
     if report.leaks:
         groups = [" = ".join(map(str, group[:MAX_NAMED])) for group in report.leaks]

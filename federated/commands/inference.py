@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from federated.commands.importing import PluginsOption, Precision, modules_that_stay
+from federated.commands.json_output import JsonOption, print_json
 from federated.config.plugins import load_plugins
 from federated.data.names import names_in
 from models.errors import UserError, printable
@@ -91,6 +92,7 @@ def predict(  # noqa: PLR0913 - the command's options
     any_base: AnyBaseOption = False,
     output: Annotated[Path | None, typer.Option("--output", help="Write a .csv, .json or .txt file.")] = None,
     output_format: FormatOption = None,
+    as_json: JsonOption = False,
     overwrite: OverwriteOption = False,
     skip_corrupt: SkipCorruptOption = False,
     batch_size: BatchSizeOption = 64,
@@ -112,7 +114,7 @@ def predict(  # noqa: PLR0913 - the command's options
         from federated.tools.result_tables import prediction_records, prediction_table
 
         load_plugins(plugin or ())
-    chosen = _format(output_format, output)
+    chosen = _format(Format.json if as_json else output_format, output)
     if output is not None:
         check_output(output, overwrite=overwrite)
     source, path = _source_and_input(inputs, model)
@@ -208,7 +210,10 @@ def search(  # noqa: PLR0913 - the command's options
         typer.Option("--model", help="Run or model that made INDEX, if it is not where it was then."),
     ] = None,
     adapter: AdapterOption = None,
-    output_format: Annotated[Format, typer.Option("--format", help="How to print the rows.")] = Format.table,
+    output: Annotated[Path | None, typer.Option("--output", help="Write a .csv or .json file.")] = None,
+    output_format: FormatOption = None,
+    as_json: JsonOption = False,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = "cpu",
     plugin: PluginsOption = None,
 ) -> None:
@@ -216,20 +221,24 @@ def search(  # noqa: PLR0913 - the command's options
 
     Example: fedlora search photos.safetensors "a red bag" --top-k 3
 
-    Example: fedlora search photos.safetensors photos/1.png --image --format json
+    Example: fedlora search photos.safetensors photos/1.png --image --output hits.csv
     """
     with modules_that_stay():
         from federated.tools.embedding_files import read_index
+        from federated.tools.output_files import check_output
         from federated.tools.result_tables import hit_records, hit_table
         from federated.tools.search import open_query_model
         from federated.tools.search import search as search_index
 
         load_plugins(plugin or ())
+    chosen = _format(Format.json if as_json else output_format, output)
+    if output is not None:
+        check_output(output, overwrite=overwrite)
     found = read_index(index)
     opened = open_query_model(found, model, adapter=adapter, device=device)
     hits = search_index(found, opened, query, image=image, top_k=top_k)
     title = f"Most like {query}"
-    _deliver(output_format, hit_records(found, hits), hit_table(found, hits), title, None)
+    _deliver(chosen, hit_records(found, hits), hit_table(found, hits), title, output)
 
 
 def compare(
@@ -245,6 +254,7 @@ def compare(
             "--target", help="Value of the metric that the rounds and MB to reach refer to: 0.65, or 65%."
         ),
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Put runs side by side: what each reached, and the bytes it sent for it.
 
@@ -263,14 +273,19 @@ def compare(
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; --output takes a folder")
     goal = None if target is None else parse_target(target)
-    console, comparison = Console(), compare_runs(runs, target=goal)
+    comparison = compare_runs(runs, target=goal)
     written = None if output is None else write_comparison(comparison, output)
-    for title, table in terminal_tables(comparison.rows).items():
-        print_table(console, table, title)
-    for note in comparison.notes:
-        print_note(console, note)
-    if written is not None:
-        typer.echo(f"written: {written}")
+    if as_json:
+        rows = [row.record for row in comparison.rows]
+        print_json({"runs": rows, "notes": comparison.notes, "left_out": comparison.left_out})
+    else:
+        console = Console()
+        for title, table in terminal_tables(comparison.rows).items():
+            print_table(console, table, title)
+        for note in comparison.notes:
+            print_note(console, note)
+        if written is not None:
+            typer.echo(f"written: {written}")
     for reason in comparison.left_out:
         typer.echo(f"left out: {printable(reason)}", err=True)
     if comparison.left_out:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from federated.commands.importing import PluginsOption, Precision, modules_that_stay
+from federated.commands.json_output import JsonOption, print_json
 from federated.config.plugins import load_plugins
 from federated.results.console import BarsDisplay, print_notes, print_where
 from federated.results.lasting_console import lasting_console
@@ -62,7 +63,13 @@ def evaluate(  # noqa: PLR0913 - the command's options
     source: Annotated[
         str, typer.Argument(metavar="RUN|CONFIG", help="The folder of a run, or a configuration.")
     ],
-    overrides: OverridesArgument = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="What may differ: evaluation.batch_size=50 data.max_test_samples=500 model.device=cuda …",
+        ),
+    ] = None,
     *,
     adapter: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Evaluate with this adapter instead of the run's.")
@@ -75,6 +82,7 @@ def evaluate(  # noqa: PLR0913 - the command's options
     output: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where to write; RUN/evaluation_SPLIT by default.")
     ] = None,
+    as_json: JsonOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier evaluation.")] = False,
     precision: Annotated[
         Precision, typer.Option(help="Of the forward passes: bf16 and fp16 are half (autocast).")
@@ -85,10 +93,15 @@ def evaluate(  # noqa: PLR0913 - the command's options
 
     A configuration without --adapter is evaluated untrained (zero-shot).
 
-    Example: fedlora evaluate runs/quickstart --split validation
+    Example: fedlora evaluate runs/quickstart
+
+    Example: fedlora evaluate runs/quickstart evaluation.batch_size=50 --output figures --json
+
+    Example: fedlora evaluate quickstart --adapter runs/quickstart/adapter_best --output best
     """
     with modules_that_stay():
-        from federated.tools.evaluation import evaluate_source
+        from federated.communication.run_files import read_run_file
+        from federated.tools.evaluation import RESULTS_FILE, evaluate_source
 
         load_plugins(plugin or ())
     with progress_bar("images") as report_progress:
@@ -103,9 +116,13 @@ def evaluate(  # noqa: PLR0913 - the command's options
             precision=precision.value,
             report=report_progress,
         )
+    if as_json:
+        print_json({"folder": str(folder), **read_run_file(folder / RESULTS_FILE)})
+        return
     typer.echo(report)
     for path in sorted(folder.iterdir()):
-        typer.echo(str(path))
+        if path.suffix not in (".svg", ".pdf"):  # beside each PNG
+            typer.echo(str(path))
 
 
 class EpochDisplay(BarsDisplay):

@@ -84,6 +84,7 @@ def resume_experiment(
         resumption = read_resumption(path, overrides)
         with limited_threads(resumption.config.engine.threads):
             check_workers(resumption.config.engine.workers)
+            check_trackers(resumption.config.output.trackers)
             _simulate(build_run(resumption.config), folder, display, resumption)
     return path
 
@@ -118,6 +119,7 @@ def fork_experiment(
     resumption = check_fork(source, server_round, config)
     with limited_threads(config.engine.threads):
         check_workers(config.engine.workers)
+        check_trackers(config.output.trackers)
         run = build_run(config)
         with contextlib.closing(RunFolder(path, config)) as folder:
             _simulate(run, folder, display, copy_past(source, path, resumption))
@@ -129,7 +131,6 @@ def _simulate(
     folder: RunFolder,
     display: RunDisplay | None,
     resumption: Resumption | None = None,
-    *,
     callbacks: Sequence[Callback] = (),
 ) -> None:
     """Play the rounds of a run, or those that are left, with all clients in this process."""
@@ -146,14 +147,14 @@ def _simulate(
     if workers > 1:
         run.reader.read_before_forking()  # once here, not in each worker
     clients = {client_id: node_id_of(client_id) for client_id in range(run.num_clients)}
+    settings = run.config.model_dump(mode="json")
     with (
         contextlib.closing(grid),
         display if display is not None else contextlib.nullcontext(),
-        tracked(run.config.output.trackers, folder.path, run.config.model_dump(mode="json")) as trackers,
+        tracked(run.config.output.trackers, folder.path, settings) as trackers,
     ):
         followers = Followers(display, [*trackers, *callbacks])
-        summary = serve(grid, run, clients, folder, followers, states=grid, resumption=resumption)
-        followers.run_done(summary)
+        followers.run_done(serve(grid, run, clients, folder, followers, states=grid, resumption=resumption))
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ class Callback(Protocol):
 
 
 class Display(Protocol):
-    """What ``serve`` tells whoever watches; ``federated.results.console.RunDisplay`` is one."""
+    """Shows a run; ``federated.results.console.RunDisplay`` is one."""
 
     def run_started(self, num_rounds: int, *, headline_metric: str, notes: Sequence[str]) -> None:
         """The run begins; the notes say what is cached and what is not."""
@@ -35,7 +35,7 @@ class Display(Protocol):
         """Messages of a round are about to be sent."""
 
     def round_done(self, metrics: Mapping[str, Any]) -> None:
-        """A round's line of ``metrics.jsonl``."""
+        """A round is over."""
 
 
 class Followers:
@@ -56,7 +56,7 @@ class Followers:
             self._display.run_started(num_rounds, headline_metric=headline_metric, notes=notes)
 
     def rounds_before(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Tell the display; callbacks are told of the rounds that they follow."""
+        """Tell the display; callbacks were told in the attempt that made them."""
         if self._display is not None:
             self._display.rounds_before(lines)
 

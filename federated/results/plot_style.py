@@ -178,6 +178,15 @@ def save_figure(figure: Figure, folder: Path, name: str) -> None:
             )
 
 
+def save_svg(figure: Figure, name: str) -> bytes:
+    """Return a picture as an SVG file on white, its letters drawn as shapes."""
+    buffer = io.BytesIO()
+    _lay_out(figure)
+    with mpl.rc_context({"svg.hashsalt": name}), _without_glyph_warnings():
+        figure.savefig(buffer, format="svg", facecolor=PAPER, **FORMATS["svg"])
+    return buffer.getvalue()
+
+
 def remove_figure(folder: Path, name: str) -> None:
     """Remove the files that ``save_figure`` wrote."""
     for ending in FORMATS:

@@ -28,6 +28,7 @@ MAX_NUMBERED = 12  # clients and classes up to which a cell of the split carries
 MAX_CLASS_LABELS = 24
 MAX_LABEL = 18  # characters of a class name on an axis
 MAX_LEGEND = 36  # characters of a run's name on a line of the legend
+LEAST_ERROR = 1e-4  # below it an aggregation error is rounding
 LOG_FACTOR = 20  # between two runs' bytes, from which on their axis is logarithmic
 ON_BLUE = "#fdfdfd"  # not the theme's paper: the cell stays blue on a dark page too
 # Transparent to blue: the page's own background shows through an empty cell, light or dark.
@@ -191,7 +192,7 @@ def aggregation_error(metrics: Metrics) -> Figure:
     figure, (axis,) = style.new_figure()
     style.draw_line(axis, rounds, values, 0)
     axis.set_ylabel("aggregation error")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, max(1.05 * max(values), LEAST_ERROR))
     style.percent_ticks(axis.yaxis)
     style.name_round_axis(axis)
     return figure

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import resource
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -29,6 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from federated.config.config_files import dump_config
 from federated.config.plugins import PLUGINS_FILE, used_plugins
 from federated.config.schema import ExperimentConfig
+from federated.results.event_tags import scalars, settings_events, wire_bytes
 from federated.results.run_log import logged
 from federated.results.run_place import ENVIRONMENT_FILE, claim, reclaim, release
 from lora.start_adapter import adapter_identity
@@ -51,6 +53,9 @@ class RunFolder:
     Raises:
         UserError: The folder exists and may not be replaced, is in use, or cannot be written.
     """
+
+    _sent_bytes = 0  # in the rounds that have their events
+    _settings_end: Any = None  # the event that ends those of the settings
 
     def __init__(self, path: Path, config: ExperimentConfig, *, overwrite: bool = False) -> None:
         self._begin(path, claim(path, overwrite=overwrite))
@@ -89,7 +94,7 @@ class RunFolder:
             raise
 
     def write_config(self, config: ExperimentConfig) -> None:
-        """Write ``config.yaml``, and which plugins it needs."""
+        """Write ``config.yaml`` and which plugins it needs; it says whether there are events."""
         self._has_events = "tensorboard" in config.output.trackers
         write_text(self.path / "config.yaml", dump_config(config))
         if plugins := used_plugins(config):
@@ -130,14 +135,30 @@ class RunFolder:
     def _append_events(self, line: dict[str, Any]) -> None:
         if self._writer is None:
             self._writer = SummaryWriter(str(self.path), purge_step=self.purge_step)
-        for key, value in line.items():
-            if key != "server_round" and isinstance(value, int | float):
-                self._writer.add_scalar(key, value, line["server_round"])
+            self._sent_bytes = sum(wire_bytes(each) for each in self._lines_before(line["server_round"]))
+        values = scalars(line, self._sent_bytes)
+        self._sent_bytes += wire_bytes(line)
+        if self._settings_end is None:
+            *beginning, self._settings_end = settings_events(self.path / "config.yaml", values)
+            for event in beginning:
+                cast(Any, self._writer.file_writer).add_summary(event)
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, line["server_round"])
         self._writer.flush()
+
+    def _lines_before(self, server_round: int) -> Iterator[dict[str, Any]]:
+        """Yield the rounds that an earlier process wrote down."""
+        for text in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            if line["server_round"] < server_round:
+                yield line
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write ``summary.json``."""
         write_json(self.path / "summary.json", summary)
+        if self._writer is not None and self._has_events and self._settings_end is not None:
+            with BestEffort("writing TensorBoard events"):
+                cast(Any, self._writer.file_writer).add_summary(self._settings_end)
 
     def close(self) -> None:
         """Finish the TensorBoard events and give up the folder; a second call does nothing."""

@@ -96,7 +96,7 @@ def format_metric(metric: str, value: float | None) -> str:
     if not math.isfinite(value):
         return str(value)
     if metric == "aggregation_error":
-        return f"{100 * value:.3g} %"
+        return "< 0.001 %" if 0 < value < 1e-5 else f"{100 * value:.3g} %"
     return format_percent(value) if is_share(metric) else f"{value:.4g}"
 
 

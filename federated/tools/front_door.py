@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import copy
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +20,12 @@ from federated.results.records import RunRecord, read_run
 from federated.results.wording import format_bytes, format_metric
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from models.federated_model import FederatedModel
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run's folder as Python objects; a notebook shows it as its headline and its pictures.
+    """A run's folder as Python objects; a notebook shows it as its report does.
 
     Attributes:
         folder: The run folder.
@@ -95,22 +90,10 @@ class RunResult:
         return f"RunResult({self.folder}: {self._headline()})"
 
     def _repr_html_(self) -> str:
-        """Show the headline, the metric by round, and the metric against the bytes sent."""
-        from federated.results import plots
+        """Show what the report shows: headline figures, pictures, tables."""
+        from federated.results.notebook_view import run_html
 
-        record = self.record
-        pictures = []
-        for name, make in (
-            ("metric", lambda: plots.metric_by_round(record.metrics, record.metric)),
-            ("bytes", lambda: plots.metric_by_bytes(record.metrics, record.metric, record.ledger)),
-        ):
-            try:
-                pictures.append(_picture(make(), name))
-            except plots.MissingData as missing:
-                pictures.append(escape(str(missing)))
-        cells = "".join(f"<div style='width:30em;max-width:48%'>{picture}</div>" for picture in pictures)
-        head = f"<b>{escape(record.name)}</b>: {escape(self._headline())}"
-        return f"<div>{head}<div style='display:flex;flex-wrap:wrap;gap:1em'>{cells}</div></div>"
+        return run_html(self.record)
 
     def _headline(self) -> str:
         """Return the metric before and after, and the bytes sent."""
@@ -120,14 +103,6 @@ class RunResult:
         ending = "" if record.finished else ", not finished"
         rounds = f"{headline['rounds']} round{'' if headline['rounds'] == 1 else 's'}"
         return f"{record.metric} {values[0]} → {values[1]} in {rounds}, {sent} sent{ending}"
-
-
-def _picture(figure: Figure, title: str) -> str:
-    """Return a figure as an image that a page can hold without any other file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}" style="width:100%">'
 
 
 def run(
