@@ -85,7 +85,7 @@ def recipe_config(
         r=first[0],
         lora_alpha=first[1],
         lora_dropout=text_lora_dropout,
-        target_components=towers or ["text"],  # type: ignore[arg-type]
+        target_components=towers or ["text"],
         enabled=bool(towers),
         vision=TowerOverride(r=vision_lora_r, lora_alpha=vision_lora_alpha) if both else None,
     )

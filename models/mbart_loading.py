@@ -48,7 +48,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
         "forced_eos_token_id": 2,
     }
 }
-"""What is known without network: BARTpho (Tran et al. 2022, arXiv:2109.09701), the large MBart architecture."""
+"""What is known without network: BARTpho (Tran et al. 2021, arXiv:2109.09701)."""
 
 
 def load_mbart(
@@ -77,27 +77,30 @@ def load_mbart(
         UserError: It is not where its name says, cannot be reached, or is no MBart.
     """
     source = source_of(name)
+    found: Any
     try:
         if not pretrained:
             config = _config(source, cache_dir)
-            model: Any = seeded_construction(
+            found = seeded_construction(
                 lambda: MBartForConditionalGeneration(config), seed=seed, device=device
             )
         else:
             local = local_only(source)
             with without_progress_bar() if local else nullcontext():
-                model = MBartForConditionalGeneration.from_pretrained(
+                found = MBartForConditionalGeneration.from_pretrained(
                     source, local_files_only=local, cache_dir=cache_dir, dtype=torch.float32
                 )
     except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"text_model={name!r}: the weights are damaged ({error}); fetch them again") from error
+        raise UserError(
+            f"text_model={name!r}: the weights are damaged ({error}); fetch them again"
+        ) from error
     except OSError as error:
         raise UserError(
             f"text_model={name!r}: not on this machine, and the Hugging Face hub cannot be reached or has no "
             "such model. Use a local folder (model.options.text_model=path/to/folder) or the bundled model "
             "(model.options.text_model=tiny)"
         ) from error
-    return model.to(device=device, dtype=dtype).eval()
+    return found.to(device=device, dtype=dtype).eval()
 
 
 def source_of(name: str) -> str:

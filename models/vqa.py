@@ -1,4 +1,4 @@
-"""FederatedVQAModel: a CLIP's vision tower and an MBart answer questions about images; the four verbs inherited.
+"""FederatedVQAModel: a CLIP's vision tower and an MBart answer questions about images.
 
 The encoder reads the projected patches of the image, followed by the embedded question. The decoder writes
 the answer, or a linear layer chooses it from a closed set. What trains beside adapters is `head`: projector,
@@ -29,6 +29,7 @@ from models.vqa_metrics import Language
 
 logger = logging.getLogger(__name__)
 
+VISION = ("vision.embeddings", "vision.pre_layrnorm", "vision.encoder")  # what follows sees no patches
 ENCODER, DECODER = "text.model.encoder", "text.model.decoder"
 FINE_TUNINGS = ("full", "head_only", "lora")
 """All weights; `head` alone, the pre-trained parts frozen; `head`, and adapters that are put in next."""
@@ -55,6 +56,11 @@ class FederatedVQAModel(FederatedModel):
     """
 
     input_name = "pixel_values"
+    head: Any
+    vision: Any
+    text: Any
+    vision_is_frozen: bool
+    vision_config: Any
 
     def __init__(  # noqa: PLR0913 - the public signature, keyword-only
         self,
@@ -137,7 +143,8 @@ class FederatedVQAModel(FederatedModel):
         if clip.towers.backend != "huggingface":
             raise UserError(f"model_name={model_name}: questions need a CLIP of Hugging Face's, such as tiny")
         text = load_mbart(text_model, cache_dir=cache_dir, **loading)
-        self.vision_config, self.text_config = clip.clip.config.vision_config, text.config
+        tower: Any = clip.clip
+        self.vision_config = tower.config.vision_config
         self.task = TASKS["vqa"] if task is None else task
         self.head_kind, self.decoder_kind, self.strategy = head, decoder, strategy
         self.train_head, self.unfreeze_encoder_layers = train_head, unfreeze_encoder_layers
@@ -152,7 +159,7 @@ class FederatedVQAModel(FederatedModel):
         self._check(text.config)
         built = seeded_construction(lambda: self._build_head(text, dropout), seed=seed, device=device)
         self.head = built.to(device=device, dtype=torch.float32)  # before `text`: shared parts are its own
-        self.vision, self.text = clip.clip.vision_model, text
+        self.vision, self.text = tower.vision_model, text
         self.preprocess, self.image_size = clip.preprocess, clip.image_size
         self.tokenizer = TextTokenizer(text_model, cache_dir)
         self.deduplicates, self.precision, self.language = True, "fp32", language
@@ -172,15 +179,15 @@ class FederatedVQAModel(FederatedModel):
             raise UserError("decoder=lora goes with head=generation: a classifier has no decoder")
         if not 0 <= self.unfreeze_encoder_layers <= text.encoder_layers:
             raise UserError(
-                f"unfreeze_encoder_layers={self.unfreeze_encoder_layers}: the encoder of {self.text_model} has "
-                f"{text.encoder_layers} layers"
+                f"unfreeze_encoder_layers={self.unfreeze_encoder_layers}: the encoder of {self.text_model} "
+                f"has {text.encoder_layers} layers"
             )
         vision = self.vision_config
         length = (vision.image_size // vision.patch_size) ** 2 + self.most_question_tokens
         if length > text.max_position_embeddings:
             raise UserError(
-                f"{length} patches and words, and {self.text_model} reads {text.max_position_embeddings}: lower "
-                "model.options.most_question_tokens, or take a CLIP with fewer patches"
+                f"{length} patches and words, and {self.text_model} reads {text.max_position_embeddings}: "
+                "lower model.options.most_question_tokens, or take a CLIP with fewer patches"
             )
 
     def _build_head(self, text: Any, dropout: float) -> nn.ModuleDict:
@@ -199,9 +206,7 @@ class FederatedVQAModel(FederatedModel):
         text = () if self.unfreeze_encoder_layers else (ENCODER,)
         if self.decoder_kind == "lora":
             text = (*text, DECODER)
-        return Towers(
-            "huggingface", vision=("vision",), text=text, default_targets=("q_proj", "k_proj", "v_proj")
-        )
+        return Towers("huggingface", VISION, text, default_targets=("q_proj", "k_proj", "v_proj"))
 
     def _apply_strategy(self) -> None:
         if self.strategy == "full":
@@ -209,7 +214,6 @@ class FederatedVQAModel(FederatedModel):
         else:
             self.freeze_pretrained()
         self.ready(name for name, parameter in self.named_parameters() if parameter.requires_grad)
-        assert self.head is not None
         own = {id(module) for module in self.head.projector.modules()}
         self._base_modules = [module for module in self._base_modules if id(module) not in own]
         self.refresh()
@@ -219,7 +223,7 @@ class FederatedVQAModel(FederatedModel):
     def freeze_pretrained(self) -> None:
         """Freeze vision tower, encoder and decoder but for what `head` holds of them."""
         self.requires_grad_(False)
-        if self.head is not None and self.train_head:
+        if self.train_head:
             self.head.requires_grad_(True)
 
     def parameters_changed(self) -> None:
@@ -269,12 +273,12 @@ class FederatedVQAModel(FederatedModel):
         """Read images and questions.
 
         Args:
-            batch: "pixel_values" (B, 3, H, W) or "patches" (B, P, W), "input_ids" and "attention_mask" (B, Q).
+            batch: "pixel_values" (B, 3, H, W) or "patches" (B, P, W), and "input_ids" and "attention_mask"
+                (B, Q).
 
         Returns:
             The encoder's states (B, P + Q, D), and which of them are there, (B, P + Q).
         """
-        assert self.head is not None
         patches = self.head.projector(self._patches(batch).float())  # (B, P, D)
         words = self.text.model.encoder.embed_tokens(batch["input_ids"])  # (B, Q, D)
         there = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
@@ -283,8 +287,7 @@ class FederatedVQAModel(FederatedModel):
         return self.text.model.encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state, mask
 
     def answer_logits(self, batch: Batch, states: Tensor, mask: Tensor) -> Tensor:
-        """Logits of the answers, (B, C), or of their tokens, (B, A, vocabulary), each given those before it."""
-        assert self.head is not None
+        """Logits of the answers, (B, C), or of each of their tokens given those before it, (B, A, V)."""
         if self.head_kind == "classification":
             words = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
             asked = states[:, -words.shape[1] :]
@@ -325,8 +328,9 @@ class FederatedVQAModel(FederatedModel):
         counts = self.parameter_counts()
         trained = sum(number for name, number in counts.items() if name != "total")
         return (
-            f"{type(self).__name__}({self.model_name} and {self.text_model}, {self.head_kind}: {trained:,} of "
-            f"{counts['total']:,} parameters train, {len(self.exchanged_names)} tensors travel)"
+            f"{type(self).__name__}({self.model_name} and {self.text_model}, {self.head_kind}: "
+            f"{trained:,} of {counts['total']:,} parameters train, "
+            f"{len(self.exchanged_names)} tensors travel)"
         )
 
 
@@ -349,7 +353,7 @@ def check_recipe(unfreeze_encoder_layers: int, towers: Iterable[str]) -> None:
     """
     if unfreeze_encoder_layers and "text" in towers:
         raise UserError(
-            f"unfreeze_encoder_layers={unfreeze_encoder_layers} and adapters in the text encoder are both asked "
-            "for: set unfreeze_encoder_layers=0, or leave text out (lora.target_components=[vision], "
+            f"unfreeze_encoder_layers={unfreeze_encoder_layers} and adapters in the text encoder are both "
+            "asked for: set unfreeze_encoder_layers=0, or leave text out (lora.target_components=[vision], "
             "use_text_lora=False)"
         )

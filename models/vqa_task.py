@@ -117,8 +117,9 @@ def evaluate_vqa(model: FederatedVQAModel, batches: Iterable[Batch]) -> dict[str
     loss = loss_sum / total
     scores = row_scores(said, right, language=model.language)
     metrics = mean_scores(scores)
-    for number, found in sorted(scores_by(scores, types).items()):  # type: ignore[type-var]
-        metrics[f"{EXACT_MATCH}_{_type_name(model, int(number))}"] = found[EXACT_MATCH]  # type: ignore[call-overload]
+    named = [_type_name(model, number) for number in types]
+    for name, found in scores_by(scores, named).items():
+        metrics[f"{EXACT_MATCH}_{name}"] = found[EXACT_MATCH]
     metrics = {name: or_not_a_number(value, loss, finite) for name, value in metrics.items()}
     return {"loss": loss, "num_examples": float(total), **metrics}
 
@@ -127,4 +128,3 @@ def _type_name(model: FederatedVQAModel, number: int) -> str:
     names = model.class_names
     name = names[number] if names and 0 <= number < len(names) else f"type {number}"
     return re.sub(r"\W+", "_", name).strip("_")
-

@@ -1,4 +1,4 @@
-"""From rows to batches of questions: a picture is decoded once, and with a frozen vision tower also read once.
+"""From rows to batches of questions: a picture is decoded once, and read once by a frozen vision tower.
 
 The rows of one picture share both, however many questions there are about it.
 """
@@ -40,7 +40,9 @@ class PictureSplit:
     ) -> None:
         self._model, rows = model, data.split(split)
         if data.image_column is None or data.picture_column is None:
-            raise UserError(f"task.name=vqa needs images and pictures, and data.source={data.name!r} has none")
+            raise UserError(
+                f"task.name=vqa needs images and pictures, and data.source={data.name!r} has none"
+            )
         pictures = column_values(rows, data.picture_column)
         _, first, self.numbers = np.unique(pictures, return_index=True, return_inverse=True)
         self.images = ImageTensors(
