@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from models.errors import UserError
@@ -38,23 +39,36 @@ def read_questions(model: FederatedVQAModel, rows: Rows) -> Batch:
     Raises:
         UserError: An answer is empty.
     """
-    cut = model.tokenizer.num_cut
-    batch = dict(model.tokenizer.tokens(rows["question"], model.most_question_tokens))
-    if model.tokenizer.num_cut > cut == 0:
-        logger.warning(
-            "questions of more than %d tokens are cut: raise model.options.most_question_tokens",
-            model.most_question_tokens,
-        )
+    batch = _question_tokens(model, rows["question"])
     batch["labels"] = _labels(model, rows)
     batch["type"] = torch.tensor([int(number) for number in rows["label"]])
     numbers: dict[object, int] = {}
     batch["picture"] = torch.tensor([numbers.setdefault(name, len(numbers)) for name in rows["picture"]])
     if "image" in rows:
-        background = getattr(model.preprocess, "background", WHITE)
-        batch["pixel_values"] = torch.stack(
-            [model.preprocess(rgb_image(image, background)) for image in rows["image"]]
-        )
+        batch["pixel_values"] = _pixel_values(model, rows["image"])
     return batch
+
+
+def ask(model: FederatedVQAModel, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
+    """Answer a question about each image, (B,)."""
+    batch = {**_question_tokens(model, questions), "pixel_values": _pixel_values(model, images)}
+    return predict_answers(model, {key: value.to(model.device) for key, value in batch.items()})
+
+
+def _pixel_values(model: FederatedVQAModel, images: Sequence[Image.Image]) -> Tensor:
+    background = getattr(model.preprocess, "background", WHITE)
+    return torch.stack([model.preprocess(rgb_image(image, background)) for image in images])
+
+
+def _question_tokens(model: FederatedVQAModel, questions: Sequence[str]) -> Batch:
+    cut = model.tokenizer.num_cut
+    tokens = dict(model.tokenizer.tokens(questions, model.most_question_tokens))
+    if model.tokenizer.num_cut > cut == 0:
+        logger.warning(
+            "questions of more than %d tokens are cut: raise model.options.most_question_tokens",
+            model.most_question_tokens,
+        )
+    return tokens
 
 
 def _labels(model: FederatedVQAModel, rows: Rows) -> Tensor:
