@@ -195,7 +195,8 @@ class FederatedVQAModel(FederatedModel):
         projector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, wide), nn.Dropout(dropout))
         parts: dict[str, nn.Module] = {"projector": projector}
         if self.head_kind == "classification":
-            parts["classifier"] = nn.Sequential(nn.LayerNorm(wide), nn.Linear(wide, len(self.answers)))
+            classifier = nn.Linear(2 * wide, len(self.answers))
+            parts["classifier"] = nn.Sequential(nn.LayerNorm(2 * wide), classifier)
         elif self.decoder_kind == "full":
             parts["decoder"] = text.model.decoder
         if self.unfreeze_encoder_layers:
@@ -211,6 +212,9 @@ class FederatedVQAModel(FederatedModel):
     def _apply_strategy(self) -> None:
         if self.strategy == "full":
             self.requires_grad_(True)
+            if self.head_kind == "classification":  # which reads no decoder, but the words
+                self.text.model.decoder.requires_grad_(False)
+                self.text.model.shared.requires_grad_(True)
         else:
             self.freeze_pretrained()
         self.ready(name for name, parameter in self.named_parameters() if parameter.requires_grad)
@@ -290,8 +294,9 @@ class FederatedVQAModel(FederatedModel):
         """Logits of the answers, (B, C), or of each of their tokens given those before it, (B, A, V)."""
         if self.head_kind == "classification":
             words = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
-            asked = states[:, -words.shape[1] :]
-            return self.head.classifier(((asked * words).sum(1) / words.sum(1)).float())
+            seen, asked = states[:, : -words.shape[1]], states[:, -words.shape[1] :]
+            means = torch.cat([seen.mean(1), (asked * words).sum(1) / words.sum(1)], dim=1)  # (B, 2 D)
+            return self.head.classifier(means.float())
         labels = batch["labels"]
         return self.text(
             encoder_outputs=BaseModelOutput(last_hidden_state=states), attention_mask=mask, labels=labels

@@ -91,7 +91,8 @@ def answered_pictures(
     for axis, image, question, expected, answer in zip(axes, images, questions, right, said, strict=False):
         is_right = normalised(answer) == normalised(expected)
         axis.imshow(image.convert("RGB"))
-        lines = [*textwrap.wrap(question, 34)[:2], answer if is_right else f"{answer} (right: {expected})"]
+        given = answer or "nothing"
+        lines = [*textwrap.wrap(question, 34)[:2], given if is_right else f"{given} (right: {expected})"]
         axis.set_title("\n".join(lines), size=8, color=style.BLUE if is_right else style.ORANGE)
     return figure
 
