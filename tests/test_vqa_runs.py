@@ -18,10 +18,18 @@ from models.errors import UserError
 from tests.command import fedlora
 
 SMALL = (
+    *("model={type: vqa_lora, options: {}}", "federation.cohort_size=null", "engine.workers=1"),
     *("data.max_train_samples=80", "data.max_test_samples=24", "partition.num_clients=2"),
-    *("partition={name: iid, local_test_fraction: 0.1}", "federation={rounds: 2}", "evaluation={}"),
+    *(
+        "partition={name: iid, local_test_fraction: 0.1}",
+        "federation={rounds: 2}",
+        "evaluation={every: 1, max_samples: null}",
+    ),
     *("client={local_steps: 2, batch_size: 8, learning_rate: 3e-3}", "output.report=false"),
-    *("lora={r: 2, lora_alpha: 4, lora_dropout: 0.1, target_components: [text, vision]}", "engine={}"),
+    *(
+        "lora={r: 2, lora_alpha: 4, lora_dropout: 0.1, target_components: [text, vision]}",
+        "lora.target_modules=null",
+    ),
 )
 METHODS = ("fedavg", "ffa", "fedex", "flexlora", "fedsa")
 
@@ -110,10 +118,10 @@ def test_a_question_about_an_image_is_answered(finished: Path, capsys: pytest.Ca
 
 
 def test_info_counts_what_travels(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["model.options={text_model: vinai/bartpho-syllable}", "model.num_classes=3"]
+    options = ["model.options={text_model: vinai/bartpho-syllable, head: generation}", "model.num_classes=3"]
     status, printed, error = fedlora(
         capsys, "info", "easy_vqa", "model.model_name=openai/clip-vit-base-patch32", *options,
-        "lora={r: 16, lora_alpha: 32, target_components: [text]}", "evaluation={}",
+        "lora={r: 16, lora_alpha: 32, target_components: [text]}", "lora.target_modules=null",
     )  # fmt: skip
     assert status == 0, error
     assert "1,179,648" in printed
