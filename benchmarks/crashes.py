@@ -178,7 +178,7 @@ def measure_overhead() -> None:
         print(describe_machine())
         for method in ("fedavg", "fedsa", "error feedback", "scaffold"):
             commits.clear()
-            place = [f"output.root={folder}", f"output.name={len(os.listdir(folder))}", "output.report=false"]
+            place = [f"output.root={folder}/{method}", "output.report=false"]
             run = run_experiment(load_config("quickstart", [*place, *METHODS[method]]))
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
             round_seconds = statistics.median(line["seconds"] for line in lines)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from federated.results.callbacks import Callback
     from federated.rounds.families import register_model_family
     from federated.tools.export import export_model
-    from federated.tools.front_door import RunResult, open_run, run
+    from federated.tools.front_door import RunResult, open_run, resume, run
     from federated.tools.predictor import Predictor
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "register_selection",
     "register_server_optimizer",
     "register_source",
+    "resume",
     "run",
 ]
 
@@ -60,7 +61,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "federated.rounds.families": ("register_model_family",),
     "federated.tools.export": ("export_model",),
     "federated.results.callbacks": ("Callback",),
-    "federated.tools.front_door": ("RunResult", "open_run", "run"),
+    "federated.tools.front_door": ("RunResult", "open_run", "resume", "run"),
     "federated.tools.predictor": ("Predictor",),
     "models.tasks": ("register_task",),
 }

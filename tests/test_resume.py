@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import federated
 from benchmarks.crashes import METHODS, continued, plain, results_of, tiny_config
 from federated.communication.ledger import Ledger
 from federated.engines.simulation import fork_experiment, resume_experiment, run_experiment
@@ -166,6 +167,12 @@ def test_more_rounds_follow_a_complete_run(whole: Path, tmp_path: Path) -> None:
     assert json.loads((run / "summary.json").read_text())["rounds"] == 4
     with pytest.raises(UserError, match=r"federation\.rounds=2, but 4 rounds"):
         resume_experiment(run, ["federation.rounds=2"])
+
+
+def test_python_goes_on_with_a_run_too(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stopped_after(tiny_config(tmp_path, "fedavg"), 2, monkeypatch)
+    assert federated.resume(run, show_progress=False).folder == run
+    assert results_of(run) == results_of(whole)
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,8 @@ class Part(Protocol):
     """Something of the server's that crosses rounds besides the aggregator's state: one entry in a commit.
 
     Whoever remembers something from round to round (early stopping, a clock) has these two methods and an
-    entry in ``federated.rounds.server.Served.parts``. ``state`` is asked at the end of every round, round 0
-    included; ``restore`` is told it, once, before the first round that is played after a resumption.
+    entry in ``federated.rounds.run_in_progress.Served.parts``. ``state`` is asked at the end of every round,
+    round 0 included; ``restore`` is told it, once, before the first round that is played after a resumption.
     """
 
     def state(self) -> Any:

@@ -12,8 +12,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,58 +22,27 @@ from federated.communication.ledger import Ledger
 from federated.communication.savings import Bandwidth, communication_summary
 from federated.results.callbacks import Display, Followers
 from federated.results.round_record import SCORED_BY, RoundRecord, best_value, curve_lines
-from federated.results.run_folder import LEDGER_FILE, RunFolder, peak_memory_bytes
+from federated.results.run_folder import RunFolder, peak_memory_bytes
 from federated.results.trackers import check_trackers, tracked
 from federated.rounds.batches import accuracy_by_class
-from federated.rounds.checkpoint import (
-    Origin,
-    Part,
-    Progress,
-    ServerCheckpoint,
-    client_file_name,
-    write_commit,
-)
+from federated.rounds.checkpoint import Origin
 from federated.rounds.client_identities import ask_client_ids
-from federated.rounds.client_store import ClientStates, ClientStore, Records, records_of, state_from
-from federated.rounds.conditions import Conditions, EarlyEnd, conditions_of
-from federated.rounds.fingerprints import check_fingerprints, fingerprints
+from federated.rounds.client_store import ClientStates
+from federated.rounds.conditions import EarlyEnd, conditions_of
+from federated.rounds.fingerprints import fingerprints
 from federated.rounds.global_model import (
     global_metrics,
-    load_global_state,
-    smallest_form,
 )
 from federated.rounds.learnable import check_can_learn
-from federated.rounds.resumption import HELD_BY_SERVER, Resumption, cut_back, lost_transfers, read_lines
+from federated.rounds.resumption import Resumption, lost_transfers
 from federated.rounds.run import Run
+from federated.rounds.run_in_progress import Served, commit, go_on, save_global, write_ledger
 from federated.rounds.run_strategy import build_strategy
-from federated.rounds.saving import model_sizes, parameter_counts, save_adapter, save_clients_rows
-from federated.rounds.strategy import LoRAStrategy
+from federated.rounds.saving import model_sizes, parameter_counts, save_clients_rows
 from models.errors import UserError
-from models.files import errors_named
 from models.interrupts import unstoppable
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Served:
-    """A run in progress: what closing a round needs; ``parts`` (by name) go into every commit."""
-
-    run: Run
-    strategy: LoRAStrategy
-    folder: RunFolder
-    ledger: Ledger
-    display: Display | None
-    conditions: Conditions
-    origin: Origin
-    store: ClientStore
-    states: ClientStates | None = None
-    attempt: int = 1
-    started: float = field(default_factory=time.perf_counter)
-    round_started: float = field(default_factory=time.perf_counter)
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    best: tuple[int, float] | None = None
-    parts: dict[str, Part] = field(default_factory=dict)
 
 
 def serve(
@@ -98,7 +65,7 @@ def serve(
         folder: Where results go.
         display: Told what happens.
         ledger: Holds what was sent before; None: nothing was.
-        states: Where the engine keeps the clients' states; None: out of reach, so that no run can be resumed.
+        states: Where the engine keeps the clients' states; None: out of reach; no run goes on then.
         resumption: How the run goes on; None: it begins.
 
     Returns:
@@ -110,18 +77,9 @@ def serve(
     conditions = conditions_of(run)
     on_broadcast = None if display is None else display.round_started
     strategy = build_strategy(run, clients, on_broadcast, conditions)
-    served = Served(
-        run,
-        strategy,
-        folder,
-        Ledger() if ledger is None else ledger,
-        display,
-        conditions,
-        origin=Origin(config.model_dump(mode="json"), fingerprints(run)),
-        store=ClientStore(folder.path / "checkpoint"),
-        states=states,
-        parts=conditions.parts(),
-    )
+    origin = Origin(config.model_dump(mode="json"), fingerprints(run))
+    ledger = Ledger() if ledger is None else ledger
+    served = Served(run, strategy, folder, ledger, display, conditions, origin, states)
     if resumption is not None:
         go_on(served, resumption)
     if display is not None:
@@ -144,11 +102,14 @@ def play_rounds(served: Served, grid: Grid, client_of: Callable[[int], int]) -> 
         EarlyEnd: The run is to end before its last round; the round is closed.
     """
     strategy, federation = served.strategy, served.run.config.federation
+    under, done = served.conditions, served.strategy.rounds_before
+    if done and under.reason_to_end(strategy.server_state, done) is not None:
+        return  # the attempt before had only its results to write
     try:
         strategy.start(
-            served.conditions.metered(grid, served.ledger, client_of, strategy.num_values),
+            under.metered(grid, served.ledger, client_of, strategy.num_values),
             initial_arrays=strategy.packed_state(),
-            num_rounds=federation.rounds - strategy.rounds_before,
+            num_rounds=federation.rounds - done,
             timeout=federation.timeout_seconds,
             evaluate_fn=lambda server_round, _: close_round(served, server_round),
         )
@@ -158,40 +119,6 @@ def play_rounds(served: Served, grid: Grid, client_of: Callable[[int], int]) -> 
         with contextlib.suppress(UserError):
             write_ledger(served)  # what was sent in a round that did not end was paid for
         raise
-
-
-def go_on(served: Served, resumption: Resumption) -> None:
-    """Put a run back to where it was at a commit, and commit that as the beginning of another attempt.
-
-    Raises:
-        UserError: Data or base weights are not what the run was made with.
-    """
-    strategy, folder, checkpoint = served.strategy, served.folder, resumption.checkpoint
-    if served.states is None:
-        raise UserError("this engine does not keep the clients' states: the run cannot go on here")
-    check_fingerprints(resumption.origin.fingerprints, served.origin.fingerprints, folder.path)
-    strategy.server_state = checkpoint.server
-    strategy.versions, strategy.current_ranks = dict(checkpoint.versions), dict(checkpoint.ranks)
-    strategy.rounds_before = resumption.server_round
-    for client_id, records in resumption.states.items():
-        own = {key: record for key, record in records.items() if key != HELD_BY_SERVER}
-        served.states.context(client_id).state = state_from(own)
-    if strategy.held is not None:
-        held = {i: records.get(HELD_BY_SERVER, {}) for i, records in resumption.states.items()}
-        strategy.held.restore({client_id: state for client_id, state in held.items() if state})
-    for name, part in served.parts.items():
-        if name in checkpoint.parts:
-            part.restore(checkpoint.parts[name])
-    served.store, served.attempt = resumption.store, resumption.attempt
-    served.origin = replace(served.origin, forks=resumption.origin.forks)
-    served.started -= resumption.progress.elapsed_seconds
-    served.best = resumption.progress.best
-    folder.reopen_files(served.run.config, first_step=resumption.server_round + 1)
-    cut_back(folder.path, resumption.progress)
-    served.ledger, served.lines = Ledger.continued(folder.path / LEDGER_FILE), read_lines(folder.path)
-    commit(served)
-    if served.best is not None and served.best[0] == resumption.server_round:
-        save_global(served, "adapter_best", server_round=served.best[0], metric=served.best[1])
 
 
 def close_round(served: Served, server_round: int) -> MetricRecord | None:
@@ -222,48 +149,6 @@ def close_round(served: Served, server_round: int) -> MetricRecord | None:
     return None
 
 
-def write_ledger(served: Served) -> None:
-    """Bring ``communication.csv`` up to date."""
-    path = served.folder.path / LEDGER_FILE
-    with errors_named(path):
-        served.ledger.write_csv(path)
-
-
-def commit(served: Served) -> None:
-    """Write down everything that crosses to the next round: the one place that names it."""
-    strategy, states = served.strategy, served.states
-    checkpoint = served.folder.path / "checkpoint"
-    if states is not None:
-        failed = {failure.client_id for failure in strategy.record.failed}
-        name = client_file_name(served.attempt, strategy.server_state.server_round)
-        served.store.write(
-            name, states.changed_clients() | failed, partial(records_of_client, strategy, states)
-        )
-    content = ServerCheckpoint(
-        server=strategy.server_state,
-        versions=strategy.versions,
-        ranks=strategy.current_ranks,
-        parts={name: part.state() for name, part in served.parts.items()},
-        clients=served.store.index,
-        progress=Progress(
-            attempt=served.attempt,
-            elapsed_seconds=round(time.perf_counter() - served.started, 3),
-            best=served.best,
-            lengths=served.folder.lengths_on_disk(),
-        ),
-        origin=None if states is None else served.origin,
-    )
-    write_commit(checkpoint, content, keep=served.run.config.output.keep_checkpoints, notes=served.run.notes)
-
-
-def records_of_client(strategy: LoRAStrategy, states: ClientStates, client_id: int) -> Records:
-    """Return what a client keeps, and what the server follows of it."""
-    records = records_of(states.context(client_id).state)
-    if strategy.held is not None and (held := strategy.held.kept(client_id)):
-        records[HELD_BY_SERVER] = held
-    return records
-
-
 def round_line(record: RoundRecord, ledger: Ledger) -> dict[str, Any]:
     """Return a round's line of ``metrics.jsonl`` before the server's evaluation."""
     line: dict[str, Any] = {"server_round": record.server_round, "cohort": record.cohort, **record.metrics}
@@ -291,19 +176,6 @@ def is_best_so_far(served: Served, line: Mapping[str, Any]) -> bool:
         return False
     served.best = (line["server_round"], value)
     return True
-
-
-def save_global(served: Served, name: str, *, server_round: int, metric: float) -> None:
-    """Write the global model's trained part into a folder of the run."""
-    run, server_state = served.run, served.strategy.server_state
-    load_global_state(run, server_state)
-    save_adapter(
-        run,
-        served.folder.path / name,
-        server_round=server_round,
-        final=metric,
-        products={module: smallest_form(delta) for module, delta in server_state.base_delta.items()},
-    )
 
 
 def finish(served: Served) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Runs from Python: ``run`` starts one, ``open_run`` reads one back, both give a ``RunResult``."""
+"""Runs from Python: ``run`` starts one, ``resume`` goes on with one, ``open_run`` reads one back."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from federated.results.records import RunRecord, read_run
 from federated.results.wording import format_bytes, format_metric
 
 if TYPE_CHECKING:
+    from federated.results.console import RunDisplay
     from models.federated_model import FederatedModel
 
 
@@ -132,18 +133,43 @@ def run(
         UserError: The configuration, a plugin, the data or the model is unusable, or the folder exists.
     """
     from federated.engines.simulation import run_experiment
-    from federated.results.console import RunDisplay
 
     load_plugins(plugins)
     loaded = config_from(config, **sections)
-    display = None
-    if show_progress:
-        from federated.results.lasting_console import lasting_console
-
-        display = RunDisplay(lasting_console())
-    with contextlib.nullcontext() if display is None else display:
+    with _display(show_progress) as display:
         folder = run_experiment(loaded, overwrite=overwrite, display=display, callbacks=callbacks)
     return RunResult(folder)
+
+
+def resume(folder: str | Path, *, show_progress: bool = True, **sections: Any) -> RunResult:
+    """Go on with a run that was stopped or killed, or with more rounds; it ends as if it had never stopped.
+
+    Args:
+        folder: The run folder.
+        show_progress: As in ``run``.
+        **sections: Keys that may differ from here on, by section: ``federation={"rounds": 20}``.
+
+    Raises:
+        UserError: Nothing can be resumed there, a key may not change, or data or weights are others.
+    """
+    from federated.engines.simulation import resume_experiment
+
+    overrides = [f"{key}={json.dumps(value)}" for key, value in _dotted(sections)]
+    with _display(show_progress) as display:
+        return RunResult(resume_experiment(Path(folder), overrides, display=display))
+
+
+@contextlib.contextmanager
+def _display(show: bool) -> Iterator[RunDisplay | None]:
+    """Yield what shows progress, on for as long as the block lasts; None where nothing is shown."""
+    if not show:
+        yield None
+        return
+    from federated.results.console import RunDisplay
+    from federated.results.lasting_console import lasting_console
+
+    with RunDisplay(lasting_console()) as display:
+        yield display
 
 
 def open_run(folder: str | Path) -> RunResult:
