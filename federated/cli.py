@@ -25,10 +25,12 @@ from rich.text import Text
 from federated.commands import checking, data, exporting, inference, status, sweep, train_and_evaluate
 from federated.commands.importing import PluginsOption, modules_that_stay
 from federated.commands.json_output import JsonOption, print_json
+from federated.commands.verbosity import add_verbosity, usual_verbosity
 from federated.config.plugins import load_plugins, plugins_at_fault
 from models.errors import ROUND_FAILURE, NoRoomError, UserError, printable
 from models.files import NO_ROOM
 from models.interrupts import StopRequested, stoppable
+from models.progress import is_quiet
 
 if TYPE_CHECKING:
     from federated.results.console import RunDisplay
@@ -222,6 +224,7 @@ app.command()(sweep.sweep)
 inference.register(app)
 app.command()(exporting.export)
 app.add_typer(data.app, name="data")
+add_verbosity(app)
 
 
 def _play(folder: Path, rounds: Callable[[RunDisplay], Path]) -> None:
@@ -242,8 +245,8 @@ def _play(folder: Path, rounds: Callable[[RunDisplay], Path]) -> None:
 
     console = lasting_console()
     try:
-        with stoppable(), _failures_shown_once():
-            rounds(RunDisplay(console))
+        with stoppable(), _failures_shown_once(), RunDisplay(console) as display:
+            rounds(display)
     except StopRequested as stop:
         remedy = (
             "it is complete" if (folder / "summary.json").is_file() else "no round was done: start it again"
@@ -262,6 +265,8 @@ def _play(folder: Path, rounds: Callable[[RunDisplay], Path]) -> None:
         record = read_run(folder)
         print_results(console, record.metrics, record.summary, record.ledger)
         print_where(console, folder)
+        if is_quiet():
+            typer.echo(str(folder))
         _print_skipped(console, record.metrics, folder)
 
 
@@ -307,14 +312,13 @@ def _print_skipped(console: Console, metrics: Sequence[Mapping[str, Any]], folde
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command; ends with exit code 2 on bad input, with 1 where a disk is full."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that a terminal cannot show ends nothing
             stream.reconfigure(errors="replace")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    usual_verbosity()
     try:
         with plugins_at_fault():
-            app(args=None if arguments is None else list(arguments))
+            app(args=None if arguments is None else list(arguments), prog_name="fedlora")
     except (UserError, OSError) as error:  # of the latter: a name that is too long, a full disk, ...
         message = Text.assemble(("error:", "bold red"), f" {printable(str(error))}")
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)

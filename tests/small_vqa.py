@@ -18,8 +18,9 @@ from federated.data.splits import IntArray
 from federated.rounds.families import ModelFamily, ModelSetup
 from models.construction import seeded_construction
 from models.federated_model import FederatedModel
-from models.tasks import Batch, Rows, Task, register_task
+from models.tasks import Task, register_task
 from models.towers import Towers
+from models.training import Batch, Rows
 from models.vqa_metrics import mean_scores, row_scores
 
 SHAPES_AND_COLOURS = "circle rectangle triangle black gray blue brown teal green red yellow yes no"

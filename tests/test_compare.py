@@ -12,7 +12,6 @@ import pytest
 from federated.results.compare import (
     compare_runs,
     comparison_table,
-    parse_target,
     terminal_tables,
     to_csv,
     to_json,
@@ -74,7 +73,7 @@ def test_markdown_json_and_csv_agree(two_runs: list[Path], tmp_path: Path) -> No
     assert from_json == json.loads(to_json(rows))
     assert to_csv(rows).count("\n") == 3
     for one, other in zip(from_json, from_csv, strict=True):
-        assert {key: str(value) for key, value in one.items()} == other
+        assert {key: "" if value is None else str(value) for key, value in one.items()} == other
     for ending in ("png", "svg", "pdf"):
         assert (tmp_path / "out" / f"comparison.{ending}").stat().st_size > 1000
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -121,18 +120,18 @@ def test_an_unfinished_run_is_marked_and_compares_as_far_as_it_went(two_runs: li
     assert any(note.startswith("Unfinished") and note.endswith(": fp32.") for note in comparison.notes)
 
 
-@pytest.mark.parametrize("text", ["0.65", "65%", "65 %", " 65.0%"])
-def test_a_target_is_a_share_or_a_percentage(text: str) -> None:
-    assert parse_target(text) == 0.65
+@pytest.mark.parametrize("target", [0.65, "0.65", "65%", "65 %", "65"])
+def test_a_target_is_a_share_or_a_percentage(target: float | str, two_runs: list[Path]) -> None:
+    assert [row.target for row in compare_runs(two_runs, target=target).rows] == [0.65, 0.65]
 
 
-def test_a_target_that_is_no_number_is_refused() -> None:
-    with pytest.raises(UserError, match=r"0\.65, or 65%"):
-        parse_target("two thirds")
+def test_a_target_that_is_no_number_is_refused(two_runs: list[Path]) -> None:
+    with pytest.raises(UserError, match=r"0\.65, or 65"):
+        compare_runs(two_runs, target="two thirds")
 
 
 def test_the_rounds_to_a_target_are_those_of_its_bytes(two_runs: list[Path]) -> None:
-    fp32, int8 = compare_runs(two_runs, target=parse_target("65 %")).rows
+    fp32, int8 = compare_runs(two_runs, target="65 %").rows
     assert (fp32.rounds_to_target, int8.rounds_to_target) == (3, None)  # 65.1 % after round 3
     assert fp32.wire_bytes_to_target == 3 * 2 * 10 * (4 * EXCHANGED + OVERHEAD_BYTES)
     header = comparison_table([fp32, int8]).columns

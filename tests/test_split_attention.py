@@ -195,7 +195,8 @@ def test_changed_base_weights_lie_in_their_slice_and_leave_the_identity_alone(tm
     model = adapted(target_components=["text"])
     digests, name = base_digests(model), "transformer.resblocks.0.lora_k"
     before = model.transformer.resblocks[0].attn.in_proj_weight.detach().clone()
-    save_base_delta(model, tmp_path, {name: (torch.ones(20, 20),)}, server_round=1)
+    others = {f"transformer.resblocks.1.lora_{part}": (torch.ones(20, 20),) for part in ("q", "v", "out")}
+    save_base_delta(model, tmp_path, {name: (torch.ones(20, 20),), **others}, server_round=1)
     set_base_delta(model, fitting_base_delta(model, tmp_path))
     changed = model.transformer.resblocks[0].attn.in_proj_weight.detach() - before
     assert (changed[20:40] - 1).abs().max() < 1e-5

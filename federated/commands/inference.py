@@ -264,7 +264,7 @@ def compare(
 
     Example: fedlora compare runs/quickstart runs/head_only --target 65%
     """
-    from federated.results.compare import compare_runs, parse_target, terminal_tables, write_comparison
+    from federated.results.compare import compare_runs, terminal_tables, write_comparison
     from federated.results.console import print_note, print_table
     from federated.results.run_place import check_place
 
@@ -272,8 +272,7 @@ def compare(
         check_place(output, "name another folder with --output")
     if output is not None and output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; --output takes a folder")
-    goal = None if target is None else parse_target(target)
-    comparison = compare_runs(runs, target=goal)
+    comparison = compare_runs(runs, target=target)
     written = None if output is None else write_comparison(comparison, output)
     if as_json:
         rows = [row.record for row in comparison.rows]

@@ -56,7 +56,7 @@ class ModelSection(Section):
     """False: the same architecture with random weights, a control for what pre-training is worth."""
     device: str = Field("cpu", json_schema_extra=ON_RESUME)
     """Device of the model, as torch spells it: ``cpu``, ``cuda``, ``cuda:1``."""
-    cache_dir: PathText | None = None
+    cache_dir: PathText | None = Field(None, json_schema_extra=ON_RESUME)
     """Folder in which downloaded models are kept and looked for; the hub's own when not given."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen weights; adapters and head are float32 always."""

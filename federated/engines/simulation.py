@@ -41,7 +41,7 @@ def run_experiment(
     Args:
         config: The run.
         overwrite: Replace an earlier run's folder of the same name.
-        display: Shows progress.
+        display: Shows progress; the caller turns it on and off.
         callbacks: Told of each round and of the end.
 
     Returns:
@@ -71,7 +71,7 @@ def resume_experiment(
     Args:
         path: The run folder.
         overrides: ``key=value`` of keys that say how rounds are computed, or how many there are.
-        display: Shows progress.
+        display: Shows progress; the caller turns it on and off.
 
     Returns:
         The run folder.
@@ -104,7 +104,7 @@ def fork_experiment(
         server_round: The last round that they share; its commit must be there.
         name: ``output.name`` of the branch, beside the run.
         overrides: ``key=value`` of keys that rounds to come may have of their own.
-        display: Shows progress.
+        display: Shows progress; the caller turns it on and off.
 
     Returns:
         The folder of the branch.
@@ -150,7 +150,6 @@ def _simulate(
     settings = run.config.model_dump(mode="json")
     with (
         contextlib.closing(grid),
-        display if display is not None else contextlib.nullcontext(),
         tracked(run.config.output.trackers, folder.path, settings) as trackers,
     ):
         followers = Followers(display, [*trackers, *callbacks])

@@ -12,13 +12,16 @@ from rich.console import Console
 from rich.control import Control
 
 from federated.results.run_log import SHOWN
+from models.progress import is_quiet
 
 log = logging.getLogger(__name__)
 
 
 def lasting_console() -> Console:
     """Return a console on standard output for work whose results are in files: it goes on without output."""
-    return LoggedConsole() if sys.stdout is None else LoggedConsole(file=_Lasting(sys.stdout))
+    if sys.stdout is None:
+        return LoggedConsole(quiet=is_quiet())
+    return LoggedConsole(file=_Lasting(sys.stdout), quiet=is_quiet())
 
 
 class LoggedConsole(Console):

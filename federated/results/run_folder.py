@@ -94,7 +94,7 @@ class RunFolder:
             raise
 
     def write_config(self, config: ExperimentConfig) -> None:
-        """Write ``config.yaml`` and which plugins it needs; it says whether there are events."""
+        """Write ``config.yaml``, which says whether events are written from now on, and which plugins."""
         self._has_events = "tensorboard" in config.output.trackers
         write_text(self.path / "config.yaml", dump_config(config))
         if plugins := used_plugins(config):

@@ -47,10 +47,11 @@ class Served:
     round_started: float = field(default_factory=time.perf_counter)
     lines: list[dict[str, Any]] = field(default_factory=list)
     best: tuple[int, float] | None = None
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, Part] = field(init=False)
     store: ClientStore = field(init=False)
 
     def __post_init__(self) -> None:
+        self.parts = self.conditions.parts()
         self.store = ClientStore(self.folder.path / "checkpoint")
 
 

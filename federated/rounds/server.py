@@ -76,17 +76,10 @@ def serve(
     run.reset()
     conditions = conditions_of(run)
     on_broadcast = None if display is None else display.round_started
-    served = Served(
-        run,
-        build_strategy(run, clients, on_broadcast, conditions),
-        folder,
-        Ledger() if ledger is None else ledger,
-        display,
-        conditions,
-        origin=Origin(config.model_dump(mode="json"), fingerprints(run)),
-        states=states,
-        parts=conditions.parts(),
-    )
+    strategy = build_strategy(run, clients, on_broadcast, conditions)
+    origin = Origin(config.model_dump(mode="json"), fingerprints(run))
+    ledger = Ledger() if ledger is None else ledger
+    served = Served(run, strategy, folder, ledger, display, conditions, origin, states)
     if resumption is not None:
         go_on(served, resumption)
     if display is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -135,8 +136,9 @@ def run(
 
     load_plugins(plugins)
     loaded = config_from(config, **sections)
-    display = _display() if show_progress else None
-    return RunResult(run_experiment(loaded, overwrite=overwrite, display=display, callbacks=callbacks))
+    with _display(show_progress) as display:
+        folder = run_experiment(loaded, overwrite=overwrite, display=display, callbacks=callbacks)
+    return RunResult(folder)
 
 
 def resume(folder: str | Path, *, show_progress: bool = True, **sections: Any) -> RunResult:
@@ -153,16 +155,21 @@ def resume(folder: str | Path, *, show_progress: bool = True, **sections: Any) -
     from federated.engines.simulation import resume_experiment
 
     overrides = [f"{key}={json.dumps(value)}" for key, value in _dotted(sections)]
-    return RunResult(
-        resume_experiment(Path(folder), overrides, display=_display() if show_progress else None)
-    )
+    with _display(show_progress) as display:
+        return RunResult(resume_experiment(Path(folder), overrides, display=display))
 
 
-def _display() -> RunDisplay:
+@contextlib.contextmanager
+def _display(show: bool) -> Iterator[RunDisplay | None]:
+    """Yield what shows progress, on for as long as the block lasts; None where nothing is shown."""
+    if not show:
+        yield None
+        return
     from federated.results.console import RunDisplay
     from federated.results.lasting_console import lasting_console
 
-    return RunDisplay(lasting_console())
+    with RunDisplay(lasting_console()) as display:
+        yield display
 
 
 def open_run(folder: str | Path) -> RunResult:
