@@ -12,11 +12,13 @@ help: ## list the targets
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'fedlora needs Python 3.11 or newer: make PYTHON=python3.11')"
+	@echo "Installing fedlora and its libraries into $(VENV): once, 2 to 10 minutes by the network, about 2 GB with torch for the CPU"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,faiss]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,faiss]'
 	touch $@
 
 demo: $(STAMP) ## set up, then run the quick start: federated LoRA on the bundled model and data
+	@echo "Running the quick start: about a minute on two cores"
 	$(BIN)/fedlora run quickstart --overwrite
 
 test: $(STAMP) ## set up, then run the tests

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel
@@ -39,6 +38,7 @@ from federated.config.schema import ExperimentConfig
 from federated.config.seeding import generator, scoped_torch_rng
 from federated.data.batch_order import local_index_batches
 from federated.engines.simulation import run_experiment
+from federated.rounds.checkpoint import latest_checkpoint, load_server_checkpoint
 from federated.rounds.run import Run, build_run
 from models.clip_loading import TINY_FOLDER
 
@@ -109,7 +109,7 @@ def engine_run(config: ExperimentConfig) -> tuple[float, float, State]:
     experiment.reader.train_images.pixel_values(np.arange(len(experiment.reader.train_images)))
     stopwatch = Stopwatch()
     path = run_experiment(config, overwrite=True, display=stopwatch)  # type: ignore[arg-type]
-    return *stopwatch.seconds(), load_file(path / "checkpoint" / "state.safetensors")
+    return *stopwatch.seconds(), dict(load_server_checkpoint(latest_checkpoint(path)).server.state)
 
 
 def plain_run(experiment: Run) -> tuple[float, float, State]:

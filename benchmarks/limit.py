@@ -32,7 +32,7 @@ from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.rounds.batches import local_batches
 from federated.rounds.client import client_app
 from federated.rounds.run import build_run
-from federated.rounds.server import build_strategy
+from federated.rounds.run_strategy import build_strategy
 from lora.linear import LinearLoRA
 from models.training import Batch
 

@@ -29,7 +29,7 @@ from federated.rounds.batches import evaluate_server
 from federated.rounds.client import client_app
 from federated.rounds.global_model import clients_mean, load_global_state
 from federated.rounds.run import Run, build_run
-from federated.rounds.server import build_strategy
+from federated.rounds.run_strategy import build_strategy
 from federated.rounds.strategy import LoRAStrategy
 
 log = logging.getLogger(__name__)

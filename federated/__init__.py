@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from federated.data.sources.source_registry import register_source
     from federated.methods.registry import register_aggregator
     from federated.methods.server_optimizers import register_server_optimizer
+    from federated.results.callbacks import Callback
     from federated.rounds.families import register_model_family
     from federated.tools.export import export_model
-    from federated.tools.front_door import RunResult, open_run, run
+    from federated.tools.front_door import RunResult, open_run, resume, run
     from federated.tools.predictor import Predictor
 
 __all__ = [
+    "Callback",
     "ExperimentConfig",
     "Predictor",
     "RunResult",
@@ -42,6 +44,7 @@ __all__ = [
     "register_selection",
     "register_server_optimizer",
     "register_source",
+    "resume",
     "run",
 ]
 
@@ -57,7 +60,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "federated.methods.server_optimizers": ("register_server_optimizer",),
     "federated.rounds.families": ("register_model_family",),
     "federated.tools.export": ("export_model",),
-    "federated.tools.front_door": ("RunResult", "open_run", "run"),
+    "federated.results.callbacks": ("Callback",),
+    "federated.tools.front_door": ("RunResult", "open_run", "resume", "run"),
     "federated.tools.predictor": ("Predictor",),
     "models.tasks": ("register_task",),
 }

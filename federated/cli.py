@@ -1,4 +1,4 @@
-"""The command ``fedlora``: its version, run, show-config, info, report.
+"""The command ``fedlora``: its version, run, resume, fork, show-config, info, report.
 
 Everything a person types ends up here; the other commands (``federated.commands``) are registered below.
 Commands only read arguments, call one function of the package and print. Bad input ends with one message
@@ -12,10 +12,11 @@ import importlib.metadata
 import io
 import logging
 import os
+import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,8 +25,15 @@ from rich.text import Text
 from federated.commands import checking, data, exporting, inference, status, sweep, train_and_evaluate
 from federated.commands.importing import PluginsOption, modules_that_stay
 from federated.commands.json_output import JsonOption, print_json
+from federated.commands.verbosity import add_verbosity, usual_verbosity
 from federated.config.plugins import load_plugins, plugins_at_fault
-from models.errors import ROUND_FAILURE, UserError, printable
+from models.errors import ROUND_FAILURE, NoRoomError, UserError, printable
+from models.files import NO_ROOM
+from models.interrupts import StopRequested, stoppable
+from models.progress import is_quiet
+
+if TYPE_CHECKING:
+    from federated.results.console import RunDisplay
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,6 +50,8 @@ OverridesArgument = Annotated[
         metavar="[KEY=VALUE]...", help="Overrides such as federation.rounds=3 client.batch_size=16."
     ),
 ]
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -82,19 +92,52 @@ def run(
     with modules_that_stay():
         from federated.config.config_files import load_config
         from federated.engines.simulation import run_experiment
-        from federated.results.console import RunDisplay, print_results, print_where
-        from federated.results.lasting_console import lasting_console
-        from federated.results.records import read_run
+        from federated.results.run_place import run_path
 
         load_plugins(plugin or ())
     loaded = load_config(config, overrides or [])
-    console = lasting_console()
-    with _failures_shown_once():
-        folder = run_experiment(loaded, overwrite=overwrite, display=RunDisplay(console))
-    record = read_run(folder)
-    print_results(console, record.metrics, record.summary, record.ledger)
-    print_where(console, folder)
-    _print_skipped(console, record.metrics, folder)
+    path = run_path(loaded.output.root, loaded.output.name or "run")
+    _play(path, lambda display: run_experiment(loaded, overwrite=overwrite, display=display))
+
+
+@app.command()
+def resume(
+    run_folder: RunArgument, overrides: OverridesArgument = None, *, plugin: PluginsOption = None
+) -> None:
+    """Go on with a run that was stopped or killed, or with more rounds; it ends as if it had never stopped.
+
+    Example: fedlora resume runs/quickstart
+
+    Example: fedlora resume runs/quickstart federation.rounds=20
+    """
+    with modules_that_stay():
+        from federated.engines.simulation import resume_experiment
+
+        load_plugins(plugin or ())
+    _play(run_folder, lambda display: resume_experiment(run_folder, overrides or [], display=display))
+
+
+@app.command()
+def fork(
+    run_folder: RunArgument,
+    overrides: OverridesArgument = None,
+    *,
+    at: Annotated[int, typer.Option("--at", min=0, metavar="ROUND", help="The last round that both share.")],
+    name: Annotated[str, typer.Option("--name", help="Name of the branch's folder, beside the run's.")],
+    plugin: PluginsOption = None,
+) -> None:
+    """Branch a run after a round: another run that goes on from there with other settings.
+
+    Example: fedlora fork runs/quickstart --at 3 --name slower client.learning_rate=1e-4
+    """
+    with modules_that_stay():
+        from federated.engines.simulation import fork_experiment
+
+        load_plugins(plugin or ())
+    _play(
+        run_folder.parent / name,
+        lambda display: fork_experiment(run_folder, at, name, overrides or [], display=display),
+    )
 
 
 @app.command("show-config")
@@ -163,7 +206,7 @@ def info(
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:
+def report(run_folder: RunArgument) -> None:
     """Write report.html and plots/ of a run again, from its files.
 
     Example: fedlora report runs/quickstart
@@ -181,6 +224,50 @@ app.command()(sweep.sweep)
 inference.register(app)
 app.command()(exporting.export)
 app.add_typer(data.app, name="data")
+add_verbosity(app)
+
+
+def _play(folder: Path, rounds: Callable[[RunDisplay], Path]) -> None:
+    """Show a run that is played, and what came of it; a signal or a full disk leaves what can be resumed.
+
+    Args:
+        folder: Of the run.
+        rounds: Plays it, or what is left of it.
+
+    Raises:
+        UserError: As ``rounds`` does, or no update could be used in any round.
+    """
+    from federated.results.console import RunDisplay, print_results, print_where
+    from federated.results.lasting_console import lasting_console
+    from federated.results.records import read_run
+    from federated.results.run_log import logged
+    from federated.results.run_place import can_be_resumed
+
+    console = lasting_console()
+    try:
+        with stoppable(), _failures_shown_once(), RunDisplay(console) as display:
+            rounds(display)
+    except StopRequested as stop:
+        remedy = (
+            "it is complete" if (folder / "summary.json").is_file() else "no round was done: start it again"
+        )
+        if can_be_resumed(folder):
+            remedy = f"continue with: fedlora resume {shlex.quote(str(folder))}"
+        with logged(folder) if folder.is_dir() else contextlib.nullcontext():
+            console.print(f"stopped by {stop.name}; {remedy}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(stop.exit_code) from stop
+    except NoRoomError as error:
+        if not can_be_resumed(folder):
+            raise
+        remedy = f"free some, then: fedlora resume {shlex.quote(str(folder))}"
+        raise NoRoomError(f"{error}. The last commit is whole: {remedy}") from error
+    with logged(folder):
+        record = read_run(folder)
+        print_results(console, record.metrics, record.summary, record.ledger)
+        print_where(console, folder)
+        if is_quiet():
+            typer.echo(str(folder))
+        _print_skipped(console, record.metrics, folder)
 
 
 @contextlib.contextmanager
@@ -223,20 +310,20 @@ def _print_skipped(console: Console, metrics: Sequence[Mapping[str, Any]], folde
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the command; ends with exit code 2 on bad input."""
+    """Entry point of the command; ends with exit code 2 on bad input, with 1 where a disk is full."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that a terminal cannot show ends nothing
             stream.reconfigure(errors="replace")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    usual_verbosity()
     try:
         with plugins_at_fault():
-            app(args=None if arguments is None else list(arguments))
+            app(args=None if arguments is None else list(arguments), prog_name="fedlora")
     except (UserError, OSError) as error:  # of the latter: a name that is too long, a full disk, ...
         message = Text.assemble(("error:", "bold red"), f" {printable(str(error))}")
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        is_full = isinstance(error, NoRoomError) or getattr(error, "errno", None) in NO_ROOM
+        sys.exit(1 if is_full else 2)
 
 
 if __name__ == "__main__":

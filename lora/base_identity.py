@@ -81,13 +81,13 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
     if not prefix:  # a family whose base is the model itself, less its head
         values = {name: value for name, value in values.items() if not name.startswith("head.")}
+    live = dict(values)
     for module, weight in base_weights(root).items():
         if module in overwritten:
-            name = next(name for name, value in values.items() if _holds(value, weight))
-            first = (
-                weight.storage_offset() - values[name].storage_offset()
-            )  # a part of a stacked weight has one
-            values[name] = values[name].detach().clone()
+            name = next(name for name, value in live.items() if _holds(value, weight))
+            first = weight.storage_offset() - live[name].storage_offset()  # not 0: a part of a stacked weight
+            if values[name] is live[name]:
+                values[name] = live[name].detach().clone()
             values[name].view(-1)[first : first + weight.numel()] = overwritten[module].flatten()
     values |= {n.removeprefix(prefix): v for n, v in base_values(root).items() if n.startswith(prefix)}
     return {name.replace("base_layer.", ""): value for name, value in sorted(values.items())}

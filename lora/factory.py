@@ -23,6 +23,7 @@ from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
 from lora.conversion import base_named_in, is_pt
 from lora.loading import load_full_checkpoint, load_lora_adapters
+from lora.start_adapter import start_from_adapter
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
 from models.files import write_text
@@ -93,7 +94,8 @@ def create_model(config: Any, **model_options: Any) -> nn.Module:
         raise UserError(
             f"a {type(config).__name__} is no configuration; give sections, a YAML file or a name"
         )
-    section = dict(tree.get("model") or {})
+    section = {key: value for key, value in (tree.get("model") or {}).items() if value not in (None, {})}
+    adapter = section.pop("adapter", None)
     model_type = section.pop("type", "clip_lora")
     if model_type not in MODEL_TYPES:
         later = " is not part of this version" if model_type in LATER_MODEL_TYPES else " is unknown"
@@ -104,7 +106,10 @@ def create_model(config: Any, **model_options: Any) -> nn.Module:
     if model_type == "clip":
         return model
     wrapper = CLIPLoRAWrapper(model, _lora_config(tree.get("lora") or {}, "lora"), seed=seed)
-    return wrapper.apply_lora_to_federated_model()
+    wrapper.apply_lora_to_federated_model()
+    if adapter is not None:
+        start_from_adapter(wrapper, adapter)
+    return wrapper
 
 
 def load_model_with_lora(
@@ -274,7 +279,7 @@ def _explained(source: str, detail: Any) -> str:
 def _model_options(section: dict[str, Any], task: dict[str, Any], *, uses_adapters: bool) -> dict[str, Any]:
     """Arguments of FederatedCLIPModel from the `model` and `task` sections of a configuration."""
     renamed = {"fine_tuning": "strategy"}
-    options = {renamed.get(key, key): value for key, value in section.items() if value is not None}
+    options = {renamed.get(key, key): value for key, value in section.items()}
     options |= {"task" if key == "name" else key: value for key, value in task.items()}
     if isinstance(options.get("dtype"), str):
         options["dtype"] = getattr(torch, options["dtype"], options["dtype"])

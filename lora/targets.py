@@ -81,11 +81,13 @@ def _plan_tower(
     clip: nn.Module, towers: Towers, tower: str, suffixes: Sequence[str], config: LoRAConfig
 ) -> TowerPlan:
     prefixes = getattr(towers, tower)
-    pattern = target_pattern(prefixes, suffixes, config.layers)
     candidates = dict(adaptable_modules(clip, prefixes))
+    if config.target_modules is None:  # towers of other architectures name their layers otherwise
+        suffixes = [s for s in suffixes if any(_ends_with(name, s) for name in candidates)] or suffixes
+    pattern = target_pattern(prefixes, suffixes, config.layers)
     modules = tuple(name for name in candidates if re.fullmatch(pattern, name))
     available = sorted({name.rsplit(".", 1)[-1] for name in candidates})
-    missing = [s for s in suffixes if not any(name == s or name.endswith(f".{s}") for name in candidates)]
+    missing = [s for s in suffixes if not any(_ends_with(name, s) for name in candidates)]
     if missing:
         raise UserError(
             f"no layer named {missing} in the {tower} tower that can carry an adapter (linear and attention "
@@ -140,6 +142,10 @@ def adaptable_modules(clip: nn.Module, prefixes: Sequence[str]) -> Iterator[tupl
             yield name, module
         elif isinstance(module, nn.Linear):
             yield name, module
+
+
+def _ends_with(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
 
 
 NON_NUMERIC_PARTS = r"(?:[^.\d][^.]*\.)*"

@@ -7,6 +7,7 @@ train get a gradient, and nothing else?). The counts for ViT-B/32 are held by a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 from typing import TypedDict
 
 from torch import nn
@@ -165,6 +166,10 @@ class InjectionReport:
     def __bool__(self) -> bool:
         """Whether there are adapters and none is missing."""
         return any(b.ranks for b in self.blocks) and not any(b.missing for b in self.blocks)
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook."""
+        return f"<pre>{escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         """A line per block."""

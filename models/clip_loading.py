@@ -42,7 +42,8 @@ from models.untrusted import read_json
 logger = logging.getLogger(__name__)
 
 TINY_FOLDER = Path(__file__).parent / "tiny_clip"
-HUB_TIMEOUT_SECONDS = 5.0
+HUB_TIMEOUT_SECONDS = 1.5
+"""How long the hub may take to be found, and to answer the one request that asks whether it is there."""
 
 _LARGE = {
     "projection_dim": 768,

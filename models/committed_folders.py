@@ -115,7 +115,7 @@ def check_committed(
     for name, digest in files.items():
         if not (folder / name).is_file():
             raise UserError(f"{folder} is damaged: {name} is missing, which {MANIFEST_FILE} lists; {remedy}")
-        if _sha256(folder / name) != digest:
+        if sha256_of(folder / name) != digest:
             raise UserError(
                 f"{folder} is damaged: {name} is not the file that {MANIFEST_FILE} lists; {remedy}"
             )
@@ -138,7 +138,7 @@ def _manifest(folder: Path, notes: Mapping[str, Any]) -> dict[str, Any]:
     files = {}
     for path in sorted(folder.iterdir()):
         sync(path)
-        files[path.name] = _sha256(path)
+        files[path.name] = sha256_of(path)
     return {"files": files, "notes": dict(notes)}
 
 
@@ -167,6 +167,7 @@ def _read_manifest(path: Path, remedy: str) -> dict[str, Any]:
         raise UserError(f"{error}; the folder is damaged: {remedy}") from error
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

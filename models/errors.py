@@ -34,6 +34,10 @@ class UserError(ValueError):
         return printable(super().__str__())
 
 
+class NoRoomError(UserError):
+    """A disk is full; what was there before is as it was."""
+
+
 def install_command(extra: str) -> str:
     """Return how to install an optional part; the package is on no index, so that it comes from a clone."""
     return f"pip install -c constraints.txt '.[{extra}]' in the clone of fedlora"

@@ -7,6 +7,7 @@ on the disk before it takes its name, so that a loss of power leaves no empty on
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -17,20 +18,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from models.errors import UserError
+from models.errors import NoRoomError, UserError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
     """Yield a temporary file to write to; it takes the place of ``path`` when the block ends well.
+
+    Args:
+        path: The file.
+        num_bytes: How long it will be, for the message where there is no room.
 
     Raises:
         UserError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.part")
-    with errors_named(path):
+    with errors_named(path, num_bytes):
         try:
             yield temporary
             sync(temporary)
@@ -40,11 +47,21 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def errors_named(path: Path) -> Iterator[None]:
-    """Turn the system's errors of a block that writes ``path`` into a UserError that names it."""
+def errors_named(path: Path, num_bytes: int | None = None) -> Iterator[None]:
+    """Turn the system's errors of a block that writes ``path`` into a UserError that names it.
+
+    Raises:
+        NoRoomError: The disk is full; names the folder, and the bytes that were wanted if they are known.
+        UserError: Another error.
+    """
     try:
         yield
     except OSError as error:
+        if error.errno in NO_ROOM:
+            wanted = "" if num_bytes is None else f"; {num_bytes} bytes were wanted"
+            raise NoRoomError(
+                f"{path.parent} has no room for {path.name} ({error.strerror}{wanted})"
+            ) from error
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
 
 
@@ -63,8 +80,28 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    content = text.encode(errors="backslashreplace")
+    with written_whole(path, len(content)) as temporary:
+        temporary.write_bytes(content)
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Append to a file in one write; one that falls short is taken back.
+
+    Raises:
+        OSError: there was no room.
+    """
+    data = text.encode(errors="backslashreplace")
+    with path.open("ab", buffering=0) as file:
+        length = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) != len(data):
+                raise OSError(
+                    errno.ENOSPC, f"no room for {len(data)} more bytes; the file is as it was before"
+                )
+        except OSError:
+            file.truncate(length)
+            raise
 
 
 def json_text(value: Any, **options: Any) -> str:

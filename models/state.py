@@ -62,7 +62,8 @@ def save_state(
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+    num_bytes = len(text) + len(content) - end + _LENGTH_BYTES
+    with written_whole(path, num_bytes) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(_LENGTH_BYTES, "little"))
         file.write(text)
         file.write(memoryview(content)[end:])

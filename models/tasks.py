@@ -11,7 +11,7 @@ evaluation). CLIP has three tasks; other model families bring their own (`regist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from models.errors import UserError
 from models.finite import or_not_a_number
 from models.metrics import CONCEPT, PICTURE, TEXT, retrieval_set
 from models.registration import add
-from models.training import Batch, num_examples
+from models.training import Batch, Rows, num_examples
 
 if TYPE_CHECKING:
     from models.clip import FederatedCLIPModel
@@ -32,9 +32,6 @@ RECALL_CUTOFFS = (1, 5, 10)
 
 CLIP = "clip"
 """Name of the model family whose tasks these are."""
-
-Rows = Mapping[str, Sequence[Any]]
-"""Column -> values, one a row, as the data source gives them: texts, numbers, PIL images."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ class Towers:
         vision: Name prefixes, relative to the module, of the vision tower and its projection; none: there is
             no such tower.
         text: Likewise for the text tower.
-        default_targets: Name suffixes of the layers that LoRA adapts when no target is given.
+        default_targets: Name suffixes of the layers that LoRA adapts when no target is given, in each tower
+            those that it has.
     """
 
     backend: str

@@ -9,7 +9,7 @@ object and its memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +21,9 @@ from models.errors import UserError
 
 Batch = dict[str, Tensor]
 """Named tensors that share their first dimension, the examples."""
+
+Rows = Mapping[str, Sequence[Any]]
+"""Column -> values, one a row, as the data source gives them: texts, numbers, PIL images."""
 
 
 @dataclass(frozen=True)

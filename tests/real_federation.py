@@ -30,7 +30,7 @@ from federated.rounds.compatibility import build_aggregator
 from federated.rounds.global_model import load_global_state
 from federated.rounds.local_training import Assignment, LocalResult, train_locally
 from federated.rounds.run import Run, build_run
-from federated.rounds.server import build_strategy
+from federated.rounds.run_strategy import build_strategy
 from lora.adapters import factor_pairs
 from models.state import State
 

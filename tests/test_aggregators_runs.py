@@ -34,7 +34,12 @@ from federated.communication.messages import read_state
 from federated.engines.simulation import run_experiment
 from federated.methods import ClientRules
 from federated.rounds.build import client_settings
-from federated.rounds.checkpoint import ServerCheckpoint, load_server_checkpoint, save_server_checkpoint
+from federated.rounds.checkpoint import (
+    ServerCheckpoint,
+    latest_checkpoint,
+    load_server_checkpoint,
+    save_server_checkpoint,
+)
 from federated.rounds.client_state import CODEC_MEMORY, recall
 from federated.rounds.compatibility import build_aggregator
 from federated.rounds.global_model import load_global_state
@@ -535,7 +540,7 @@ def test_adapter_and_base_delta_together_are_the_trained_model(
     assert line["aggregation_error"] < 1e-6
     experiment = build_run(config)
     pixel_values = experiment.reader.test_images.pixel_values(range(8))
-    load_global_state(experiment, load_server_checkpoint(run / "checkpoint").server)
+    load_global_state(experiment, load_server_checkpoint(latest_checkpoint(run)).server)
     with torch.no_grad():
         wanted = experiment.model.encode_image(pixel_values)
     fresh = FederatedCLIPModel("tiny", 10, strategy="lora")

@@ -276,7 +276,7 @@ def test_skip_corrupt_names_what_is_left_out_and_predicts_the_rest(corrupt_image
         (["predict", "{run}", "{images}", "--adapter", "{adapter}"], "its own adapter"),
         (["predict", "{run}", "{images}", "--model", "tiny"], "leave --model out"),
         (["predict", "{run}", "{images}", "--device", "warp"], "device 'warp'"),
-        (["predict", "{run}", "{images}", "--output", "{tmp}/p.txt"], "--format"),
+        (["predict", "{run}", "{images}", "--output", "{tmp}/p.dat"], "--format"),
         (["predict", "{run}", "{images}", "--output", "{tmp}/missing/p.csv"], "missing is no folder"),
         (["encode", "tiny", "{images}"], "--output"),
         (["encode", "tiny", "{images}", "--output", "{tmp}/e.txt"], ".safetensors or .npy"),
@@ -573,3 +573,17 @@ def test_help_shows_an_example(command, capsys):
 
 def test_progress_is_drawn_on_no_pipe(run, images, capsys):
     assert fedlora(capsys, "predict", run, images)[2] == ""
+
+
+def test_search_writes_its_rows_to_a_file_and_replaces_none_unasked(tmp_path, capsys):
+    texts, index = tmp_path / "texts.txt", tmp_path / "texts.safetensors"
+    texts.write_text("a red bag\na blue shoe\n", encoding="utf-8")
+    assert fedlora(capsys, "encode", "tiny", texts, "--text", "--output", index)[0] == 0
+    hits = tmp_path / "hits.csv"
+    assert fedlora(capsys, "search", index, "a red bag", "--top-k", 1, "--output", hits)[0] == 0
+    printed = fedlora(capsys, "search", index, "a red bag", "--top-k", 1, "--format", "csv")[1]
+    assert hits.read_text(encoding="utf-8") == printed
+    assert "a red bag" in printed
+    status, _, errors = fedlora(capsys, "search", index, "a red bag", "--output", hits)
+    assert status == 2
+    assert "--overwrite" in errors

@@ -73,7 +73,7 @@ def test_markdown_json_and_csv_agree(two_runs: list[Path], tmp_path: Path) -> No
     assert from_json == json.loads(to_json(rows))
     assert to_csv(rows).count("\n") == 3
     for one, other in zip(from_json, from_csv, strict=True):
-        assert {key: str(value) for key, value in one.items()} == other
+        assert {key: "" if value is None else str(value) for key, value in one.items()} == other
     for ending in ("png", "svg", "pdf"):
         assert (tmp_path / "out" / f"comparison.{ending}").stat().st_size > 1000
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")

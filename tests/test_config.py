@@ -159,3 +159,16 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
     path.write_text("- 1\n- 2\n", encoding="utf-8")
     with pytest.raises(UserError, match="mapping"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("client.lr", "client.learning_rate"),
+        ("train.lr", "client.learning_rate"),
+        ("client.bs", "client.batch_size"),
+    ],
+)
+def test_an_abbreviated_key_is_answered_with_the_whole_one(key: str, meant: str) -> None:
+    with pytest.raises(UserError, match=rf"did you mean {meant}\?"):
+        load_config("quickstart", [f"{key}=1"])

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from federated import Predictor
+from federated.config.config_files import parse_config
 from lora import (
     LoRAConfig,
     LoRALayer,
@@ -61,8 +64,10 @@ def test_the_documented_script_runs_as_written(  # noqa: PLR0915 - one script
     for config in (
         {"model": section, "lora": {"r": 4}},
         SimpleNamespace(model=SimpleNamespace(**section), lora=SimpleNamespace(r=4)),
+        parse_config({"model": section, "lora": {"r": 4}}, source="a loaded configuration"),
     ):
         assert create_model(config).lora_config.r == 4
+    assert create_model("clip_lora", model_name="tiny", num_classes=3).is_applied
 
     lora_config = LoRAConfig()
     lora_config.save_only_trainable = True
@@ -124,6 +129,11 @@ def test_the_documented_script_runs_as_written(  # noqa: PLR0915 - one script
     assert verify_gradients(model)
     assert model(images).shape == model.federated_model(images).shape == (4, 3)
     assert clip(images).shape == (4, 2)
+
+    predictor = Predictor("tiny", ["a shoe", "a bag", "a coat"])
+    predictions = predictor.predict_batch([Image.new("RGB", (40, 40), "red")] * 2, top_k=5)
+    assert [len(row.class_names) for row in predictions] == [3, 3]
+    assert sum(predictions[0].probabilities) == pytest.approx(1)
 
     patches = model.encode_image(images, patches=True)
     assert patches.shape == (4, 16, 128)

@@ -25,7 +25,7 @@ from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.engines.simulation import run_experiment
 from federated.results.run_folder import RunFolder
 from federated.rounds.build import client_settings, training_settings
-from federated.rounds.checkpoint import load_server_checkpoint
+from federated.rounds.checkpoint import latest_checkpoint, load_server_checkpoint
 from federated.rounds.client import client_app
 from federated.rounds.client_state import METHOD_MEMORY, recall
 from federated.rounds.compatibility import build_aggregator
@@ -86,7 +86,7 @@ def play(
     clients = {client_id: node_id_of(client_id) for client_id in range(run.num_clients)}
     with contextlib.closing(RunFolder(folder, run.config)) as run_folder:
         serve(grid, run, clients, run_folder)
-    state = load_server_checkpoint(folder / "checkpoint").server.state
+    state = load_server_checkpoint(latest_checkpoint(folder)).server.state
     return lines_without_times(folder), Ledger.read_csv(folder / "communication.csv"), state, grid
 
 

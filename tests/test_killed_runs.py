@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from federated.engines.simulation import run_experiment
+from federated.rounds.checkpoint import latest_checkpoint
 from federated.tools.evaluation import evaluate_source
 from federated.tools.trained_models import open_model
 from models import committed_folders
@@ -39,14 +40,11 @@ def test_an_adapter_that_lost_a_file_is_refused_and_the_file_named(
             open_model(source)
 
 
-@pytest.mark.parametrize("file", ["server.safetensors", "state.safetensors"])
-def test_a_checkpoint_that_lost_a_file_is_refused_and_the_file_named(
-    flora: Path, file: str, tmp_path: Path
-) -> None:
+def test_a_checkpoint_that_lost_a_file_is_refused_and_the_file_named(flora: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(flora, run)
-    (run / "checkpoint" / file).unlink()
-    with pytest.raises(UserError, match=file):
+    (latest_checkpoint(run) / "server.safetensors").unlink()
+    with pytest.raises(UserError, match=r"server\.safetensors"):
         evaluate_source(run, output=tmp_path / "out")
 
 
@@ -61,7 +59,7 @@ def test_a_file_of_another_round_is_noticed(flora: Path, tmp_path: Path) -> None
         open_model(run)
 
 
-@pytest.mark.parametrize(("folder", "call"), [(".checkpoint.part", 2), (".adapter.part", 1)])
+@pytest.mark.parametrize(("folder", "call"), [(".commit_001_000001.part", 1), (".adapter.part", 1)])
 def test_a_killed_run_is_evaluated_as_of_its_last_round_or_not_at_all(
     folder: str, call: int, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from lora.adapter_files import FULL_FILE
+from lora.adapter_saving import save_lora_adapters
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
 from lora.factory import LoRAConfigManager, LoRAModelManager, create_model, quick_clip_lora
@@ -44,6 +45,16 @@ def test_types_dispatch(small_clip_folder: Path, tmp_path: Path) -> None:
     assert all(".vision_model." in name for name in wrapper.exchanged_names)
     tree["lora"]["enabled"] = False
     assert not create_model(tree, class_names=CLASS_NAMES).is_applied
+
+
+def test_a_configuration_may_start_from_an_adapter(small_clip_folder: Path, tmp_path: Path) -> None:
+    trained = quick(small_clip_folder)
+    disturb(trained)
+    save_lora_adapters(trained, tmp_path / "adapter")
+    section = {"model_name": str(small_clip_folder), "num_classes": 3, "adapter": str(tmp_path / "adapter")}
+    built = create_model({"model": section, "lora": {"r": 2, "lora_alpha": 4}}, class_names=CLASS_NAMES)
+    wanted = trained.get_state()
+    assert all(torch.equal(value, wanted[name]) for name, value in built.get_state().items())
 
 
 @pytest.mark.parametrize(

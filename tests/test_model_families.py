@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,15 +12,19 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from federated import load_plugins, open_run
 from federated.cli import main
 from federated.config.config_files import load_config
-from federated.config.schema import ADAPTED, MODEL_FAMILIES
+from federated.config.schema import ADAPTED, MODEL_FAMILIES, ExperimentConfig
 from federated.engines.simulation import run_experiment
 from federated.methods import AGGREGATORS
+from federated.results.records import read_run
+from federated.results.report_cards import subtitle
 from federated.rounds.batches import evaluate_server, local_batches
 from federated.rounds.families import FAMILIES, ModelFamily, register_model_family
+from federated.rounds.learnable import check_can_score
 from federated.rounds.run import build_run
 from lora.loading import load_lora_adapters
 from models.errors import UserError
@@ -152,6 +157,7 @@ def test_it_learns_and_is_evaluated_with_its_predictions(
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["zero_shot"] < 0.5
     assert summary["final"] > 0.9
+    assert subtitle(read_run(whole)).startswith("words · LoRA r=4 · kinds · sentences")
     forget_plugins()  # the run folder names the plugin
     status, _, error = fedlora(capsys, "evaluate", whole)
     assert status == 0, error
@@ -255,6 +261,57 @@ def test_clients_that_should_train_together_train_one_by_one(
 def test_caches_are_without_effect(tmp_path: Path) -> None:
     off = [f"cache.{name}=false" for name in ("image_features", "text_features", "activations")]
     assert run_short(tmp_path) == run_short(tmp_path, *off)
+
+
+# ---- questions about images: two towers, tied weights, a reader of its own, labels that are not learnt
+
+
+def vqa_config(folder: Path, *overrides: str) -> ExperimentConfig:
+    load_plugins([Path(__file__).parent / "small_vqa.py"])
+    about = ["model={type: small_vqa_lora, num_classes: null}", "task.name=answers", "data.source=easy_vqa"]
+    rows = ["data.max_train_samples=90", "data.max_test_samples=30", "lora={r: 2, lora_alpha: 4}"]
+    return load_config(
+        CONFIG, [*SHORT, *about, *rows, f"output.root={folder}", "output.name=vqa", *overrides]
+    )
+
+
+def test_questions_about_images_are_learnt_and_answered_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = vqa_config(tmp_path, "aggregation.name=fedex", "client.micro_batch_size=4", "engine.workers=2")
+    folder = run_experiment(config)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert_learnt(lines)
+    assert {"token_f1", "exact_match"} <= lines[-1].keys()
+    names = load_file(folder / "adapter" / "adapter_model.safetensors").keys()
+    assert {name.split(".")[2] for name in names} == {"vision", "text"}
+    status, printed, error = fedlora(capsys, "evaluate", folder)
+    assert status == 0, error
+    assert "token f1" in printed
+    predicted = (folder / "evaluation_test" / "predictions.csv").read_text().splitlines()[1:]
+    assert len(predicted) == 30
+    right = build_run(config).data.test["answer"][:]
+    share = np.mean([a == b.split(",")[1] for a, b in zip(right, predicted, strict=True)])
+    assert share == pytest.approx(lines[-1]["exact_match"])
+
+
+def test_one_type_of_question_is_no_single_class(tmp_path: Path) -> None:
+    run = build_run(vqa_config(tmp_path))
+    one = dataclasses.replace(run.data, class_names=("colour",))
+    check_can_score(dataclasses.replace(run, data=one))
+
+
+def test_tied_weights_travel_once_and_are_saved_whole(tmp_path: Path) -> None:
+    config = vqa_config(tmp_path, "model.type=small_vqa")
+    run = build_run(config)
+    assert sum("weight" in name and "decoder" in name for name in run.model.exchanged_names) == 0
+    folder = run_experiment(config)
+    model = open_run(folder).model
+    assert model.decoder.weight is model.words.weight
+    saved = load_file(folder / "adapter" / "model.safetensors")
+    assert torch.equal(saved["decoder.weight"], saved["words.weight"])
+    assert torch.equal(model.words.weight, saved["words.weight"])
+    assert not torch.equal(model.words.weight, run.model.words.weight)
 
 
 # ---- registration

@@ -10,6 +10,7 @@ import pytest
 
 from federated.data.dataset import load_data
 from federated.data.partition import partition
+from federated.data.row_reader import TaskReader
 from federated.data.sources import embedded
 from federated.data.sources.emoji_scenes import Scene, draw_scene, questions_about
 from federated.data.sources.form import FederatedData
@@ -191,3 +192,12 @@ def test_the_square_behind_an_object_has_the_colour_that_is_answered():
 def test_impossible_scenes_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         load_data("emoji_vqa", **options)
+
+
+def test_a_task_is_given_pictures_questions_and_answers_as_they_are(scenes):
+    reader = TaskReader(scenes, ("image", "question", "answer", "label"), dict)
+    batch = reader.batch("test", np.array([0, 3]))
+    assert [image.size for image in batch["image"]] == [(64, 64), (64, 64)]
+    assert batch["question"] == [scenes.test[row]["question"] for row in (0, 3)]
+    assert batch["answer"] == [scenes.test[row]["answer"] for row in (0, 3)]
+    assert batch["label"] == scenes.labels("test")[[0, 3]].tolist()

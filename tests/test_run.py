@@ -21,6 +21,8 @@ from federated.config.config_files import load_config
 from federated.engines.inprocess import InProcessGrid
 from federated.engines.simulation import run_experiment
 from federated.results.run_folder import peak_memory_bytes
+from federated.rounds.checkpoint import latest_checkpoint, load_server_checkpoint
+from federated.rounds.global_model import load_global_state
 from federated.rounds.run import build_run
 from models.clip_loading import TINY_FOLDER
 from tests.small_run import lines_without_times, small_config
@@ -99,7 +101,7 @@ def test_evaluation_traffic_is_counted(quick_run: Path) -> None:
 
 def test_the_adapter_loads_in_plain_peft_and_gives_the_same_features(quick_run: Path) -> None:
     experiment = build_run(load_config(quick_run / "config.yaml"))
-    experiment.model.set_state(load_file(quick_run / "checkpoint" / "state.safetensors"))
+    load_global_state(experiment, load_server_checkpoint(latest_checkpoint(quick_run)).server)
     pixel_values = experiment.reader.test_images.pixel_values(range(8))
     plain = PeftModel.from_pretrained(
         transformers.CLIPModel.from_pretrained(TINY_FOLDER), quick_run / "adapter"

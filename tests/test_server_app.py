@@ -20,7 +20,7 @@ from federated.methods import Limits
 from federated.rounds.client import client_app
 from federated.rounds.replies import UnreadableReplyError
 from federated.rounds.run import build_run
-from federated.rounds.server import build_strategy
+from federated.rounds.run_strategy import build_strategy
 from federated.rounds.strategy import LoRAStrategy
 from tests.real_federation import same
 from tests.small_run import lines_without_times, small_config

@@ -20,6 +20,7 @@ from lora.injection import inject_lora
 from lora.loading import load_lora_adapters
 from lora.named import load_named_adapter
 from lora.verify import check_lora_injection, count_parameters, verify_gradients
+from models.clip import FederatedCLIPModel
 from models.errors import UserError
 from tests.lora_models import INSTALLED_BACKENDS, NUM_BLOCKS, disturb, features, outputs, small_clip
 
@@ -149,6 +150,17 @@ def test_a_block_gets_the_documented_attributes(backend: str) -> None:
     )
 
 
+def test_open_clips_text_tower_has_65536_parameters_a_block_and_786432_in_all() -> None:
+    pytest.importorskip("open_clip")
+    model: Any = FederatedCLIPModel("open_clip:ViT-B-32", task="retrieval", pretrained=False, device="meta")
+    assert model.apply_lora_to_text_encoder(r=16, target_modules=["in_proj", "out_proj"]) == 12
+    counts = count_parameters(model)
+    assert counts["adapter"] == counts["by_tower"]["text"] == 786_432
+    block = model.clip.transformer.resblocks[0]
+    parts = (block.lora_q, block.lora_k, block.lora_v, block.lora_out)
+    assert sum(p.numel() for part in parts for p in part.parameters()) == 65_536
+
+
 def test_what_travels_is_named_as_in_the_documented_files() -> None:
     model = adapted(text=TowerOverride(r=3, layers=[1]))
     state = adapters.get_lora_state_dict(model)
@@ -183,7 +195,8 @@ def test_changed_base_weights_lie_in_their_slice_and_leave_the_identity_alone(tm
     model = adapted(target_components=["text"])
     digests, name = base_digests(model), "transformer.resblocks.0.lora_k"
     before = model.transformer.resblocks[0].attn.in_proj_weight.detach().clone()
-    save_base_delta(model, tmp_path, {name: (torch.ones(20, 20),)}, server_round=1)
+    others = {f"transformer.resblocks.1.lora_{part}": (torch.ones(20, 20),) for part in ("q", "v", "out")}
+    save_base_delta(model, tmp_path, {name: (torch.ones(20, 20),), **others}, server_round=1)
     set_base_delta(model, fitting_base_delta(model, tmp_path))
     changed = model.transformer.resblocks[0].attn.in_proj_weight.detach() - before
     assert (changed[20:40] - 1).abs().max() < 1e-5

@@ -87,6 +87,8 @@ def test_a_baseline_is_a_value_the_rest_being_equal_or_one_combination(
         ({"zip": {"lora.r": [4, 8], "seed": [1]}}, r"zip: give as many values.*lora\.r has 2"),
         ({"baseline": "best"}, "no variant 'best'"),
         ({"seeds": 0}, "seeds"),
+        ({"target": "high"}, "no value to reach"),
+        ({"budget": "5 MiB"}, "no number of bytes"),
         ({"grid": {"task.name": ["classification", "retrieval"]}}, "different headline metrics"),
         ({"grid": {"aggregation.name": ["fedsa"]}, "tune": {"key": "lora.r", "values": [1, 2]}}, "has no"),
         ({"tune": {"key": "client.lr", "values": [1, 2]}}, r"client\.lr=1.*unknown key client\.lr"),

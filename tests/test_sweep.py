@@ -193,6 +193,32 @@ def test_a_sweep_killed_at_any_point_and_started_again_gives_the_same_table(
     assert [(study.folder / name).read_bytes() for name in TABLES] == expected
 
 
+@pytest.mark.parametrize(
+    ("there", "same", "expected"),
+    [(True, True, "resume"), (True, False, "begin"), (False, True, "begin"), (None, True, "begin")],
+)
+def test_a_run_that_was_cut_off_goes_on_where_its_commit_has_the_same_settings(
+    there: bool | None, same: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There: a whole commit; None: not even a folder."""
+    run = next(study_in(tmp_path).candidates())
+    if there is not None:
+        run.folder.mkdir(parents=True)
+        config = run.config if same else run.config.model_copy(update={"seed": 9})
+        (run.folder / "config.yaml").write_text(dump_config(config))
+    done: list[str] = []
+
+    def read_latest(checkpoint: Path) -> None:
+        if not there:
+            raise UserError("no commit")
+
+    monkeypatch.setattr(sweep_runs, "read_latest", read_latest)
+    monkeypatch.setattr(sweep_runs, "resume_experiment", lambda folder: done.append("resume"))
+    monkeypatch.setattr(sweep_runs, "run_experiment", lambda config, overwrite: done.append("begin"))
+    sweep_runs.do_run(run)
+    assert done == [expected]
+
+
 # ---- tuning
 
 
@@ -280,7 +306,15 @@ def test_a_rate_is_tuned_on_the_validation_rows_of_real_runs(
         "--tune", "client.learning_rate=[1e-9,5e-3]", "--seeds", "2",
     )  # fmt: skip
     assert code == 0, err
-    assert "s: chose client.learning_rate=0.005" in out
+    assert "s: chose client.learning_rate=5e-3" in out
+
+
+def test_no_seeds_are_refused_on_the_command_line_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = fedlora(capsys, "sweep", "quickstart", f"output.root={tmp_path}", "--seeds", "0")
+    assert code == 2
+    assert "seeds" in err
 
 
 def test_a_combination_that_cannot_be_run_ends_the_command_before_any_run(

@@ -15,6 +15,7 @@ from PIL import Image
 from federated.config.config_files import load_config
 from federated.data.dataset import FederatedData
 from federated.engines.simulation import run_experiment
+from federated.rounds.checkpoint import latest_checkpoint
 from federated.rounds.trained_record import TrainedRecord, matched_classes
 from federated.tools.evaluation import evaluate_source
 from federated.tools.prediction import make_classifier, predict
@@ -167,10 +168,10 @@ def test_a_run_that_lost_the_names_of_its_classes_is_not_read_in_the_datas_order
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    for folder in ("adapter", "checkpoint"):
-        manifest = json.loads((copy / folder / "manifest.json").read_text())
+    for folder in (copy / "adapter", latest_checkpoint(copy)):
+        manifest = json.loads((folder / "manifest.json").read_text())
         manifest["notes"] = {}
-        (copy / folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     other = pictures(tmp_path / "other", {"zebra": "cat", "dog": "dog", "frog": "frog"})
     with pytest.raises(UserError, match="zebra"):  # partition.json knows
         evaluate_source(copy, [f"data.path={other}"], output=tmp_path / "out")

@@ -22,7 +22,7 @@ from federated.engines.workers import check_workers
 from federated.results.run_place import claim
 from federated.rounds.client import client_app
 from federated.rounds.run import build_run
-from federated.rounds.server import build_strategy
+from federated.rounds.run_strategy import build_strategy
 from models.errors import UserError
 
 SMALL = (

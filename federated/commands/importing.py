@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
+
+from models.progress import is_quiet
 
 
 class Precision(StrEnum):
@@ -35,7 +39,13 @@ def modules_that_stay() -> Iterator[None]:
     """Import inside; what was imported is never searched for garbage, neither now nor when the program ends.
 
     Python would do so again and again while half a million objects arrive, and once more at the very end.
+    What takes the first seconds is said before it starts.
     """
+    if "torch" not in sys.modules and not is_quiet():
+        context = click.get_current_context(silent=True)
+        typer.echo(
+            f"{context.command_path if context else 'fedlora'}: loading torch and its libraries …", err=True
+        )
     gc.disable()
     try:
         yield

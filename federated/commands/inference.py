@@ -210,8 +210,10 @@ def search(  # noqa: PLR0913 - the command's options
         typer.Option("--model", help="Run or model that made INDEX, if it is not where it was then."),
     ] = None,
     adapter: AdapterOption = None,
-    output_format: Annotated[Format, typer.Option("--format", help="How to print the rows.")] = Format.table,
+    output: Annotated[Path | None, typer.Option("--output", help="Write a .csv or .json file.")] = None,
+    output_format: FormatOption = None,
     as_json: JsonOption = False,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = "cpu",
     plugin: PluginsOption = None,
 ) -> None:
@@ -219,21 +221,24 @@ def search(  # noqa: PLR0913 - the command's options
 
     Example: fedlora search photos.safetensors "a red bag" --top-k 3
 
-    Example: fedlora search photos.safetensors photos/1.png --image --format json
+    Example: fedlora search photos.safetensors photos/1.png --image --output hits.csv
     """
     with modules_that_stay():
         from federated.tools.embedding_files import read_index
+        from federated.tools.output_files import check_output
         from federated.tools.result_tables import hit_records, hit_table
         from federated.tools.search import open_query_model
         from federated.tools.search import search as search_index
 
         load_plugins(plugin or ())
+    chosen = _format(Format.json if as_json else output_format, output)
+    if output is not None:
+        check_output(output, overwrite=overwrite)
     found = read_index(index)
     opened = open_query_model(found, model, adapter=adapter, device=device)
     hits = search_index(found, opened, query, image=image, top_k=top_k)
     title = f"Most like {query}"
-    chosen = Format.json if as_json else output_format
-    _deliver(chosen, hit_records(found, hits), hit_table(found, hits), title, None)
+    _deliver(chosen, hit_records(found, hits), hit_table(found, hits), title, output)
 
 
 def compare(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -16,6 +16,7 @@ from federated.config.plugins import load_plugins
 
 if TYPE_CHECKING:
     from federated.results.records import RunRecord
+    from federated.results.tables import TextTable
     from federated.tools.study_plan import PlannedRun
 
 _KEY_VALUES = "KEY=[VALUE,VALUE]"
@@ -60,49 +61,62 @@ def sweep(  # noqa: PLR0913 - options of a command
     ] = False,
     plugin: PluginsOption = None,
 ) -> None:
-    """Run a study: variants by seeds, and a table with intervals. What is finished stays; start it again.
+    r"""Run a study: variants by seeds, and a table with intervals. What is finished stays; start it again.
 
-    Example: fedlora sweep quickstart --grid aggregation.name=[fedavg,ffa] --seeds 5 --jobs 2
+    Example: fedlora sweep quickstart --grid aggregation.name=\[fedavg,ffa] --seeds 5 --jobs 2
     """
     with modules_that_stay():
-        from federated.config.study_file import key_and_values
-        from federated.results.console import print_note, print_table
         from federated.results.lasting_console import lasting_console
-        from federated.results.run_outcome import parse_budget, parse_target
         from federated.results.study_page import write_page, write_tables
         from federated.tools.study_plan import plan_study
         from federated.tools.sweep_runs import run_study
-        from models.untrusted import parse_yaml
 
         load_plugins(plugin or ())
-    given: dict[str, Any] = {"baseline": baseline, "target": target, "budget": budget}
-    given["grid"] = dict(key_and_values(text, "--grid") for text in grid or ())
-    given["zip"] = dict(key_and_values(text, "--zip") for text in zipped or ())
-    if tune is not None:
-        given["tune"] = dict(zip(("key", "values"), key_and_values(tune, "--tune"), strict=True))
-    if seeds is not None:
-        given["seeds"] = parse_yaml(seeds, "the value of --seeds")
-    study = plan_study(source, overrides or [], **{key: value for key, value in given.items() if value})
-    file = study.file
-    if file.target is not None:
-        parse_target(file.target, "")
-    if file.budget is not None:
-        parse_budget(file.budget)
+    given = {
+        "baseline": baseline,
+        "target": target,
+        "budget": budget,
+        **_combinations(grid, zipped, tune, seeds),
+    }
+    study = plan_study(source, overrides or [], **{key: v for key, v in given.items() if v not in (None, {})})
     console = lasting_console()
     with SweepDisplay(console) as display:
         results = run_study(study, display, jobs=jobs, overwrite=overwrite)
-    console.print()
-    tables, notes = write_tables(results, study.folder, target=file.target, budget=file.budget)
-    for title, table in tables.items():
-        print_table(console, table, title)
-    for note in notes:
-        print_note(console, note)
+    tables, notes = write_tables(results, study.folder, target=study.file.target, budget=study.file.budget)
+    _print_tables(console, tables, notes)
     page = write_page(results, study.folder, tables, notes)
     console.print(f"study: {page}", highlight=False, soft_wrap=True)
     for name, reason in results.failures.items():
         console.print(Text(f"failed: {name}: {reason}", style="red"), highlight=False, soft_wrap=True)
     if results.failures:
         raise typer.Exit(1)
+
+
+def _combinations(
+    grid: Sequence[str] | None, zipped: Sequence[str] | None, tune: str | None, seeds: str | None
+) -> dict[str, Any]:
+    """Return what the options say of a study's runs, by key of the study."""
+    from federated.config.study_file import key_and_values
+    from models.untrusted import parse_yaml
+
+    return {
+        "grid": dict(key_and_values(text, "--grid") for text in grid or ()),
+        "zip": dict(key_and_values(text, "--zip") for text in zipped or ()),
+        "tune": None
+        if tune is None
+        else dict(zip(("key", "values"), key_and_values(tune, "--tune"), strict=True)),
+        "seeds": None if seeds is None else parse_yaml(seeds, "the value of --seeds"),
+    }
+
+
+def _print_tables(console: Console, tables: Mapping[str, TextTable], notes: Sequence[str]) -> None:
+    from federated.results.console import print_note, print_table
+
+    console.print()
+    for title, table in tables.items():
+        print_table(console, table, title)
+    for note in notes:
+        print_note(console, note)
 
 
 class SweepDisplay:

@@ -19,7 +19,7 @@ from federated.config.plugins import load_plugins
 from federated.results.console import BarsDisplay, print_notes, print_where
 from federated.results.lasting_console import lasting_console
 from federated.results.wording import format_metric, format_seconds, metric_label
-from models.progress import progress_bar
+from models.progress import is_quiet, progress_bar
 
 OverridesArgument = Annotated[
     list[str] | None,
@@ -57,6 +57,8 @@ def train(
         folder = train_centrally(loaded, overwrite=overwrite, display=display)
     console.print(closing_line(folder), highlight=False, soft_wrap=True)
     print_where(console, folder)
+    if is_quiet():
+        typer.echo(str(folder))
 
 
 def evaluate(  # noqa: PLR0913 - the command's options

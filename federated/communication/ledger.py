@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from models.errors import UserError, shortened
-from models.files import write_text
+from models.files import append_whole, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,9 @@ TIMED_COLUMNS = tuple(field.name for field in fields(Transfer))
 TIME = "simulated_seconds"
 COLUMNS = tuple(name for name in TIMED_COLUMNS if name != TIME)
 """Of the ledger of a run without a simulated clock; ``TIMED_COLUMNS`` of one with it."""
-_TEXT_COLUMNS = frozenset({"direction", "phase", "status"})
+_GROUPED = ("direction", "phase", "status")
+_TEXT_COLUMNS = frozenset(_GROUPED)
+_SUMMED = frozenset({"server_round", *_GROUPED})
 MAX_ROUND = 1_000_000
 _MOST_DIGITS = 15  # a petabyte
 
@@ -95,8 +97,11 @@ class Ledger:
     def __init__(self, rows: Iterable[Transfer] = (), *, timed: bool = False) -> None:
         """Start from ``rows`` (none for a new run); ``timed``: the file says when each arrived."""
         self.timed = timed
-        self._rows: list[Transfer] = list(rows)
+        self._rows: list[Transfer] = []
+        self._sums: dict[int, dict[tuple[str, ...], list[int]]] = {}
         self._written: dict[Path, int] = {}
+        for row in rows:
+            self.append(row)
 
     def __len__(self) -> int:
         """Return the number of transfers."""
@@ -105,6 +110,10 @@ class Ledger:
     def append(self, transfer: Transfer) -> None:
         """Add one transfer."""
         self._rows.append(transfer)
+        group = transfer.direction, transfer.phase, transfer.status
+        sums = self._sums.setdefault(transfer.server_round, {}).setdefault(group, [0, 0, 0, 0])
+        for place, count in enumerate((1, transfer.parameters, transfer.payload_bytes, transfer.wire_bytes)):
+            sums[place] += count
 
     @property
     def rows(self) -> tuple[Transfer, ...]:
@@ -123,8 +132,21 @@ class Ledger:
                 yield row
 
     def total(self, **where: int | str) -> Totals:
-        """Return the sums over the rows whose columns equal ``where`` (all rows without it)."""
-        return _sum(self.select(**where))
+        """Return the sums over the rows whose columns equal ``where`` (all rows without it).
+
+        Running sums answer what asks for no single client, so that a round does not cost more, the more
+        rounds there were.
+        """
+        if not where.keys() <= _SUMMED:
+            return _sum(self.select(**where))
+        wanted = [where.get(column) for column in _GROUPED]
+        rounds = [where["server_round"]] if "server_round" in where else list(self._sums)
+        totals = [0, 0, 0, 0]
+        for server_round in rounds:
+            for group, sums in self._sums.get(int(server_round), {}).items():
+                if all(value in (None, found) for value, found in zip(wanted, group, strict=True)):
+                    totals = [total + more for total, more in zip(totals, sums, strict=True)]
+        return Totals(*totals)
 
     def totals_by(self, *columns: str) -> dict[tuple[int | str, ...], Totals]:
         """Return the sums per distinct value of ``columns``, such as ``"server_round", "direction"``."""
@@ -144,6 +166,17 @@ class Ledger:
             cumulative[server_round] = so_far
         return cumulative
 
+    @classmethod
+    def continued(cls, path: Path) -> Ledger:
+        """Read a ledger that ``write_csv`` goes on with: later rows are appended to the file.
+
+        Raises:
+            UserError: as ``read_csv``.
+        """
+        ledger = cls.read_csv(path)
+        ledger._written[path.resolve()] = len(ledger)
+        return ledger
+
     def write_csv(self, path: str | Path) -> None:
         """Bring ``path`` up to date.
 
@@ -152,7 +185,7 @@ class Ledger:
         """
         path = Path(path).resolve()
         if path in self._written and path.exists():
-            _append_all_or_nothing(path, self._csv_text(self._rows[self._written[path] :], header=False))
+            append_whole(path, self._csv_text(self._rows[self._written[path] :], header=False))
         else:
             write_text(path, self._csv_text(self._rows, header=True))
         self._written[path] = len(self._rows)
@@ -206,20 +239,6 @@ def _sum(rows: Iterable[Transfer]) -> Totals:
         payload_bytes += row.payload_bytes
         wire_bytes += row.wire_bytes
     return Totals(transfers, parameters, payload_bytes, wire_bytes)
-
-
-def _append_all_or_nothing(path: Path, text: str) -> None:
-    data = text.encode()
-    with path.open("ab", buffering=0) as file:
-        length = file.seek(0, os.SEEK_END)
-        try:
-            complete = file.write(data) == len(data)
-        except OSError:
-            file.truncate(length)
-            raise
-        if not complete:
-            file.truncate(length)
-            raise OSError(f"{path}: no room for {len(data)} more bytes; the file is as it was before")
 
 
 def _parse(path: Path, header: Sequence[str], reader: Iterable[list[str]]) -> Iterator[Transfer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -109,14 +109,20 @@ def _nearest(location: list[str], root: type[BaseModel]) -> str:
     valid = list(_dotted_keys(root))
     prefix = ".".join(section)
     siblings = {key.rsplit(".", 1)[-1]: key for key in valid if key.rpartition(".")[0] == prefix}
-    matches = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)
+    matches = _abbreviated(leaf, siblings) or difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)
     if matches:
         return f"; did you mean {siblings[matches[0]]}?"
     leaves = {key.rsplit(".", 1)[-1]: key for key in valid}
-    matches = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
+    matches = _abbreviated(leaf, leaves) or difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
     return (
         f"; did you mean {leaves[matches[0]]}?" if matches else f"; valid here: {', '.join(sorted(siblings))}"
     )
+
+
+def _abbreviated(leaf: str, names: Iterable[str]) -> list[str]:
+    """Return the names whose words begin with the letters of an abbreviation: lr is learning_rate."""
+    letters = leaf.replace("_", "")
+    return [name for name in names if "_" in name and "".join(word[0] for word in name.split("_")) == letters]
 
 
 def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

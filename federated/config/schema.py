@@ -27,6 +27,13 @@ MODEL_FAMILIES = ("clip",)
 ADAPTED = "_lora"
 """Ends ``model.type`` where adapters train."""
 
+MAY_CHANGE = "may_change"
+"""Mark of keys that may differ when a run goes on: they change no round, or no round that is done."""
+ON_RESUME: dict[str, Any] = {MAY_CHANGE: "resume"}
+ON_FORK: dict[str, Any] = {MAY_CHANGE: "fork"}
+"""Marks: of keys that say how rounds are computed, or how many; of keys that rounds to come may have of their
+own, in a branch that says so."""
+
 
 class ModelSection(Section):
     """Which model, and what of it is fine-tuned."""
@@ -47,9 +54,9 @@ class ModelSection(Section):
     another key of ``models.finetuning.STRATEGIES``."""
     pretrained: bool = True
     """False: the same architecture with random weights, a control for what pre-training is worth."""
-    device: str = "cpu"
+    device: str = Field("cpu", json_schema_extra=ON_RESUME)
     """Device of the model, as torch spells it: ``cpu``, ``cuda``, ``cuda:1``."""
-    cache_dir: PathText | None = None
+    cache_dir: PathText | None = Field(None, json_schema_extra=ON_RESUME)
     """Folder in which downloaded models are kept and looked for; the hub's own when not given."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen weights; adapters and head are float32 always."""
@@ -94,7 +101,7 @@ class DataSection(Section):
 
     source: str = "fashion_mnist"
     """A registered source: fashion_mnist, emoji, digits, easy_vqa, emoji_vqa (embedded), csv …"""
-    path: PathText | None = None
+    path: PathText | None = Field(None, json_schema_extra=ON_RESUME)
     """Folder, file or hub name of the sources that need one."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the source, such as ``language`` or ``skip_corrupt``."""
@@ -108,7 +115,7 @@ class DataSection(Section):
     """Most test rows, chosen likewise; all of them when not given."""
     validation_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of train set apart as the validation split where the source has none."""
-    cache_bytes: int = Field(1_000_000_000, ge=0)
+    cache_bytes: int = Field(1_000_000_000, ge=0, json_schema_extra=ON_RESUME)
     """Budget for decoded images kept in memory; beyond it they are decoded on demand."""
 
 
@@ -128,7 +135,7 @@ class PartitionSection(Section):
 class EarlyStoppingSection(Section):
     """When training ends before its last epoch or round: the validation split decides."""
 
-    patience: int | None = Field(None, ge=1)
+    patience: int | None = Field(None, ge=1, json_schema_extra=ON_RESUME)
     """Evaluations without an improvement after which training stops; never before the end when not given."""
     metric: str | None = None
     """Metric of the validation split; the task's headline metric when not given. A loss is better lower."""
@@ -139,50 +146,50 @@ class EarlyStoppingSection(Section):
 class FederationSection(Section):
     """Rounds and cohorts."""
 
-    rounds: int = Field(5, ge=1)
+    rounds: int = Field(5, ge=1, json_schema_extra=ON_RESUME)
     """Rounds of training; round 0, before them, evaluates the pre-trained model."""
-    cohort_size: int | None = Field(None, ge=1)
+    cohort_size: int | None = Field(None, ge=1, json_schema_extra=ON_FORK)
     """Clients sampled a round; all of them when not given."""
-    timeout_seconds: float = Field(3600.0, gt=0)
+    timeout_seconds: float = Field(3600.0, gt=0, json_schema_extra=ON_RESUME)
     """Seconds that the server waits for the replies of one broadcast; who has not replied then has failed. A
     worker is ended then; without workers a running client ends late."""
     keep_best: bool = True
     """Keep the best round's adapter in ``adapter_best/``; the server's test rows choose, so flatter it."""
-    early_stopping: EarlyStoppingSection = EarlyStoppingSection()
+    early_stopping: EarlyStoppingSection = Field(EarlyStoppingSection(), json_schema_extra=ON_RESUME)
 
 
 class ClientSection(Section):
     """A client's local training."""
 
-    local_steps: int = Field(20, ge=1)
+    local_steps: int = Field(20, ge=1, json_schema_extra=ON_FORK)
     """Optimizer steps that a client takes in a round."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, json_schema_extra=ON_FORK)
     """Most rows in one optimizer step; a smaller shard gives itself."""
-    micro_batch_size: int | None = Field(None, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1, json_schema_extra=ON_FORK)
     """Images that pass through the model at once; the rest of a batch is accumulated."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", json_schema_extra=ON_FORK)
     """Optimizer of the local steps. Its moments start at zero in every round."""
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(0.9, ge=0, lt=1, json_schema_extra=ON_FORK)
     """Momentum of ``sgd``; 0: plain SGD."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, json_schema_extra=ON_FORK)
     """Peak learning rate of the local steps."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, json_schema_extra=ON_FORK)
     """Weight decay of matrices (decoupled for ``adamw``, L2 for ``sgd``); biases and norms have none."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, json_schema_extra=ON_FORK)
     """Steps in which the learning rate rises linearly, counted anew in each round."""
-    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, json_schema_extra=ON_FORK)
     """The same as a share of the steps: of a round's local steps, or of all steps of ``fedlora train``."""
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine"] = Field("constant", json_schema_extra=ON_FORK)
     """Learning rate after the warm-up: constant, or a cosine down to 0 at the round's last local step."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(None, gt=0, json_schema_extra=ON_FORK)
     """Largest norm of the whole gradient in a step; not clipped when not given."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", json_schema_extra=ON_FORK)
     """Precision of the local steps: plain, bf16 autocast, or fp16 autocast with loss scaling (CUDA alone)."""
-    proximal_mu: float = Field(0.0, ge=0)
+    proximal_mu: float = Field(0.0, ge=0, json_schema_extra=ON_FORK)
     """FedProx: (mu / 2) times the squared distance to the values received joins the loss; 0: none."""
     scaffold: bool = False
     """SCAFFOLD: correct gradients by control variates, which double the payload both ways."""
-    augmentation: dict[str, Any] = Field(default_factory=dict)
+    augmentation: dict[str, Any] = Field(default_factory=dict, json_schema_extra=ON_FORK)
     """Options of ``federated.config.augmentation_options``, such as ``flip_probability``; empty: none."""
     gradient_checkpointing: bool = False
     """Compute each block of the towers again in the backward pass: less memory, one more forward pass."""
@@ -207,22 +214,22 @@ class AggregationSection(Section):
     server_optimizer: dict[str, Any] | None = None
     """A ``name`` of ``federated.methods.server_optimizers`` (fedavgm, fedadam, fedyogi, fedadagrad) and its
     options; the averages as they are when not given."""
-    max_update_ratio: float = Field(100.0, gt=1)
+    max_update_ratio: float = Field(100.0, gt=1, json_schema_extra=ON_FORK)
     """Most that a client's values may be, in norms of the larger of cohort (median) and global state."""
-    max_examples_ratio: float = Field(1e6, gt=1)
+    max_examples_ratio: float = Field(1e6, gt=1, json_schema_extra=ON_FORK)
     """Most training examples a client may claim, in multiples of its cohort's median."""
 
 
 class CommunicationSection(Section):
     """How states are encoded, and the link that transfer times are stated for."""
 
-    uplink: str = "fp32"
+    uplink: str = Field("fp32", json_schema_extra=ON_FORK)
     """Codec of the clients' updates, which are changes: fp32, int8, topk:0.1:ef+int8 …"""
     downlink: str = "fp32"
     """Codec of what the server sends, which are values: fp32, fp16, bf16, int8 or int4."""
-    uplink_mbps: float = Field(10.0, gt=0)
+    uplink_mbps: float = Field(10.0, gt=0, json_schema_extra=ON_RESUME)
     """A client's uplink in megabits a second, for transfer times alone; nothing is slowed down."""
-    downlink_mbps: float = Field(50.0, gt=0)
+    downlink_mbps: float = Field(50.0, gt=0, json_schema_extra=ON_RESUME)
     """A client's downlink in megabits a second, likewise."""
     base_preinstalled: bool = False
     """True when clients already hold the base model; the one-off base is stated separately either way."""
@@ -312,8 +319,13 @@ class OutputSection(Section):
     """Folder that run folders are made in."""
     name: PathText | None = None
     """Folder name under ``root``; the configuration's own name when not given."""
-    report: bool = True
+    keep_checkpoints: int = Field(2, ge=1, json_schema_extra=ON_RESUME)
+    """How many of the newest commits stay; ``fedlora fork --at ROUND`` needs the one of that round."""
+    report: bool = Field(True, json_schema_extra=ON_RESUME)
     """Draw ``report.html`` and ``plots/`` at the end, in some seconds; ``fedlora report`` does it later."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where each round's numbers go beside ``metrics.jsonl``: TensorBoard events in the run folder, Weights &
+    Biases, MLflow. Environment variables of the latter two say where, and whether they are offline."""
 
 
 class ExperimentConfig(Section):
@@ -328,15 +340,15 @@ class ExperimentConfig(Section):
     partition: PartitionSection = PartitionSection()
     federation: FederationSection = FederationSection()
     client: ClientSection = ClientSection()
-    train: TrainSection = TrainSection()
+    train: TrainSection = Field(TrainSection(), json_schema_extra=ON_RESUME)
     aggregation: AggregationSection = AggregationSection()
     communication: CommunicationSection = CommunicationSection()
-    evaluation: EvaluationSection = EvaluationSection()
-    faults: FaultsSection = FaultsSection()
+    evaluation: EvaluationSection = Field(EvaluationSection(), json_schema_extra=ON_FORK)
+    faults: FaultsSection = Field(FaultsSection(), json_schema_extra=ON_FORK)
     clock: ClockSection | None = None
     """Simulated time; none when not given."""
-    cache: CacheSection = CacheSection()
-    engine: EngineSection = EngineSection()
+    cache: CacheSection = Field(CacheSection(), json_schema_extra=ON_RESUME)
+    engine: EngineSection = Field(EngineSection(), json_schema_extra=ON_RESUME)
     output: OutputSection = OutputSection()
 
     @model_validator(mode="after")

@@ -16,8 +16,7 @@ from federated.data.sources.form import FederatedData
 from federated.data.splits import IntArray
 from models.errors import UserError
 from models.federated_model import FederatedModel
-from models.tasks import Rows
-from models.training import Batch
+from models.training import Batch, Rows
 
 
 @dataclass(frozen=True)

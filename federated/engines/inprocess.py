@@ -92,6 +92,7 @@ class InProcessGrid(Grid):
         self._prepare = prepare
         self._workers = Workers(num_workers, self._serve_request, inherited) if num_workers > 1 else None
         self._contexts: dict[int, Context] = {}
+        self._changed: set[int] = set()
         self._replies: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=_RUN_ID)
         # Message() reads these process-wide identifiers and refuses to exist without them.
@@ -111,6 +112,11 @@ class InProcessGrid(Grid):
         if client_id not in self._contexts:
             self._contexts[client_id] = self._new_context(client_id, RecordDict())
         return self._contexts[client_id]
+
+    def changed_clients(self) -> set[int]:
+        """Return the clients whose state has changed since this was asked last."""
+        changed, self._changed = self._changed, set()
+        return changed
 
     def _new_context(self, client_id: int, state: RecordDict) -> Context:
         node_config: UserConfig = {"partition-id": client_id, "num-partitions": self._num_clients}
@@ -245,6 +251,7 @@ class InProcessGrid(Grid):
         client_id = _client_of(answer.message)
         if answer.state is not None:
             self.context(client_id).state = answer.state
+            self._changed.add(client_id)
         if self._on_reply is not None:
             self._on_reply(client_id, "failed" if answer.reply.has_error() else "ok")
         self._replies[answer.message.metadata.message_id] = _stamp(answer.reply, node_id_of(client_id))

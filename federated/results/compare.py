@@ -24,6 +24,7 @@ from federated.results.run_kind import FEDERATED
 from federated.results.run_outcome import parse_target
 from federated.results.run_settings import ALPHA, differing_settings, method_of, settings_of
 from federated.results.tables import TextTable
+from federated.results.time_plot import TIME, metric_by_time
 from federated.results.wording import (
     MISSING,
     format_bytes,
@@ -37,7 +38,7 @@ from models.errors import UserError
 from models.files import BestEffort, errors_named, json_text, write_text
 
 SETTING_COLUMNS = ("method", "alpha", "seed")
-COST_COLUMNS = ("MB up", "MB down", "parameters sent", "time", "peak memory")
+COST_COLUMNS = ("MB up", "MB down", "parameters sent", "time", "simulated time", "peak memory")
 """Columns of a comparison that have a table of their own in the terminal, with the keys that differ."""
 
 
@@ -64,6 +65,7 @@ class RunRow:
         rounds_to_target: rounds until the metric first was at least ``target``.
         wire_bytes_to_target: sent, both ways, until then.
         seconds: duration on the machine it ran on.
+        simulated_seconds: duration by the simulated clock.
         peak_memory_bytes: largest memory use.
         settings: every other key of the configuration in which the compared runs differ.
     """
@@ -86,6 +88,7 @@ class RunRow:
     rounds_to_target: int | None
     wire_bytes_to_target: int | None
     seconds: float | None
+    simulated_seconds: float | None
     peak_memory_bytes: int | None
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -174,6 +177,11 @@ def write_comparison(comparison: Comparison, out_dir: str | Path) -> Path:
         with BestEffort("drawing the comparison"):
             save_figure(plots.metric_by_bytes_of_runs(curves, rows[0].metric), folder, "comparison")
             text += "\n![metric against bytes sent](comparison.png)\n"
+    if any(row.simulated_seconds is not None for row in rows):
+        lines = {row.label: run.metrics for row, run in zip(rows, comparison.runs, strict=True)}
+        with BestEffort("drawing the comparison by simulated time"):
+            save_figure(metric_by_time(lines, rows[0].metric), folder, "comparison_time")
+            text += "\n![metric against simulated time](comparison_time.png)\n"
     write_text(folder / "comparison.json", to_json(rows))
     write_text(folder / "comparison.csv", to_csv(rows))
     path = folder / "comparison.md"
@@ -201,6 +209,7 @@ def comparison_table(rows: Sequence[RunRow]) -> TextTable:
         "MB down": [format_megabytes(row.downlink_wire_bytes) for row in rows],
         "parameters sent": [format_count(row.exchanged_parameters) for row in rows],
         "time": [format_seconds(row.seconds) for row in rows],
+        "simulated time": [format_seconds(row.simulated_seconds) for row in rows],
         "peak memory": [format_bytes(row.peak_memory_bytes) for row in rows],
         **{key: [_shown(row.settings[key]) for row in rows] for key in rows[0].settings},
     }
@@ -300,6 +309,7 @@ def _row(run: RunRecord, name: str, target: float | None, settings: dict[str, An
         target=target,
         rounds_to_target=rounds_to_target,
         wire_bytes_to_target=bytes_to_target,
+        simulated_seconds=run.metrics[-1].get(TIME) if run.metrics else None,
         peak_memory_bytes=run.summary.get("peak_memory_bytes"),
         settings=settings,
     )

@@ -7,6 +7,7 @@ bars are left out and the lines stay. Only this file and the command line print.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,15 @@ from typing import Any, Literal, Self
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -34,6 +43,7 @@ from federated.results.wording import (
     metric_label,
     saving,
 )
+from models.progress import watched_by
 
 MAX_COLUMNS = 1000  # of a table that is not cut
 MIN_WORDS = 12  # columns that a folded word keeps
@@ -42,16 +52,18 @@ _BYTE_KEYS = ("uplink_wire_bytes", "downlink_wire_bytes")
 
 
 def _bars_with_notes(console: Console) -> Progress:
-    """Return the bars of a run: name, bar, count, time and a note; none where the output is no terminal."""
+    """Return the bars of a run: name, bar, count, times and a note; none where the output is no terminal."""
     return Progress(
         TextColumn("{task.description:<8}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal or console.quiet,
     )
 
 
@@ -73,17 +85,34 @@ class BarsDisplay:
         self.console = console
         self._metric = "accuracy"
         self._progress = _bars_with_notes(console)
+        self._work: TaskID | None = None
+        self._entered = contextlib.ExitStack()
+        self._depth = 0
 
     def __enter__(self) -> Self:
-        """Show the bars."""
-        self._progress.start()
+        """Show the bars, and be told of work in this process; once, however often it is entered."""
+        if self._depth == 0:
+            self._entered.callback(self._progress.stop)
+            self._progress.start()
+            self._entered.enter_context(watched_by(self.work_done))
+        self._depth += 1
         return self
+
+    def work_done(self, what: str, done: int, total: int | None) -> None:
+        """Move the bar of the work that goes on just now: loading, an evaluation, a client's steps."""
+        if self._work is None:
+            self._work = self._progress.add_task(what, total=total, note="")
+        if done == 0:
+            self._progress.reset(self._work, description=what, total=total)
+        self._progress.update(self._work, completed=done, visible=done != total)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Take the bars away, also after an error or an interrupt; the lines stay."""
-        self._progress.stop()
+        self._depth -= 1
+        if self._depth == 0:
+            self._entered.close()
 
 
 class RunDisplay(BarsDisplay):
@@ -119,6 +148,13 @@ class RunDisplay(BarsDisplay):
         self._num_rounds, self._metric, self._wire_bytes = num_rounds, headline_metric, 0
         print_notes(self.console, notes)
         self._progress.update(self._rounds, total=num_rounds)
+
+    def rounds_before(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Say after which round the run goes on; what was sent before counts."""
+        done = lines[-1]["server_round"]
+        self._wire_bytes = sum(line.get(key) or 0 for line in lines for key in _BYTE_KEYS)
+        self.console.print(f"resumed after round {done}", highlight=False, soft_wrap=True)
+        self._progress.update(self._rounds, completed=done)
 
     def round_started(self, server_round: int, cohort_size: int, phase: str = "train") -> None:
         """Start counting the replies of a round's cohort; ``phase`` names what the clients do."""

@@ -6,16 +6,34 @@ import io
 import logging
 import os
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
+from rich.control import Control
+
+from federated.results.run_log import SHOWN
+from models.progress import is_quiet
 
 log = logging.getLogger(__name__)
 
 
 def lasting_console() -> Console:
     """Return a console on standard output for work whose results are in files: it goes on without output."""
-    return Console() if sys.stdout is None else Console(file=_Lasting(sys.stdout))
+    if sys.stdout is None:
+        return LoggedConsole(quiet=is_quiet())
+    return LoggedConsole(file=_Lasting(sys.stdout), quiet=is_quiet())
+
+
+class LoggedConsole(Console):
+    """A console whose lines, but not its bars, also go into the log of the run that is going on."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, and log the same as plain text."""
+        super().print(*objects, **options)
+        if SHOWN.handlers and not all(isinstance(part, Control) for part in objects):
+            plain = Console(file=io.StringIO(), width=self.width, color_system=None)
+            plain.print(*objects, **options)
+            SHOWN.info("%s", plain.file.getvalue())  # type: ignore[attr-defined]
 
 
 class _Lasting(io.TextIOBase, TextIO):

@@ -6,9 +6,12 @@ denominator and the base model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from federated.communication.savings import FULL_MODEL, THIS_RUN
+from federated.config.schema import ADAPTED, MODEL_FAMILIES, ModelSection
 from federated.results.records import RunRecord
 from federated.results.run_kind import PERSONAL, count_steps
 from federated.results.wording import (
@@ -51,7 +54,7 @@ def subtitle(run: RunRecord) -> str:
         of("communication", "uplink", "uplink {}"),
     ]
     parts = (
-        of("model", "model_name"),
+        _model_words(config.get("model") or {}),
         of("lora", "r", "LoRA r={}") if adapters else of("model", "fine_tuning"),
         of("task", "name").replace("_", " "),
         of("data", "source"),
@@ -59,6 +62,14 @@ def subtitle(run: RunRecord) -> str:
         f"seed {config['seed']}" if "seed" in config else "",
     )
     return " · ".join(part for part in parts if part)
+
+
+def _model_words(section: Mapping[str, Any]) -> str:
+    """Name the base model; of another family than CLIP the family, and its weights where they were chosen."""
+    name, family = str(section.get("model_name") or ""), str(section.get("type", "")).removesuffix(ADAPTED)
+    if family in ("", *MODEL_FAMILIES):
+        return name
+    return family if name == ModelSection.model_fields["model_name"].default else f"{family} {name}"
 
 
 PROVENANCE = ("started", "command")

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from federated.results import plots
 from federated.results.records import RunRecord
+from federated.results.time_plot import TIME, metric_by_time
 from federated.results.wording import format_bytes, metric_label
 
 _OF_CENTRAL_RUNS = frozenset({"metric_by_epoch", "class_accuracy"})  # the others are of clients and messages
@@ -59,6 +60,7 @@ def drawings(run: RunRecord) -> list[Drawing]:
             "What clients were sent to evaluate the last model comes after it.",
             lambda: plots.metric_by_bytes(run.metrics, run.metric, run.ledger),
         ),
+        *_by_time(run),
         Drawing(
             "bytes_by_round",
             "Bytes by round",
@@ -98,3 +100,14 @@ def drawings(run: RunRecord) -> list[Drawing]:
         ),
     )
     return [drawing for drawing in makers if run.kind.has_clients or drawing.name in _OF_CENTRAL_RUNS]
+
+
+def _by_time(run: RunRecord) -> list[Drawing]:
+    """Return the picture of a run with a simulated clock; none without."""
+    if not any(TIME in line for line in run.metrics):
+        return []
+    caption = "Every point is a round, when it would have ended on the clients' own links and devices."
+    heading = f"{metric_label(run.metric)} against simulated time"
+    return [
+        Drawing("metric_by_time", heading, caption, lambda: metric_by_time({"": run.metrics}, run.metric))
+    ]

@@ -52,6 +52,12 @@ class RoundRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     skipped: bool = False
 
+    def name_unreached(self, client_ids: Sequence[int]) -> None:
+        """Name, once in a round, the clients that nothing could be sent to."""
+        reason = "it could not be reached (clock.availability); nothing was sent"
+        unreached = [Failure(client_id, reason) for client_id in client_ids]
+        self.failed += [failure for failure in unreached if failure not in self.failed]
+
 
 def failure_counts(lines: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Return how often clients failed by each fault on purpose, and as ``other`` for reasons of their own."""

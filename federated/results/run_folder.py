@@ -3,12 +3,13 @@
 ``config.yaml``, ``environment.json``, ``plugins.json`` (where the run needs plugins) and ``partition.json``
 are written before the first round; a line of
 ``metrics.jsonl``, the rows of ``communication.csv`` and TensorBoard events after each round; ``checkpoint/``
-holds the latest global state, ``adapter_best/`` that of the best round; ``adapter/`` and ``summary.json``
+holds the last rounds' commits, ``adapter_best/`` that of the best round; ``adapter/`` and ``summary.json``
 come at the end. Files appear whole or not at all. Pictures and events are best effort: no run ends for them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -30,10 +31,14 @@ from federated.config.config_files import dump_config
 from federated.config.plugins import PLUGINS_FILE, used_plugins
 from federated.config.schema import ExperimentConfig
 from federated.results.event_tags import scalars, settings_events, wire_bytes
-from federated.results.run_place import ENVIRONMENT_FILE, claim, release
+from federated.results.run_log import logged
+from federated.results.run_place import ENVIRONMENT_FILE, claim, reclaim, release
 from lora.start_adapter import adapter_identity
-from models.files import BestEffort, errors_named, json_text, write_json, write_text
+from models.files import BestEffort, append_whole, errors_named, json_text, sync, write_json, write_text
 
+METRICS_FILE, LEDGER_FILE, LOST_FILE = "metrics.jsonl", "communication.csv", "lost.csv"
+GROWING = (METRICS_FILE, LEDGER_FILE, LOST_FILE)
+"""Files that rounds add to; the last holds what was sent in rounds that were lost."""
 _PACKAGES = ("fedlora", "torch", "transformers", "peft", "flwr", "flwr-datasets", "datasets", "numpy")
 
 
@@ -53,21 +58,75 @@ class RunFolder:
     _settings_end: Any = None  # the event that ends those of the settings
 
     def __init__(self, path: Path, config: ExperimentConfig, *, overwrite: bool = False) -> None:
+        self._begin(path, claim(path, overwrite=overwrite))
+        with self._closed_on_error():
+            write_json(path / ENVIRONMENT_FILE, describe_environment(config))
+            self.write_config(config)
+            write_text(path / METRICS_FILE, "")
+
+    @classmethod
+    def reopened(cls, path: Path) -> RunFolder:
+        """Return the folder of a run that goes on: locked, with all that it left.
+
+        Raises:
+            UserError: No run made it, it is in use, or cannot be written.
+        """
+        folder = cls.__new__(cls)
+        folder._begin(path, reclaim(path))
+        return folder
+
+    def _begin(self, path: Path, lock: int) -> None:
         self.path = path
-        self._lock: int | None = claim(path, overwrite=overwrite)
-        write_json(path / ENVIRONMENT_FILE, describe_environment(config))
-        write_text(path / "config.yaml", dump_config(config))
-        if plugins := used_plugins(config):
-            write_json(path / PLUGINS_FILE, plugins)
-        write_text(path / "metrics.jsonl", "")
+        self._lock: int | None = lock
+        self._log = contextlib.ExitStack()
+        self._log.enter_context(logged(path))
         self._writer: SummaryWriter | None = None
         self._has_events = True
+        self.purge_step: int | None = None
+        """TensorBoard step from which on the events of an earlier attempt do not count."""
+
+    @contextlib.contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def write_config(self, config: ExperimentConfig) -> None:
+        """Write ``config.yaml``, which says whether events are written from now on, and which plugins."""
+        self._has_events = "tensorboard" in config.output.trackers
+        write_text(self.path / "config.yaml", dump_config(config))
+        if plugins := used_plugins(config):
+            write_json(self.path / PLUGINS_FILE, plugins)
+
+    def reopen_files(self, config: ExperimentConfig, *, first_step: int) -> None:
+        """Prepare a run to go on: with its configuration from here on, and without the end that it had.
+
+        Args:
+            config: Of all rounds.
+            first_step: The next round; TensorBoard events of an earlier attempt at it do not count.
+        """
+        (self.path / "summary.json").unlink(missing_ok=True)
+        self.write_config(config)
+        self.purge_step = first_step
+
+    def lengths_on_disk(self) -> dict[str, int]:
+        """Return the bytes of each file that grows; they are on the disk."""
+        lengths = {}
+        for name in GROWING:
+            path = self.path / name
+            if path.is_file():
+                sync(path)
+                lengths[name] = path.stat().st_size
+        return lengths
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Append one round to ``metrics.jsonl`` and to the TensorBoard events."""
-        path = self.path / "metrics.jsonl"
-        with errors_named(path), path.open("a", encoding="utf-8") as file:
-            file.write(json_text(line, sort_keys=True) + "\n")
+        path = self.path / METRICS_FILE
+        text = json_text(line, sort_keys=True) + "\n"
+        with errors_named(path, len(text)):
+            append_whole(path, text)
         if self._has_events:
             with BestEffort("writing TensorBoard events", "; metrics.jsonl has every value") as attempt:
                 self._append_events(line)
@@ -75,7 +134,7 @@ class RunFolder:
 
     def _append_events(self, line: dict[str, Any]) -> None:
         if self._writer is None:
-            self._writer = SummaryWriter(str(self.path))
+            self._writer = SummaryWriter(str(self.path), purge_step=self.purge_step)
             self._sent_bytes = sum(wire_bytes(each) for each in self._lines_before(line["server_round"]))
         values = scalars(line, self._sent_bytes)
         self._sent_bytes += wire_bytes(line)
@@ -103,6 +162,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Finish the TensorBoard events and give up the folder; a second call does nothing."""
+        self._log.close()
         if self._writer is not None and self._has_events:
             with BestEffort("closing TensorBoard events"):
                 self._writer.close()
@@ -120,17 +180,10 @@ class RunFolder:
 
 def describe_environment(config: ExperimentConfig) -> dict[str, Any]:
     """Return what a reader needs to judge or repeat the run: when, by what, versions, machine, seed."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return versions | {
+    return package_versions() | {
         "started": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -140,6 +193,17 @@ def describe_environment(config: ExperimentConfig) -> dict[str, Any]:
         "seed": config.seed,
         **({} if config.model.adapter is None else {"adapter": adapter_identity(config.model.adapter)}),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results depend on."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
 
 
 def cpu_name() -> str:

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from models.errors import UserError
-from models.files import sync
+from models.files import errors_named, sync
 from models.untrusted import read_json
 
 ENVIRONMENT_FILE, LOCK_FILE = "environment.json", "run.lock"
@@ -35,6 +35,8 @@ _EVALUATION = (
     "predictions.csv",
     *(f"{name}.{end}" for name in _PICTURES for end in _ENDINGS),
 )
+_CHECKPOINT = ("manifest.json", "state.safetensors", "server.safetensors")
+_A_COMMIT = "checkpoint/commit_*"
 WRITTEN = (
     *("config.yaml", ENVIRONMENT_FILE, LOCK_FILE, "partition.json", "metrics.jsonl", "communication.csv"),
     *("plugins.json", "summary.json", "report.html", "events.out.tfevents.*"),
@@ -43,7 +45,9 @@ WRITTEN = (
         for kind in ("metric_by", "bytes_by", "client", "aggregation", "class")
         for ending in _ENDINGS
     ),
-    *(f"checkpoint/{name}" for name in ("manifest.json", "state.safetensors", "server.safetensors")),
+    *("run.log", "lost.csv", "checkpoint/clients_*.safetensors"),
+    *(f"checkpoint/{name}" for name in _CHECKPOINT),
+    *(f"{_A_COMMIT}/{name}" for name in _CHECKPOINT),
     *(f"{folder}/{name}" for folder in ("adapter", "adapter_best") for name in _WEIGHTS),
     *(f"checkpoint-epoch-*/{name}" for name in _WEIGHTS),
     *(f"evaluation_{split}/{name}" for split in ("test", "validation") for name in _EVALUATION),
@@ -126,8 +130,16 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     if path.is_dir() and (path / LOCK_FILE).is_file():
         os.close(_locked(path))
     if not overwrite:
-        raise UserError(f"{path} already exists: pass --overwrite to replace it, or set output.name=OTHER")
+        remedy = "pass --overwrite to replace it, or set output.name=OTHER"
+        if can_be_resumed(path):
+            remedy = f"continue it with: fedlora resume {path}; {remedy}"
+        raise UserError(f"{path} already exists: {remedy}")
     check_replaceable(path)
+
+
+def can_be_resumed(path: Path) -> bool:
+    """Return whether a folder holds a run with a commit that did not come to its end."""
+    return any(path.glob(f"{_A_COMMIT}/manifest.json")) and not (path / "summary.json").exists()
 
 
 def check_replaceable(path: Path) -> None:
@@ -181,10 +193,27 @@ def claim(path: Path, *, overwrite: bool) -> int:
     return lock
 
 
+def reclaim(path: Path) -> int:
+    """Lock the folder of a run that is to go on; all that it left stays.
+
+    Returns:
+        The lock, for ``release``.
+
+    Raises:
+        UserError: No run made it, or it is in use.
+    """
+    if path.is_symlink() or not _is_run(path):
+        raise UserError(f"{path} is not a run folder (it has no {ENVIRONMENT_FILE} of a run)")
+    with errors_named(path):
+        return _locked(path)
+
+
 def release(path: Path, lock: int) -> None:
     """Give up a folder that ``claim`` gave."""
-    (path / LOCK_FILE).unlink(missing_ok=True)
-    os.close(lock)
+    try:
+        (path / LOCK_FILE).unlink(missing_ok=True)
+    finally:
+        os.close(lock)
 
 
 def _locked(path: Path) -> int:

@@ -19,7 +19,7 @@ from rich.text import Text
 from federated.communication.run_files import Summary, read_run_file
 from federated.results.records import read_lines
 from federated.results.run_kind import kind_of
-from federated.results.run_place import LOCK_FILE
+from federated.results.run_place import LOCK_FILE, can_be_resumed
 from federated.results.wording import (
     format_bytes,
     format_metric,
@@ -112,7 +112,7 @@ def read_status(run: Path) -> RunStatus:
         failed=tuple(last.get("failed") or ()),
         num_failed=sum(len(line.get("failed") or ()) for line in lines),
         stopped=summary.get("stopped"),
-        can_be_resumed=not ended and holder is None and any(run.glob("checkpoint/commit_*/manifest.json")),
+        can_be_resumed=not ended and holder is None and can_be_resumed(run),
         last_written_seconds=round(max(0.0, time.time() - path.stat().st_mtime), 1),
     )
 

@@ -12,6 +12,7 @@ from federated.config.seeding import generator
 from federated.data.batch_order import index_batches, local_index_batches
 from federated.data.splits import IntArray
 from lora.adapters import unwrap
+from models.progress import counted
 from models.tasks import CLIP
 from models.training import Batch
 
@@ -47,7 +48,9 @@ def evaluate_client(run: Run, client_id: int) -> dict[str, float]:
 
 def evaluate_server(run: Run) -> dict[str, float]:
     """Evaluate the model, as it is, on the server's test rows, or on one seeded part of them."""
-    return evaluate_rows(run, "test", server_test_rows(run))
+    rows = server_test_rows(run)
+    num_batches = -(-(len(run.data.test) if rows is None else len(rows)) // run.config.evaluation.batch_size)
+    return run.model.evaluate(counted("evaluation", evaluation_batches(run, "test", rows), num_batches))
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def build_bare_model(
     if section.num_classes and class_names and section.num_classes != len(class_names):
         raise UserError(
             f"model.num_classes is {section.num_classes} but the data has {len(class_names)} classes "
-            f"({', '.join(class_names[:5])} …): leave model.num_classes out, or correct it"
+            f"({', '.join(class_names[:5])} …): set model.num_classes=null (the data's number), or correct it"
         )
     check_family(config)
     setup = ModelSetup(

@@ -24,7 +24,12 @@ class _Seen(TypedDict):
     without_improvement: int
 
 
-_SEEN = TypeAdapter(_Seen)
+class _Evaluated(TypedDict):
+    best: dict[str, Any]
+    evaluated: int
+
+
+_SEEN, _EVALUATED = TypeAdapter(_Seen), TypeAdapter(_Evaluated)
 
 
 @dataclass
@@ -145,7 +150,7 @@ class EarlyStopping:
 
     def state(self) -> Any:
         """Return what the rounds to come need."""
-        return self.best.state()
+        return {"best": self.best.state(), "evaluated": self.evaluated}
 
     def restore(self, state: Any) -> None:
         """Go on from what ``state`` returned; the settings stay those of this run.
@@ -153,7 +158,9 @@ class EarlyStopping:
         Raises:
             UserError: It is no such state.
         """
-        self.best.restore(state)
+        seen = check(_EVALUATED, state, "what a commit says of early stopping")
+        self.best.restore(seen["best"])
+        self.evaluated = seen["evaluated"]
 
 
 def early_stopping(run: Run) -> EarlyStopping | None:

@@ -5,6 +5,8 @@ Elsewhere clients hold what the server has.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from federated.methods import Downlink, receive
 from models.state import State
 
@@ -20,6 +22,14 @@ class HeldStates:
         self._remembers = remembers
         self._kept: dict[int, State] = {}
         self._sent: dict[int, State] = {}
+
+    def kept(self, client_id: int) -> State:
+        """Return what a client keeps; empty where that is nothing, or not known."""
+        return self._kept.get(client_id, {})
+
+    def restore(self, kept: Mapping[int, State]) -> None:
+        """Go on from what clients keep."""
+        self._kept = dict(kept)
 
     def begin_broadcast(self) -> None:
         """Forget what was sent before and has not been answered."""

@@ -21,7 +21,7 @@ from federated.rounds.batches import server_test_rows
 from lora.adapters import unwrap
 from models.errors import UserError
 from models.metrics import CONCEPT, PICTURE, TEXT
-from models.tasks import RECALL_CUTOFFS
+from models.tasks import CLIP, RECALL_CUTOFFS
 
 if TYPE_CHECKING:
     from federated.rounds.run import Run
@@ -48,7 +48,8 @@ def check_can_score(run: Run) -> None:
         UserError: The data has one class, so that every model is right.
     """
     names, model = run.data.class_names, unwrap(run.model)
-    if model.task.reads_captions:
+    task = model.task
+    if task.reads_captions or (task.family != CLIP and not task.uses_head):  # no classes are told apart
         return
     if names is not None and len(names) == 1:
         raise UserError(

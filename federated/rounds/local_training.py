@@ -21,6 +21,7 @@ from federated.rounds.batches import local_batches
 from federated.rounds.client_ranks import mixed_ranks, scaling_at
 from federated.rounds.run import Run
 from lora.adapters import factor_pairs, owner_of, set_scaling
+from models.progress import counted
 from models.state import State
 
 
@@ -84,7 +85,7 @@ def train_locally(run: Run, assignment: Assignment, held: State) -> LocalResult:
             run, assignment.client_id, num_steps, rng, server_round=assignment.server_round
         )
         with scoped_torch_rng(rng):
-            losses = [model.train_step(batch) for batch in batches]
+            losses = [model.train_step(batch) for batch in counted("steps", batches, num_steps)]
     before = rules.to_model(held)
     trained = model.get_state()
     rank = assignment.rank

@@ -35,6 +35,7 @@ from federated.rounds.trained_record import check_start, notes_of
 from lora.adapters import scalings, unwrap
 from lora.wrapper import LoRAWrapper
 from models.federated_model import FederatedModel
+from models.progress import doing
 from models.spare_memory import return_freed_memory
 from models.state import Layout, State, layout_of
 from models.training import TrainingSettings
@@ -129,7 +130,8 @@ def build_run(config: ExperimentConfig, data: FederatedData | None = None) -> Ru
     """
     aggregator = build_aggregator(config)  # a wrong name should not come up after minutes of loading
     simulated_clock(config)
-    data = load_run_data(config) if data is None else data
+    with doing("loading data"):
+        data = load_run_data(config) if data is None else data
     if config.model.adapter is not None:
         check_start(config, data)
     split = partition(
@@ -141,7 +143,9 @@ def build_run(config: ExperimentConfig, data: FederatedData | None = None) -> Ru
         domain_column=data.domain_column,
         **own_options("partition", config.partition.options, partition),
     )
-    model, family = build_model(config, data.class_names), FAMILIES[config.model.family]
+    family = FAMILIES[config.model.family]
+    with doing("loading model"):
+        model = build_model(config, data.class_names)
     initial_state, scaling = model.get_state(), scalings(model)
     run = Run(
         config=config,

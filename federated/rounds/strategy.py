@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -94,6 +95,10 @@ class LoRAStrategy(Strategy):
         reachable: Whether a client can be reached in a round; nothing is sent to one that cannot.
         evaluates: Which clients evaluate after a round; none by default.
         on_broadcast: Told ``(server_round, number of clients, message type)`` before messages go out.
+
+    Attributes:
+        rounds_before: Rounds that were done before ``start``, whose loop counts from 1.
+        held: What clients hold, where that is neither what the server has nor none of its concern.
     """
 
     def __init__(  # noqa: PLR0913 - keyword-only
@@ -120,6 +125,7 @@ class LoRAStrategy(Strategy):
         self.record = RoundRecord(server_round=0)
         self.versions: dict[int, int] = {}
         self.current_ranks: dict[int, int] = {}
+        self.rounds_before = 0
         self._nodes = dict(clients)
         self._clients = {node_id: client_id for client_id, node_id in clients.items()}
         self._seed = seed
@@ -132,7 +138,7 @@ class LoRAStrategy(Strategy):
         self._shard_sizes = shard_sizes
         self._error_every = error_every if aggregator.has_global_model else 0
         follows = bool(self._error_every) and not self._downlink.lossless
-        self._held = HeldStates(remembers=aggregator.clients_remember) if follows else None
+        self.held = HeldStates(remembers=aggregator.clients_remember) if follows else None
         self._fault_of = fault_of
         self._reachable = reachable
         self._evaluates = evaluates
@@ -147,6 +153,7 @@ class LoRAStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Sample the cohort and encode what each of its clients receives."""
+        server_round += self.rounds_before
         cohort = sample_cohort(self._seed, server_round, len(self._nodes), self._cohort_size)
         self.record = RoundRecord(server_round=server_round, cohort=cohort)
         return self._broadcast(server_round, cohort, MessageType.TRAIN)
@@ -162,20 +169,16 @@ class LoRAStrategy(Strategy):
         self.server_state = after
         failed = self.record.failed + [Failure(client_id, reason) for client_id, reason in refused]
         failed.sort(key=lambda failure: failure.client_id)
-        self.record.failed = [self._with_fault(failure) for failure in failed]
+        struck = partial(self._fault_of, self.record.server_round)  # none strikes who was sent nothing
+        self.record.failed = [
+            replace(f, fault=struck(f.client_id)) if f.client_id in self._sent else f for f in failed
+        ]
         if not accepted:
             self.record.skipped = True
             return None, None
         of_client = {reply.update.client_id: reply for reply in read}
         self._close(before, accepted, [of_client[update.client_id] for update in accepted])
         return self.packed_state(), MetricRecord(dict(self.record.metrics))
-
-    def _with_fault(self, failure: Failure) -> Failure:
-        """Name the fault that struck a client on purpose; none strikes who was sent nothing."""
-        client_id = failure.client_id
-        if client_id not in self._sent:
-            return failure
-        return replace(failure, fault=self._fault_of(self.record.server_round, client_id))
 
     def _close(
         self, before: ServerState, accepted: Sequence[Update], replies: Sequence[TrainingReply]
@@ -207,7 +210,7 @@ class LoRAStrategy(Strategy):
             if loss is None:
                 return None
             client_id = reply.update.client_id
-            held = None if self._held is None else self._held.started_from(client_id)
+            held = None if self.held is None else self.held.started_from(client_id)
             known[client_id] = Known(held, loss)
         return aggregation_error(self.aggregator, before, self.server_state, accepted, known)
 
@@ -217,6 +220,7 @@ class LoRAStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send the new global state to the clients that evaluate after this round."""
+        server_round += self.rounds_before
         return self._broadcast(server_round, self._evaluates(server_round), MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -271,11 +275,13 @@ class LoRAStrategy(Strategy):
         self._sent_version = self.server_state.server_round
         self._sent.clear()
         self._starts.clear()
-        client_ids = [client_id for client_id in client_ids if self._is_reachable(server_round, client_id)]
+        reached = [client_id for client_id in client_ids if self._reachable(server_round, client_id)]
+        self.record.name_unreached(sorted(set(client_ids) - set(reached)))
+        client_ids = reached
         if client_ids:
             self._on_broadcast(server_round, len(client_ids), message_type)
-        if self._held is not None:
-            self._held.begin_broadcast()
+        if self.held is not None:
+            self.held.begin_broadcast()
         contents: dict[tuple[int, int | None], RecordDict] = {}
         messages = []
         for client_id in client_ids:
@@ -286,19 +292,11 @@ class LoRAStrategy(Strategy):
             group = str(server_round)
             messages.append(Message(contents[key], self._nodes[client_id], message_type, group_id=group))
             self._sent[client_id] = messages[-1].metadata
-            if self._held is not None:
+            if self.held is not None:
                 values = read_broadcast(contents[key], self._downlink, self._full_layout)
                 config = cast(Mapping[str, int], contents[key][CONFIG])
-                self._held.sent(client_id, unpack_downlink(values, config))
+                self.held.sent(client_id, unpack_downlink(values, config))
         return messages
-
-    def _is_reachable(self, server_round: int, client_id: int) -> bool:
-        """Whether a client can be reached in a round; one that cannot is named, once."""
-        reachable = self._reachable(server_round, client_id)
-        failure = Failure(client_id, "it could not be reached (clock.availability); nothing was sent")
-        if not reachable and failure not in self.record.failed:
-            self.record.failed.append(failure)
-        return reachable
 
     def _downlink_content(self, server_round: int, profile: ClientProfile, message_type: str) -> RecordDict:
         downlink = self.aggregator.downlink(self.server_state, profile)
@@ -346,13 +344,13 @@ class LoRAStrategy(Strategy):
                 reason = reply.error.reason if reply.has_error() else "its reply is empty"
                 self.record.failed.append(Failure(client_id, reason or "no reason given"))
                 self.versions.pop(client_id, None)  # whatever it has lost, it will receive everything
-                if self._held is not None:
-                    self._held.failed(client_id)
+                if self.held is not None:
+                    self.held.failed(client_id)
             else:
                 answered.append(reply)
                 self.versions[client_id] = self._sent_version
-                if self._held is not None:
-                    self._held.answered(client_id)
+                if self.held is not None:
+                    self.held.answered(client_id)
         return answered
 
     def _decode(self, reply: Message) -> TrainingReply | None:

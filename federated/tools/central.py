@@ -30,9 +30,12 @@ from federated.config.schema import (
 from federated.config.seeding import generator, scoped_torch_rng
 from federated.data.dataset import steps_per_epoch
 from federated.engines.simulation import limited_threads
+from federated.results.callbacks import Callback
+from federated.results.records import read_run
 from federated.results.round_record import best_value
 from federated.results.run_folder import RunFolder, peak_memory_bytes
 from federated.results.run_place import check_free, run_path
+from federated.results.trackers import check_trackers, tracked
 from federated.rounds.batches import accuracy_by_class, evaluate_rows, evaluate_server, local_batches
 from federated.rounds.checkpoint import save_checkpoint
 from federated.rounds.early_stopping import BestSoFar
@@ -71,6 +74,7 @@ class Training:
         run: Model, data and settings of the one client.
         folder: Where results go.
         display: Told what happens.
+        trackers: Told of each epoch and of the end.
         best: The best evaluation so far.
         kept: The exchanged state of the epoch that will be saved.
         kept_epoch: That epoch.
@@ -86,6 +90,7 @@ class Training:
     kept_epoch: int = 0
     lines: list[dict[str, Any]] = field(default_factory=list)
     steps_done: int = 0
+    trackers: Sequence[Callback] = ()
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -129,6 +134,7 @@ def train_centrally(
     config = central_config(config)
     path = run_path(config.output.root, "training" if config.output.name is None else config.output.name)
     check_free(path, overwrite=overwrite)
+    check_trackers(config.output.trackers)
     with limited_threads(config.engine.threads):
         run = build_run(config)
         check_can_learn(run)
@@ -141,10 +147,16 @@ def train_centrally(
                 stopping.metric or run.headline_metric, stopping.patience, stopping.minimum_change
             ),
         )
-        with contextlib.closing(training.folder):
+        settings = config.model_dump(mode="json")
+        with (
+            contextlib.closing(training.folder),
+            tracked(config.output.trackers, path, settings) as training.trackers,
+        ):
             save_clients_rows(run, path / "partition.json")
             train_epochs(training)
             finish(training)
+            for tracker in training.trackers:
+                tracker.run_done(read_run(path).summary)
     return path
 
 
@@ -234,6 +246,8 @@ def close_epoch(training: Training, epoch: int, line: dict[str, Any], start: flo
         )
     training.lines.append(line)
     training.folder.append_metrics(line)
+    for tracker in training.trackers:
+        tracker.round_done(line)
     if training.display is not None:
         training.display.epoch_done(line)
 

@@ -92,8 +92,8 @@ def describe_task(
             yield batch
 
     metrics = model.evaluate(predicting())
-    names = data.class_names
-    if names is not None and data.label_column is not None and predictions and set(predictions) <= set(names):
+    names = data.class_names if task.uses_head and data.label_column is not None else None
+    if names is not None and predictions and set(predictions) <= set(names):
         predicted = np.array([names.index(name) for name in predictions])
         described = describe_classes(Predictions(data.labels(split), predicted, metrics["loss"]), names)
         results = {**described.results, **metrics, "headline_metric": task.headline_metric}

@@ -20,7 +20,13 @@ from federated.results.run_place import check_place
 from federated.results.run_settings import leaves
 from federated.rounds.batches import evaluation_batches
 from federated.rounds.build import load_run_data
-from federated.rounds.checkpoint import CHECKPOINT_FILES, SERVER_FILE, STATE_FILE, load_server_checkpoint
+from federated.rounds.checkpoint import (
+    CHECKPOINT_FILES,
+    SERVER_FILE,
+    STATE_FILE,
+    latest_checkpoint,
+    load_server_checkpoint,
+)
 from federated.rounds.global_model import load_global_state
 from federated.rounds.learnable import check_can_score
 from federated.rounds.run import Run, build_run
@@ -218,7 +224,7 @@ def load_trained(experiment: Run, run: Path | None, adapter: Path | None, *, any
         return str(adapter)
     if run is None:
         return "none (untrained)"
-    folder, trained = current_folder(run / "checkpoint"), current_folder(run / "adapter")
+    folder, trained = latest_checkpoint(run), current_folder(run / "adapter")
     check_committed(folder, CHECKPOINT_FILES, remedy=NAME_AN_ADAPTER)
     if (trained / ADAPTER_FILE).is_file() and not any_base:
         check_base_model(experiment.model, read_adapter(trained))

@@ -1,7 +1,8 @@
-"""Runs from Python: ``run`` starts one, ``open_run`` reads one back, both give a ``RunResult``."""
+"""Runs from Python: ``run`` starts one, ``resume`` goes on with one, ``open_run`` reads one back."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +16,12 @@ import pandas as pd
 from federated.config.config_files import load_config, parse_config
 from federated.config.plugins import load_plugins
 from federated.config.schema import ExperimentConfig
+from federated.results.callbacks import Callback
 from federated.results.records import RunRecord, read_run
 from federated.results.wording import format_bytes, format_metric
 
 if TYPE_CHECKING:
+    from federated.results.console import RunDisplay
     from models.federated_model import FederatedModel
 
 
@@ -110,6 +113,7 @@ def run(
     overwrite: bool = False,
     show_progress: bool = True,
     plugins: Sequence[str | Path] = (),
+    callbacks: Sequence[Callback] = (),
     **sections: Any,
 ) -> RunResult:
     """Run a federated fine-tuning in this process and return what it left.
@@ -119,6 +123,7 @@ def run(
         overwrite: Replace an earlier run's folder of the same name.
         show_progress: Show bars and a line a round.
         plugins: Python files that register what the configuration names; they stay loaded in this process.
+        callbacks: Told when rounds start, when they are done, and of the end.
         **sections: What differs from ``config``, by section: ``client={"learning_rate": 1e-3}, seed=1``.
 
     Returns:
@@ -128,16 +133,43 @@ def run(
         UserError: The configuration, a plugin, the data or the model is unusable, or the folder exists.
     """
     from federated.engines.simulation import run_experiment
-    from federated.results.console import RunDisplay
 
     load_plugins(plugins)
     loaded = config_from(config, **sections)
-    display = None
-    if show_progress:
-        from federated.results.lasting_console import lasting_console
+    with _display(show_progress) as display:
+        folder = run_experiment(loaded, overwrite=overwrite, display=display, callbacks=callbacks)
+    return RunResult(folder)
 
-        display = RunDisplay(lasting_console())
-    return RunResult(run_experiment(loaded, overwrite=overwrite, display=display))
+
+def resume(folder: str | Path, *, show_progress: bool = True, **sections: Any) -> RunResult:
+    """Go on with a run that was stopped or killed, or with more rounds; it ends as if it had never stopped.
+
+    Args:
+        folder: The run folder.
+        show_progress: As in ``run``.
+        **sections: Keys that may differ from here on, by section: ``federation={"rounds": 20}``.
+
+    Raises:
+        UserError: Nothing can be resumed there, a key may not change, or data or weights are others.
+    """
+    from federated.engines.simulation import resume_experiment
+
+    overrides = [f"{key}={json.dumps(value)}" for key, value in _dotted(sections)]
+    with _display(show_progress) as display:
+        return RunResult(resume_experiment(Path(folder), overrides, display=display))
+
+
+@contextlib.contextmanager
+def _display(show: bool) -> Iterator[RunDisplay | None]:
+    """Yield what shows progress, on for as long as the block lasts; None where nothing is shown."""
+    if not show:
+        yield None
+        return
+    from federated.results.console import RunDisplay
+    from federated.results.lasting_console import lasting_console
+
+    with RunDisplay(lasting_console()) as display:
+        yield display
 
 
 def open_run(folder: str | Path) -> RunResult:

@@ -17,6 +17,7 @@ from federated.config.study_file import StudyFile, dotted, parse_study, read_stu
 from federated.config.study_variants import Variant, as_folder_name, variants_of
 from federated.data.dataset import SOURCE, SOURCES
 from federated.data.partition import PARTITIONER, PARTITIONERS
+from federated.results.run_outcome import parse_budget, parse_target
 from federated.results.run_place import run_path
 from federated.rounds.build import load_run_data
 from federated.rounds.compatibility import build_aggregator
@@ -124,6 +125,10 @@ def plan_study(source: str, overrides: Sequence[str] = (), **given: Any) -> Stud
     for key, value in given.items():
         tree[key] = tree.get(key, {}) | value if key in ("grid", "zip") else value
     file = parse_study(tree, source)
+    if file.target is not None:
+        parse_target(file.target, "accuracy")
+    if file.budget is not None:
+        parse_budget(file.budget)
     base = _base(file, path if found is not None else None, overrides, default_name)
     folder = run_path(base.output.root, str(base.output.name))
     whole = {"config": base.model_dump(mode="json"), "set": {}}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +20,12 @@ import yaml
 
 from federated.communication.run_files import read_run_file
 from federated.config.config_files import load_config
-from federated.engines.simulation import run_experiment
+from federated.engines.simulation import resume_experiment, run_experiment
 from federated.results.compare_notes import comparison_notes
 from federated.results.records import RunRecord, read_run
 from federated.results.run_outcome import Outcome, outcome_of
 from federated.results.study_results import StudyResults, VariantRuns
+from federated.rounds.checkpoint import read_latest
 from federated.tools.evaluation import RESULTS_FILE, evaluate_source
 from federated.tools.run_processes import Do, Pool, Watcher
 from federated.tools.study_plan import PlannedRun, Study, fingerprint
@@ -34,8 +36,11 @@ _NAMED = 5
 
 
 def do_run(run: PlannedRun) -> None:
-    """Do a run from its beginning, whatever is left of an earlier one."""
-    run_experiment(run.config, overwrite=True)
+    """Do a run: on from its newest commit where it has one of these settings, else from its beginning."""
+    if _is_same(run) and _has_commit(run.folder):
+        resume_experiment(run.folder)
+    else:
+        run_experiment(run.config, overwrite=True)
 
 
 def run_study(
@@ -116,10 +121,24 @@ def _has_ended(run: PlannedRun) -> bool:
 
 
 def _is_same(run: PlannedRun) -> bool:
+    path = run.folder / "config.yaml"
     try:
-        return fingerprint(load_config(run.folder / "config.yaml")) == fingerprint(run.config)
-    except UserError:  # of another version, or damaged
+        return _fingerprint_in(path, path.stat().st_mtime_ns) == fingerprint(run.config)
+    except (UserError, OSError):  # of another version, damaged, or not there
         return False
+
+
+@functools.cache  # a file that changed since is read again
+def _fingerprint_in(path: Path, changed_ns: int) -> str:
+    return fingerprint(load_config(path))
+
+
+def _has_commit(folder: Path) -> bool:
+    try:
+        read_latest(folder / "checkpoint")
+    except UserError:  # none yet, or none that is whole
+        return False
+    return True
 
 
 def _check_settled(study: Study, *, overwrite: bool) -> None:

@@ -18,7 +18,7 @@ from federated.config.config_files import load_config
 from federated.config.schema import ExperimentConfig
 from federated.methods import aggregator_from_name
 from federated.rounds.build import build_bare_model, usable_device
-from federated.rounds.checkpoint import CHECKPOINT_FILES
+from federated.rounds.checkpoint import CHECKPOINT_FILES, latest_checkpoint
 from federated.rounds.trained_record import TrainedRecord, record_from
 from lora.adapter_files import CONFIG_FILE, FILES, FULL_FILE, HEAD_FILE, read_adapter, read_notes
 from lora.conversion import base_named_in, is_pt
@@ -114,8 +114,9 @@ def record_of_run(run: Path) -> TrainedRecord:
     Raises:
         UserError: ``partition.json`` or ``config.yaml`` cannot be read.
     """
-    for name, files in (("checkpoint", CHECKPOINT_FILES), ("adapter", FILES)):
-        notes = check_committed(current_folder(run / name), files, remedy=NAME_AN_ADAPTER)
+    places = ((latest_checkpoint(run), CHECKPOINT_FILES), (current_folder(run / "adapter"), FILES))
+    for folder, files in places:
+        notes = check_committed(folder, files, remedy=NAME_AN_ADAPTER)
         if notes:
             return record_from(notes, run)
     config = load_config(run / "config.yaml")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import datasets
+import httpx
+import huggingface_hub
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
 
 from federated.data.names import check_names, listed
 from federated.data.pictures import PICTURE, with_pictures
@@ -20,6 +26,7 @@ from federated.data.sources.hub_columns import (
     with_label_numbers,
     with_own_class_names,
 )
+from models.clip_loading import HUB_TIMEOUT_SECONDS
 from models.errors import UserError
 
 
@@ -117,8 +124,10 @@ def _load_hub(path: str, configuration: str | None, revision: str | None) -> Dat
     if any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json")):
         saved = load_from_disk(path)  # what save_to_disk wrote
         return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
+    reachable = Path(path).is_dir() or _hub_answers(path, revision)
     try:
-        loaded = load_dataset(path, configuration, revision=revision)
+        with contextlib.nullcontext() if reachable else _offline():
+            loaded = load_dataset(path, configuration, revision=revision)
     except (ConnectionError, FileNotFoundError) as error:
         raise UserError(
             f"cannot get the data set {path!r} ({error}); check the name and the network, fetch it once "
@@ -127,6 +136,27 @@ def _load_hub(path: str, configuration: str | None, revision: str | None) -> Dat
     except (ValueError, DatasetGenerationError) as error:
         raise UserError(f"cannot read the data set {path!r}: {error}") from error
     return with_own_class_names(loaded, path, configuration) if Path(path).is_dir() else loaded
+
+
+def _hub_answers(path: str, revision: str | None) -> bool:
+    """Whether the hub can be reached and has a data set: one short request; ``datasets`` would make six."""
+    try:
+        HfApi().dataset_info(path, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+    except (httpx.HTTPError, OSError, HFValidationError) as error:
+        logger.info("%s: looking in the local cache only, the hub says: %s", path, error)
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Let the libraries look on this machine only."""
+    before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def _hub_splits(loaded: DatasetDict, chosen: Mapping[str, str], path: str) -> dict[str, Dataset]:
