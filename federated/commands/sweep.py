@@ -140,7 +140,7 @@ class SweepDisplay:
             console=console,
             transient=True,
             auto_refresh=False,
-            disable=not console.is_terminal,
+            disable=not console.is_terminal or console.quiet,
         )
         self._task = self._progress.add_task("runs", total=None, note="")
 
