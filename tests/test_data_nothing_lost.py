@@ -98,7 +98,7 @@ def test_a_table_of_no_split_is_named_and_left_alone(tmp_path, caplog):
         ("image,label,label\n0.png,cat,a\n", "two columns 'label'"),
         (
             "image,Label,caption\n0.png,cat,a cat\n",
-            "has 'Label', which is not 'label': set data.options.label_column=Label",
+            "has 'Label', not 'label': set data.options.label_column=Label",
         ),
         ('image,label\n0.png,"cat\n1.png,dog\n', "line 3: no csv"),
         ("", "no header"),
@@ -109,7 +109,7 @@ def test_a_table_of_no_split_is_named_and_left_alone(tmp_path, caplog):
         ("image,label,split\n0.png,cat,\n", "line 2: no split ''"),
         (
             "image,label,Split\n0.png,cat,train\n1.png,cat,test\n",
-            "has 'Split', which is not 'split': set data.options.split_column=Split.* null does without",
+            "has 'Split', not 'split': set data.options.split_column=Split.* null does without",
         ),
         ("image,label\n0.png,cat\n1.png,cat\u200b\n", "differ in blanks, in invisible characters"),
     ],

@@ -169,6 +169,24 @@ def test_more_rounds_follow_a_complete_run(whole: Path, tmp_path: Path) -> None:
         resume_experiment(run, ["federation.rounds=2"])
 
 
+def test_a_run_that_ended_early_and_stopped_before_its_results_only_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early = (
+        "federation.early_stopping.patience=1",
+        "federation.early_stopping.minimum_change=0.9",
+        "data.validation_fraction=0.3",
+        "federation.rounds=5",
+    )
+    expected = results_of(run_experiment(tiny_config(tmp_path / "whole", "fedavg", *early)))
+    assert expected["summary"]["rounds"] == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(server, "save_results", stop)
+        with pytest.raises(Stopped):
+            run_experiment(tiny_config(tmp_path / "stopped", "fedavg", *early))
+    assert results_of(resume_experiment(tmp_path / "stopped" / "quickstart")) == expected
+
+
 def test_python_goes_on_with_a_run_too(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = stopped_after(tiny_config(tmp_path, "fedavg"), 2, monkeypatch)
     assert federated.resume(run, show_progress=False).folder == run
