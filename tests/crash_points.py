@@ -71,5 +71,5 @@ def failing_at(step: int, fail: Callable[[str], Any]) -> Iterator[list[str]]:
             each.stop()
 
 
-def stop(step: str) -> None:
+def stop(step: object) -> None:
     raise Stopped

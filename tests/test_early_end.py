@@ -35,7 +35,7 @@ def test_a_run_ends_when_patience_does_and_says_why(tmp_path: Path) -> None:
     assert all(0 <= line["validation_accuracy"] <= 1 for line in lines)
     assert summary["rounds"] == 2
     assert summary["stopped"].startswith(
-        "stopped after round 2 of 9: validation accuracy has not improved in 2"
+        "stopped after round 2 of 9: validation accuracy has not improved by more than 1 in 2"
     )
     evaluated = [c for c, entry in lines[-1]["clients"].items() if "eval_examples" in entry]
     assert len(evaluated) == NUM_CLIENTS  # as after any last round

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from federated.engines.simulation import run_experiment
+from federated.engines.simulation import resume_experiment, run_experiment
 from federated.results.event_tags import scalars, tag_of
 from federated.tools.central import train_centrally
 from tests.small_run import small_config
@@ -47,6 +48,16 @@ def test_the_bytes_so_far_end_at_the_runs_total(run: Path) -> None:
     total = json.loads((run / "summary.json").read_text())["communication"]["total_wire_bytes"]
     so_far = values(run, "communication/total_megabytes")
     assert so_far == sorted(so_far)
+    assert so_far[-1] == pytest.approx(total / 1e6)
+
+
+def test_the_bytes_so_far_go_on_where_a_run_goes_on(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "longer"
+    shutil.copytree(run, folder)
+    resume_experiment(folder, ["federation.rounds=3"])
+    total = json.loads((folder / "summary.json").read_text())["communication"]["total_wire_bytes"]
+    so_far = values(folder, "communication/total_megabytes")
+    assert len(so_far) == 4
     assert so_far[-1] == pytest.approx(total / 1e6)
 
 

@@ -37,7 +37,8 @@ WITHOUT_JSON = {
 """Commands without --json, and where their results are."""
 TRAINING = ("run", "train", "sweep")
 """Commands whose examples are run with the fewest steps."""
-SLOW = {"clip_lora": "a real CLIP is built", "fedlora sweep": "it runs a study"}
+SMALLER = ("data.max_train_samples=100", "data.max_test_samples=40")
+SLOW = {"clip_lora": "a real CLIP is built", "fedlora sweep": "a study", "rounds=20": "many rounds"}
 """Words of examples that take long."""
 
 
@@ -80,7 +81,8 @@ def test_every_command_that_prints_a_table_has_json(name: str) -> None:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the examples name: runs, photos, captions, folders of images."""
     root = tmp_path_factory.mktemp("examples")
-    run_experiment(small_config(root / "runs", overrides=["output.report=false"]))
+    overrides = ["federation.rounds=4", "output.keep_checkpoints=4", "output.report=false"]
+    run_experiment(small_config(root / "runs", overrides=[*SMALLER, *overrides]))
     for name in ("full_finetune", "head_only"):
         shutil.copytree(root / "runs" / "quickstart", root / "runs" / name)
     (root / "photos").mkdir()
@@ -123,10 +125,8 @@ def typed(example: str) -> list[str]:
     """The arguments of an example, with the smallest data where it trains, offline."""
     _, *arguments = shlex.split(example)
     if arguments[0] in TRAINING:
-        short = [setting for setting in SMALL if not any(setting.split("=")[0] in each for each in arguments)]
-        arguments += (
-            [*short, "federation.rounds=1", "--overwrite"] if arguments[0] in ("run", "train") else []
-        )
+        short = [setting for setting in (*SMALL, *SMALLER) if setting.split("=")[0] not in example]
+        arguments += [*short, "output.report=false"]
     elif arguments[0] == "evaluate":
         arguments += ["--overwrite"]
     return ["1" if each == "5" else each for each in arguments]  # seeds of a study
@@ -140,6 +140,11 @@ def prepare_for(name: str, example: str, place: Path, capsys: pytest.CaptureFixt
         )
     if name == "data prepare":
         shutil.rmtree(place / "my_images")
+    if name == "resume":  # as if it had been stopped before its last round
+        run = place / "runs" / "quickstart"
+        (run / "summary.json").unlink()
+        config = run / "config.yaml"
+        config.write_text(config.read_text().replace("\n  rounds: 4\n", "\n  rounds: 5\n"))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +178,7 @@ JSON_CALLS = {
         ["runs/quickstart", "runs/head_only"],
         lambda found: [row["name"] for row in found["runs"]] == ["quickstart", "head_only"],
     ),
-    "status": (["runs/quickstart"], lambda found: (found["rounds"], found["server_round"]) == (2, 2)),
+    "status": (["runs/quickstart"], lambda found: (found["rounds"], found["server_round"]) == (4, 4)),
     "doctor": ([], lambda found: all(each["ok"] for findings in found.values() for each in findings)),
     "data check": (["my_images"], lambda found: found["counts"]["train"] == {"cat": 4, "dog": 4}),
     "data prepare": (

@@ -45,7 +45,7 @@ class ModelSection(Section):
     """Arguments of the model family's own, such as ``decoder`` of ``vqa``; CLIP has none."""
     model_name: PathText = "tiny"
     """``tiny`` (bundled), a hub name, a local folder in the hub's format, or ``open_clip:<architecture>``."""
-    adapter: PathText | None = None
+    adapter: PathText | None = Field(None, json_schema_extra=ON_RESUME)
     """Start from this adapter, a run's folder or one of PEFT's, that fits ``lora``; fresh ones otherwise."""
     num_classes: int | None = Field(None, ge=2)
     """Checked against the data when given; taken from the data otherwise."""

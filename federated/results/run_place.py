@@ -19,6 +19,8 @@ from models.files import errors_named, sync
 from models.untrusted import read_json
 
 ENVIRONMENT_FILE, LOCK_FILE = "environment.json", "run.lock"
+_FIRST = (LOCK_FILE, f".{ENVIRONMENT_FILE}.part")
+"""What a run leaves that is killed before its folder says whose it is."""
 _WEIGHTS = (
     "manifest.json",
     "adapter_config.json",
@@ -148,7 +150,7 @@ def check_replaceable(path: Path) -> None:
     Raises:
         UserError: It is not a run folder, or something else is in it.
     """
-    if path.is_dir() and all(entry.name == LOCK_FILE for entry in path.iterdir()):
+    if path.is_dir() and all(entry.name in _FIRST for entry in path.iterdir()):
         return
     if not _is_run(path):
         raise UserError(
@@ -205,7 +207,7 @@ def reclaim(path: Path) -> int:
     if path.is_symlink() or not _is_run(path):
         raise UserError(f"{path} is not a run folder (it has no {ENVIRONMENT_FILE} of a run)")
     with errors_named(path):
-        return _locked(path)
+        return _locked(path, f"wait for its end; how far it is: fedlora status {path}")
 
 
 def release(path: Path, lock: int) -> None:
@@ -216,7 +218,7 @@ def release(path: Path, lock: int) -> None:
         os.close(lock)
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path, remedy: str = "wait for its end, or set output.name=OTHER") -> int:
     """Lock a folder by a file in it that names this process.
 
     The system frees the lock when its process ends, so that one a dead process left behind is no obstacle.
@@ -229,9 +231,7 @@ def _locked(path: Path) -> int:
         except BlockingIOError as error:
             holder = os.read(lock, 32).decode("ascii", "replace").strip() or "unknown"
             os.close(lock)
-            raise UserError(
-                f"{path} is in use by a run (process {holder}): wait for its end, or set output.name=OTHER"
-            ) from error
+            raise UserError(f"{path} is in use by a run (process {holder}): {remedy}") from error
         if _is_open_as(lock, file):
             break
         os.close(lock)  # its holder has removed it since

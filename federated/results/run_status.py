@@ -176,7 +176,8 @@ def _progress(status: RunStatus) -> str:
     if status.simulated_seconds is not None:
         parts.append(f"{format_seconds(status.simulated_seconds)} of simulated time")
     if status.num_failed:
-        parts.append(f"{status.num_failed} failures, {len(status.failed)} in this round")
+        failures = "failure" if status.num_failed == 1 else "failures"
+        parts.append(f"{status.num_failed} {failures}, {len(status.failed)} in this {step}")
     return ", ".join(parts)
 
 

@@ -142,10 +142,11 @@ class EarlyStopping:
         if not self.best.is_exhausted or server_round >= self.run.config.federation.rounds:
             return None
         best = self.best
+        by = f" by more than {best.minimum_change:g}" if best.minimum_change else ""
         reached = "" if best.best is None else f"; its best was {best.best:.4g} after round {best.best_epoch}"
         return (
             f"stopped after round {server_round} of {self.run.config.federation.rounds}: validation "
-            f"{best.metric} has not improved in {best.patience} evaluations{reached}"
+            f"{best.metric} has not improved{by} in {best.patience} evaluations{reached}"
         )
 
     def state(self) -> Any:

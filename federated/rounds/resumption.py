@@ -114,7 +114,8 @@ def check_fork(run: Path, server_round: int, config: ExperimentConfig) -> Resump
     changes = check_changes(before.model_copy(update={"output": config.output}), config, "fork")
     if config.federation.rounds <= server_round:
         raise UserError(
-            f"federation.rounds={config.federation.rounds}: no round is left after {server_round}"
+            f"federation.rounds={config.federation.rounds}: no round is left after {server_round}; "
+            f"set federation.rounds={2 * max(server_round, 1)}"
         )
     latest = read_latest(run / "checkpoint")[0].progress
     best = checkpoint.progress.best
@@ -149,6 +150,9 @@ def copy_past(run: Path, branch: Path, resumption: Resumption) -> Resumption:
 def cut_back(run: Path, progress: Progress) -> None:
     """Cut the growing files of a run to their lengths at a commit; keep the ledger's rows in ``lost.csv``.
 
+    A run that goes on from an older commit than its newest, as that is damaged, keeps what was lost after the
+    older one.
+
     Raises:
         UserError: A file is shorter than it was at the commit.
     """
@@ -167,7 +171,9 @@ def cut_back(run: Path, progress: Progress) -> None:
     rows = tail[: tail.rfind(b"\n") + 1]
     if rows:
         lost = run / LOST_FILE
-        kept = lost.read_bytes()[: lengths[LOST_FILE]] if lost.is_file() else b""
+        kept = lost.read_bytes() if lost.is_file() else b""
+        if kept[lengths[LOST_FILE] :] in (rows, head + rows):  # an earlier try was cut short after this
+            kept = kept[: lengths[LOST_FILE]]
         with written_whole(lost) as temporary:
             temporary.write_bytes((kept or head) + rows)
     for name in (LEDGER_FILE, METRICS_FILE):

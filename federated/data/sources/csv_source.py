@@ -185,7 +185,7 @@ def _refuse_other_spellings(first: Row, named: Mapping[str, str]) -> None:
     options = " ".join(f"data.options.{role}_column={column}" for role, column in found.items())
     without = "" if list(found) == ["image"] else "; null does without a column"
     raise UserError(
-        f"{file_of(first)} has {' and '.join(map(repr, found.values()))}, which is not {wanted}: set "
+        f"{file_of(first)} has {' and '.join(map(repr, found.values()))}, not {wanted}: set "
         f"{options}, or rename the header's columns{without}",
         options=tuple(f"{role}_column" for role in found),
     )

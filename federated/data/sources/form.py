@@ -15,6 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from federated.data.sources.folder_scan import image_error
 from federated.data.splits import column_values, split_rows
 from models.errors import CONTROL, UserError, printable
+from models.progress import counted
 from models.untrusted import checked_name
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def readable_images(paths: Sequence[Path], *, skip_corrupt: bool) -> npt.NDArray
         UserError: a corrupt image, named, unless ``skip_corrupt``.
     """
     readable = np.ones(len(paths), dtype=np.bool_)
-    for row, path in enumerate(paths):
+    for row, path in enumerate(counted("images", paths, len(paths))):
         error = image_error(path)
         if error is None:
             continue
