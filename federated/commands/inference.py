@@ -110,7 +110,7 @@ def predict(  # noqa: PLR0913 - the command's options
 
     Example: fedlora predict runs/quickstart photos --top-k 3
 
-    Example: fedlora predict runs/easy_vqa --image shape.png --question "what color is the shape?"
+    Example: fedlora predict runs/easy_vqa --image photos/1.png --question "what color is the shape?"
 
     Example: fedlora predict --model tiny --classes "boots,a bag" photos/1.png
     """
