@@ -195,6 +195,38 @@ def test_everything_trains_in_full() -> None:
     assert not model.vision_is_frozen
 
 
+def test_a_classifier_sends_no_decoder_that_it_does_not_read() -> None:
+    names = closed(strategy="full").exchanged_names
+    assert not any(name.startswith("text.model.decoder.") for name in names)
+    assert any(name.startswith("text.model.shared.") for name in names)
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    wrapper = disturbed(use_vision_lora=True, text_lora_dropout=0.0)
+    batch = read_questions(wrapper.federated_model, rows())
+    found = []
+    for switch in (wrapper.disable_gradient_checkpointing, wrapper.enable_gradient_checkpointing):
+        switch()
+        wrapper.zero_grad()
+        vqa_loss(wrapper.federated_model, batch).backward()
+        found.append({n: p.grad.clone() for n, p in wrapper.named_parameters() if p.requires_grad})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
+
+
+def test_unloading_leaves_the_plain_model_with_the_same_answers() -> None:
+    wrapper = disturbed(use_vision_lora=True)
+    batch = read_questions(wrapper.federated_model, rows())
+    adapted, names = wrapper(batch), FederatedVQAModel().exchanged_names
+    wrapper.disable_lora_layers()
+    assert not torch.allclose(wrapper(batch), adapted, atol=1e-3)
+    wrapper.enable_lora_layers()
+    plain: Any = wrapper.merge_and_unload()
+    torch.testing.assert_close(plain(batch), adapted, rtol=1e-4, atol=1e-4)
+    assert plain.exchanged_names == names
+
+
 @pytest.mark.parametrize(
     ("options", "recipe", "words"),
     [
