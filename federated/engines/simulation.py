@@ -115,7 +115,7 @@ def fork_experiment(
     place = [f"output.root={json.dumps(str(source.parent))}", f"output.name={json.dumps(name)}"]
     config = load_config(source / "config.yaml", [*place, *overrides])
     path = run_path(str(source.parent), name)
-    check_free(path, overwrite=False)
+    check_free(path, overwrite=False, other="give the branch another --name")
     resumption = check_fork(source, server_round, config)
     with limited_threads(config.engine.threads):
         check_workers(config.engine.workers)

@@ -56,6 +56,7 @@ WRITTEN = (
 )
 """Patterns of what runs, reports and evaluations leave in a run's folder: all that --overwrite removes."""
 
+_REPLACE = "pass --overwrite to replace it, or set output.name=OTHER"
 _PROBE_BYTES, _MAX_NAME_BYTES, _MAX_NAMED = 65_536, 255, 5
 
 
@@ -118,8 +119,13 @@ def check_place(path: Path, remedy: str = "set output.root and output.name to an
         raise UserError(f"{shown} cannot be written ({error.strerror or error}); {remedy}") from error
 
 
-def check_free(path: Path, *, overwrite: bool) -> None:
+def check_free(path: Path, *, overwrite: bool, other: str = _REPLACE) -> None:
     """Make sure that a run may be written to ``path``, without touching it.
+
+    Args:
+        path: The folder.
+        overwrite: What an earlier run left there may go.
+        other: What to do where there is one.
 
     Raises:
         UserError: It cannot be written, is in use, exists and may not be replaced, or is not a run's alone.
@@ -132,10 +138,9 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     if path.is_dir() and (path / LOCK_FILE).is_file():
         os.close(_locked(path))
     if not overwrite:
-        remedy = "pass --overwrite to replace it, or set output.name=OTHER"
         if can_be_resumed(path):
-            remedy = f"continue it with: fedlora resume {path}; {remedy}"
-        raise UserError(f"{path} already exists: {remedy}")
+            other = f"continue it with: fedlora resume {path}; {other}"
+        raise UserError(f"{path} already exists: {other}")
     check_replaceable(path)
 
 
