@@ -132,10 +132,11 @@ def fork(
     """
     with modules_that_stay():
         from federated.engines.simulation import fork_experiment
+        from federated.results.run_place import beside
 
         load_plugins(plugin or ())
     _play(
-        run_folder.parent / name,
+        beside(run_folder) / name,
         lambda display: fork_experiment(run_folder, at, name, overrides or [], display=display),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -85,6 +86,11 @@ def run_path(root: str, name: str) -> Path:
     return Path(root) / path
 
 
+def beside(run: Path) -> Path:
+    """Return the folder that a run's folder is in, also where the run is named by ``.`` or ``..``."""
+    return run.parent if run.name not in ("", "..") else Path(os.path.abspath(run)).parent
+
+
 def check_place(path: Path, remedy: str = "set output.root and output.name to another place") -> None:
     """Make sure that a file or folder can be written; nothing stays behind.
 
@@ -139,7 +145,7 @@ def check_free(path: Path, *, overwrite: bool, other: str = _REPLACE) -> None:
         os.close(_locked(path))
     if not overwrite:
         if can_be_resumed(path):
-            other = f"continue it with: fedlora resume {path}; {other}"
+            other = f"continue it with: fedlora resume {shlex.quote(str(path))}; {other}"
         raise UserError(f"{path} already exists: {other}")
     check_replaceable(path)
 
@@ -212,7 +218,7 @@ def reclaim(path: Path) -> int:
     if path.is_symlink() or not _is_run(path):
         raise UserError(f"{path} is not a run folder (it has no {ENVIRONMENT_FILE} of a run)")
     with errors_named(path):
-        return _locked(path, f"wait for its end; how far it is: fedlora status {path}")
+        return _locked(path, f"wait for its end; how far it is: fedlora status {shlex.quote(str(path))}")
 
 
 def release(path: Path, lock: int) -> None:

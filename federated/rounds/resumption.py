@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -98,14 +99,14 @@ def _check_incomplete(run: Path, done: int, before: ExperimentConfig, config: Ex
     if config.federation.rounds == done:
         raise UserError(
             f"{run} is complete: all {done} rounds are done. More of them: "
-            f"fedlora resume {run} federation.rounds={2 * done}"
+            f"fedlora resume {shlex.quote(str(run))} federation.rounds={2 * done}"
         )
     stopped = read_run_file(run / "summary.json").get("stopped")
     if stopped and config.federation.early_stopping == before.federation.early_stopping:
         patience = 2 * (before.federation.early_stopping.patience or 1)
         raise UserError(
             f"{run} is complete: {stopped}. More of it: "
-            f"fedlora resume {run} federation.early_stopping.patience={patience}"
+            f"fedlora resume {shlex.quote(str(run))} federation.early_stopping.patience={patience}"
         )
 
 
