@@ -13,7 +13,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as Picture
 
-from federated.data.folders import completed_shares
+from federated.data.dataset import load_data
+from federated.data.folders import completed_shares, prepare_folder
 from federated.data.names import names_in
 from models.errors import UserError
 from tests.command import fedlora
@@ -134,14 +135,25 @@ def test_class_folders_further_down_are_named_with_the_command_that_splits_them(
     assert f"data prepare TARGET --from {tmp_path / 'zip' / 'all'}" in errors
 
 
-def test_images_below_a_class_folder_are_counted_at_any_depth(
+def test_images_below_a_class_folder_are_read_at_any_depth(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images(tmp_path, *(f"{split}/{name}/0.png" for split in ("train", "test") for name in "ab"))
-    images(tmp_path, "train/a/2021/may/1.png", "train/a/2021/2.png")
-    status, _, errors = fedlora(capsys, "data", "check", tmp_path)
-    assert status == 2
-    assert f"2 images lie below {tmp_path / 'train' / 'a' / '2021'}" in errors
+    images(tmp_path, "train/a/2021/may/1.png", "train/a/2021/2.png", "train/a/.thumbs/3.png")
+    status, printed, _ = fedlora(capsys, "data", "check", tmp_path, "--json")
+    assert status == 0
+    assert json.loads(printed)["counts"]["train"] == {"a": 3, "b": 1}
+    data = load_data("imagefolder", path=str(tmp_path))
+    assert data.train["label"] == [0, 0, 0, 1]
+
+
+def test_preparation_keeps_the_folders_below_a_class(tmp_path: Path) -> None:
+    images(tmp_path / "flat", *(f"{name}/{year}/0.png" for name in "ab" for year in (2020, 2021)))
+    prepare_folder(tmp_path / "made", source=tmp_path / "flat", ratios=(0.5, 0.0, 0.5))
+    made = sorted(path.relative_to(tmp_path / "made") for path in (tmp_path / "made").rglob("*.png"))
+    assert sorted(str(Path(*path.parts[1:])) for path in made) == [
+        "a/2020/0.png", "a/2021/0.png", "b/2020/0.png", "b/2021/0.png",
+    ]  # fmt: skip
 
 
 def test_shares_that_are_not_given_divide_the_rest() -> None:

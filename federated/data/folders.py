@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,14 +181,14 @@ def prepare_folder(
         raise UserError("; ".join(scan.problems))
     if scan.ignored:
         logger.warning("%d files in %s are not taken: %s", len(scan.ignored), source, listed(scan.ignored))
-    if not allow_outside:
-        _refuse_links(root, tuple(counts), tuple(scan.classes))
     for number, (name, images) in enumerate(scan.classes.items()):
         for split, chosen in _split_class(
             images, shares, generator(seed, "folder split", number), name
         ).items():
             counts[split][name] = len(chosen)
-            plan.extend((image, root / split / name / image.name) for image in chosen)
+            plan.extend((image, root / split / image.relative_to(flat)) for image in chosen)
+    if not allow_outside:
+        _refuse_links(root, {place.parent for _, place in plan})
     _place(plan, link=link, report=report)
     return counts
 
@@ -221,11 +221,12 @@ def _existing_folder(path: Path) -> Path:
     return path
 
 
-def _refuse_links(root: Path, splits: Sequence[str], class_names: Sequence[str]) -> None:
-    """Files go into the folder that was named, not to where a link in it leads."""
-    folders = [root, *(root / split for split in splits)]
-    folders += [root / split / name for split in splits for name in class_names]
-    for folder in folders:
+def _refuse_links(root: Path, places: Iterable[Path]) -> None:
+    """Files go into the folders that were named, not to where a link in one of them leads."""
+    folders = {root} | {
+        folder for place in places for folder in (place, *place.parents) if root in folder.parents
+    }
+    for folder in sorted(folders):
         if folder.is_symlink():
             raise UserError(
                 f"{folder} is a link to {folder.resolve()}; name that folder itself as the target, or pass "
@@ -244,7 +245,7 @@ def _make_skeleton(
     if long:
         raise UserError(f"class name {shortened(long[0])} is longer than a folder's name may be; shorten it")
     if not allow_outside:
-        _refuse_links(root, SPLITS, class_names)
+        _refuse_links(root, (root / split / name for split in SPLITS for name in class_names))
     made: list[Path] = []
     try:
         for split in SPLITS:

@@ -1,4 +1,4 @@
-"""Reading image folders: which files lie in ``train/ val/ test/<class>/*`` and whether they decode.
+"""Reading image folders: which files lie below ``train/ val/ test/<class>/`` and whether they decode.
 
 The ``imagefolder`` source and ``federated.data.folders`` see a folder through these functions, so that what
 the check calls a problem is what the source refuses.
@@ -188,24 +188,28 @@ def scan_classes(folder: Path, inside: Path | None) -> ClassScan:
 
 
 def _scan_class(folder: Path, inside: Path | None) -> tuple[tuple[Path, ...], list[Path], list[str]]:
-    """Images of one class folder, what is not read, and what is wrong."""
-    images, ignored, problems = [], [], []
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir():
-            nested = sum(_has_image_suffix(file) for file in entry.rglob("*")) if _is_visible(entry) else 0
-            if nested:
-                problems.append(
-                    f"{nested} images lie below {entry}, which is not read; move them up into {folder}"
-                )
-        elif problem := _link_problem(entry, inside):
-            problems.append(problem)
-        elif not (_is_image(entry) and _is_visible(entry)):
-            ignored.append(entry)
-        elif (reason := unusable(entry.name)) is not None:
-            problems.append(f"the file name of {shortened(str(entry))} {reason}; rename the file")
-        else:
-            images.append(entry)
-    return tuple(images), ignored, problems
+    """Images of one class folder, at any depth, what is not read, and what is wrong."""
+    images: list[Path] = []
+    ignored: list[Path] = []
+    problems: list[str] = []
+    pending = [folder]
+    while pending:
+        for entry in sorted(pending.pop().iterdir()):
+            is_folder = entry.is_dir()
+            if is_folder and not _is_visible(entry):
+                continue
+            if problem := _link_problem(entry, inside):
+                problems.append(problem)
+            elif is_folder and entry.is_symlink():
+                problems.append(f"{entry} is a link to a folder; put the images themselves into {folder}")
+            elif not is_folder and not (_is_image(entry) and _is_visible(entry)):
+                ignored.append(entry)
+            elif (reason := unusable(entry.name)) is not None:
+                kind = "folder" if is_folder else "file"
+                problems.append(f"the {kind} name of {shortened(str(entry))} {reason}; rename the {kind}")
+            else:
+                (pending if is_folder else images).append(entry)
+    return tuple(sorted(images)), ignored, problems
 
 
 def _link_problem(path: Path, inside: Path | None) -> str:

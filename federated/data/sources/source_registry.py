@@ -132,7 +132,7 @@ def imagefolder(
     check_images: bool = True,
     allow_outside: bool = False,
 ) -> FederatedData:
-    """Your images in ``train/ val/ test/<class>/*``; folder names are class names, ``val`` is optional.
+    """Your images below ``train/ val/ test/<class>/``, at any depth; ``val`` is optional.
 
     Args:
         rng: not used.
