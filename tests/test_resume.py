@@ -87,12 +87,18 @@ def test_a_run_that_stops_at_a_step_of_its_writing_goes_on_from_there(
     _check_crash_point(tmp_path / "stopped", method, int(share * num_steps), expected)
 
 
+def steps_of(method: str, num_steps: int) -> range:
+    """Every sixth step, another sixth for each method; all of them where ``EVERY_STEP`` is set (an hour)."""
+    stride = 1 if os.environ.get("EVERY_STEP") else 6
+    return range(list(METHODS).index(method) % stride, num_steps, stride)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_may_stop_at_every_step_of_its_writing(method: str, tmp_path: Path) -> None:
     expected, num_steps = _counted(tmp_path / "whole", method)
     assert num_steps > 60
-    for step in range(num_steps):
+    for step in steps_of(method, num_steps):
         _check_crash_point(tmp_path / str(step), method, step, expected)
         shutil.rmtree(tmp_path / str(step))
 
@@ -101,15 +107,15 @@ def test_a_run_may_stop_at_every_step_of_its_writing(method: str, tmp_path: Path
 @pytest.mark.parametrize("method", METHODS)
 def test_a_process_may_be_killed_at_every_step_of_its_writing(method: str, tmp_path: Path) -> None:
     expected, num_steps = _counted(tmp_path / "whole", method)
-    for step in range(0, num_steps, 3):
+    for step in steps_of(method, num_steps):
         config = tiny_config(tmp_path / str(step), method)
         child = os.fork()
         if child == 0:
             with failing_at(step, lambda step: os._exit(77)):
                 run_experiment(config)
             os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 77
-        assert results_of(continued(config)) == expected
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 77, step
+        assert results_of(continued(config)) == expected, step
         shutil.rmtree(tmp_path / str(step))
 
 
@@ -136,9 +142,11 @@ def test_going_on_may_itself_stop_at_every_step(
 
 
 def _counted(root: Path, method: str) -> tuple[object, int]:
-    """The results of a run without a stop, and its number of steps."""
+    """The results of a run without a stop, and its number of steps once model and data are there."""
+    config = tiny_config(root, method)
+    simulation.build_run(config)
     with failing_at(10**9, stop) as made:
-        run = run_experiment(tiny_config(root, method))
+        run = run_experiment(config)
     return results_of(run), len(made)
 
 
@@ -217,7 +225,13 @@ def test_a_run_that_ended_early_and_stopped_before_its_results_only_writes_them(
         patched.setattr(server, "save_results", stop)
         with pytest.raises(Stopped):
             run_experiment(tiny_config(tmp_path / "stopped", "fedavg", *early))
-    assert results_of(resume_experiment(tmp_path / "stopped" / "quickstart")) == expected
+    run = tmp_path / "stopped" / "quickstart"
+    assert results_of(resume_experiment(run)) == expected
+    with pytest.raises(UserError, match=r"complete: stopped after round 1.*early_stopping\.patience=2"):
+        resume_experiment(run)
+    assert results_of(run) == expected
+    resume_experiment(run, ["federation.early_stopping.patience=9"])
+    assert json.loads((run / "summary.json").read_text())["rounds"] == 5
 
 
 def test_python_goes_on_with_a_run_too(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +263,8 @@ def test_a_branch_shares_the_past_and_says_what_differs_from_there(whole: Path, 
     expected = results_of(run)
     assert same["summary"].pop("forks")[0]["changes"] == {}
     assert same == expected
+    with pytest.raises(UserError, match="same already exists: give the branch another --name"):
+        fork_experiment(run, 2, "same")
     with pytest.raises(UserError, match=r"of round 2, 3"):
         fork_experiment(run, 1, "older")
     with pytest.raises(UserError, match=r"no round is left after 3; set federation\.rounds=6"):

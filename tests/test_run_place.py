@@ -17,7 +17,7 @@ import yaml
 from federated.cli import main
 from federated.engines.simulation import run_experiment
 from federated.results.run_folder import RunFolder
-from federated.results.run_place import LOCK_FILE, check_replaceable, claim
+from federated.results.run_place import LOCK_FILE, beside, check_replaceable, claim
 from federated.tools.central import train_centrally
 from federated.tools.evaluation import evaluate_source
 from models.errors import UserError
@@ -174,6 +174,14 @@ def test_a_folder_that_a_run_is_writing_to_is_refused_with_the_process(tmp_path:
     assert not (tmp_path / "run" / LOCK_FILE).exists()
     RunFolder(tmp_path / "run", config, overwrite=True).close()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(("run", "place"), [(".", "/a"), ("..", "/"), ("b", "."), ("/a/b", "/a")])
+def test_a_branch_goes_beside_a_run_however_that_is_named(
+    run: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getcwd", lambda: "/a/b")
+    assert beside(Path(run)) == Path(place)
 
 
 def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from federated.communication.ledger import Ledger
-from federated.communication.run_files import checked_line
+from federated.communication.run_files import checked_line, read_run_file
 from federated.config.config_changes import check_changes
 from federated.config.config_files import load_config, parse_config
 from federated.config.schema import ExperimentConfig
@@ -87,13 +88,26 @@ def read_resumption(run: Path, overrides: Sequence[str]) -> Resumption:
     done = checkpoint.server.server_round
     if config.federation.rounds < done:
         raise UserError(f"federation.rounds={config.federation.rounds}, but {done} rounds of {run} are done")
-    if config.federation.rounds == done and (run / "summary.json").exists():
-        raise UserError(
-            f"{run} is complete: all {done} rounds are done. More of them: "
-            f"fedlora resume {run} federation.rounds={2 * done}"
-        )
+    if (run / "summary.json").exists():
+        _check_incomplete(run, done, before, config)
     attempts = [int(commit.name.split("_")[1]) for commit in commits_of(run / "checkpoint")]
     return Resumption(config, checkpoint, store, states, max(attempts) + 1)
+
+
+def _check_incomplete(run: Path, done: int, before: ExperimentConfig, config: ExperimentConfig) -> None:
+    """Refuse to go on with a run that has come to its end, unless more of it is asked for."""
+    if config.federation.rounds == done:
+        raise UserError(
+            f"{run} is complete: all {done} rounds are done. More of them: "
+            f"fedlora resume {shlex.quote(str(run))} federation.rounds={2 * done}"
+        )
+    stopped = read_run_file(run / "summary.json").get("stopped")
+    if stopped and config.federation.early_stopping == before.federation.early_stopping:
+        patience = 2 * (before.federation.early_stopping.patience or 1)
+        raise UserError(
+            f"{run} is complete: {stopped}. More of it: "
+            f"fedlora resume {shlex.quote(str(run))} federation.early_stopping.patience={patience}"
+        )
 
 
 def check_fork(run: Path, server_round: int, config: ExperimentConfig) -> Resumption:
@@ -160,9 +174,8 @@ def cut_back(run: Path, progress: Progress) -> None:
     for name in (METRICS_FILE, LEDGER_FILE):
         path = run / name
         if not path.is_file() or path.stat().st_size < lengths[name]:
-            raise UserError(
-                f"{path} is shorter than it was at the last commit: copy it again from where it is whole"
-            )
+            fault = "is shorter than it was at the last commit" if path.is_file() else "is missing"
+            raise UserError(f"{path} {fault}: copy it again from where it is whole")
     ledger = run / LEDGER_FILE
     with errors_named(run), ledger.open("rb") as file:
         head = file.readline()
