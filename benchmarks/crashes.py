@@ -205,7 +205,8 @@ def measure_growth() -> None:
             before, after = watch.memory[50] / 1e6, watch.memory[-1] / 1e6
             print(
                 f"200 rounds, {method}: {early:.0f} ms of the processor a round in the first 50, "
-                f"{late:.0f} ms in the last 50; memory {before:.0f} MB after round 50, {after:.0f} MB at the end"
+                f"{late:.0f} ms in the last 50; memory {before:.0f} MB after round 50, {after:.0f} MB at the "
+                "end"
             )
 
 
