@@ -9,6 +9,7 @@ memory at the start and at the end of 200 rounds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -190,27 +191,31 @@ def measure_overhead() -> None:
                 f"({seconds / round_seconds:.2%}); checkpoint/ {disk / 1e6:.2f} MB, {disk / held:.2f} × "
                 f"(adapter + client states)"
             )
+
+
+def measure_growth() -> None:
+    """Print whether rounds take longer, or the process more memory, at the end of 200 rounds."""
+    with tempfile.TemporaryDirectory() as folder:
         for method in ("fedavg", "fedsa"):
-            config = tiny_config(Path(folder) / "long" / method, method, "federation.rounds=200")
-            memory: list[int] = []
-            run = run_experiment(config, display=Watch(memory))  # type: ignore[arg-type]
-            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            early, late = (
-                1000 * statistics.median(line["seconds"] for line in part)
-                for part in (lines[1:51], lines[-50:])
-            )
-            before, after = memory[50] / 1e6, memory[-1] / 1e6
+            watch = Watch()
+            config = tiny_config(Path(folder) / method, method, "federation.rounds=200")
+            run_experiment(config, display=watch)  # type: ignore[arg-type]
+            spent = [1000 * (after - before) for before, after in itertools.pairwise(watch.seconds)]
+            early, late = statistics.median(spent[:50]), statistics.median(spent[-50:])
+            before, after = watch.memory[50] / 1e6, watch.memory[-1] / 1e6
             print(
-                f"200 rounds, {method}: {early:.0f} ms a round in the first 50, {late:.0f} ms in the last 50"
+                f"200 rounds, {method}: {early:.0f} ms of the processor a round in the first 50, "
+                f"{late:.0f} ms in the last 50; memory {before:.0f} MB after round 50, {after:.0f} MB at the "
+                "end"
             )
-            print(f"    memory {before:.0f} MB after round 50, {after:.0f} MB at the end")
 
 
 class Watch:
-    """A display that shows nothing and notes the process's memory at the end of each round."""
+    """A display that shows nothing and notes, after each round, the process's memory and processor time."""
 
-    def __init__(self, memory: list[int]) -> None:
-        self._memory = memory
+    def __init__(self) -> None:
+        self.memory: list[int] = []
+        self.seconds: list[float] = []
 
     def __enter__(self) -> Watch:
         return self
@@ -222,9 +227,10 @@ class Watch:
         return lambda *arguments, **options: None
 
     def round_done(self, metrics: object) -> None:
-        """Note the resident memory."""
+        """Note the resident memory, and the seconds of the processor so far."""
+        self.seconds.append(time.process_time())
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        self._memory.append(pages * os.sysconf("SC_PAGE_SIZE"))
+        self.memory.append(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 def bytes_of(folder: Path) -> int:
@@ -250,6 +256,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.overhead:
         measure_overhead()
+        measure_growth()
     if arguments.kills or not arguments.overhead:
         kill_runs(arguments.kills or 200, arguments.seed)
 
