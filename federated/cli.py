@@ -129,10 +129,11 @@ def fork(
     """
     with modules_that_stay():
         from federated.engines.simulation import fork_experiment
+        from federated.results.run_place import beside
 
         load_plugins(plugin or ())
     _play(
-        run_folder.parent / name,
+        beside(run_folder) / name,
         lambda display: fork_experiment(run_folder, at, name, overrides or [], display=display),
     )
 
@@ -243,11 +244,12 @@ def _play(folder: Path, rounds: Callable[[RunDisplay], Path]) -> None:
         with stoppable(), _failures_shown_once(), RunDisplay(console) as display:
             rounds(display)
     except StopRequested as stop:
-        remedy = (
-            "it is complete" if (folder / "summary.json").is_file() else "no round was done: start it again"
-        )
+        quoted = shlex.quote(str(folder))
+        remedy = "no round was done: start it again"
+        if (folder / "summary.json").is_file():
+            remedy = f"it is complete; its report can be drawn with: fedlora report {quoted}"
         if can_be_resumed(folder):
-            remedy = f"continue with: fedlora resume {shlex.quote(str(folder))}"
+            remedy = f"continue with: fedlora resume {quoted}"
         with logged(folder) if folder.is_dir() else contextlib.nullcontext():
             console.print(f"stopped by {stop.name}; {remedy}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(stop.exit_code) from stop

@@ -80,7 +80,8 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
         if value.is_floating_point() and factor_of(name) is None
     }
     if not prefix:  # a family whose base is the model itself, less its head
-        values = {name: value for name, value in values.items() if not name.startswith("head.")}
+        head = {id(value) for name, value in values.items() if name.startswith("head.")}
+        values = {name: value for name, value in values.items() if id(value) not in head}
     live = dict(values)
     for module, weight in base_weights(root).items():
         if module in overwritten:
@@ -115,7 +116,9 @@ def _digest(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
 
 def base_sample(model: nn.Module) -> list[float]:
     """A few values of weights that LoRA never touches (embeddings, convolutions), to recognise a base."""
-    clip, _ = clip_of(model)
+    clip, prefix = clip_of(model)
+    head = None if prefix else getattr(clip, "head", None)
+    trained = {id(value) for value in head.parameters()} if isinstance(head, nn.Module) else set()
     sample: list[float] = []
     for _, module in sorted(clip.named_modules()):
         weight = module._parameters.get("weight")
@@ -123,6 +126,7 @@ def base_sample(model: nn.Module) -> list[float]:
             isinstance(module, nn.Embedding | nn.Conv2d)
             and isinstance(weight, torch.Tensor)
             and not weight.is_meta
+            and id(weight) not in trained
         ):
             flat = weight.detach().flatten()
             picks = torch.stack([flat[i * (flat.numel() - 1) // 7] for i in range(8)])

@@ -24,15 +24,16 @@ from lora.config import LoRAConfig
 from lora.conversion import base_named_in, is_pt
 from lora.loading import load_full_checkpoint, load_lora_adapters
 from lora.start_adapter import start_from_adapter
+from lora.vqa_wrapper import VQALoRAWrapper
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
 from models.files import write_text
 from models.shipped_configs import find_config
 from models.untrusted import MOST_YAML_BYTES, parse_yaml, read_text
+from models.vqa import FederatedVQAModel
 
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
-MODEL_TYPES = ("clip", "clip_lora")
-LATER_MODEL_TYPES = ("vqa", "vqa_lora")
+MODEL_TYPES = ("clip", "clip_lora", "vqa", "vqa_lora")
 
 
 def quick_clip_lora(  # noqa: PLR0913 - the documented signature; all but four are keyword-only
@@ -81,10 +82,11 @@ def create_model(config: Any, **model_options: Any) -> nn.Module:
         config: With sections `model` (type, model_name, num_classes, ...), `lora` and `task`; other sections
             are not looked at. A mapping, an object with attributes, a loaded configuration, the path of a
             YAML file, or the name of a shipped configuration.
-        **model_options: Further arguments of FederatedCLIPModel, such as class_names.
+        **model_options: Further arguments of the model, such as class_names.
 
     Returns:
-        A FederatedCLIPModel for `model.type: clip`, an applied CLIPLoRAWrapper for `clip_lora`.
+        A FederatedCLIPModel for `model.type: clip`, an applied CLIPLoRAWrapper for `clip_lora`; a
+        FederatedVQAModel for `vqa`, an applied VQALoRAWrapper for `vqa_lora`.
 
     Raises:
         UserError: an unknown type or key, with the nearest valid one.
@@ -98,15 +100,22 @@ def create_model(config: Any, **model_options: Any) -> nn.Module:
     adapter = section.pop("adapter", None)
     model_type = section.pop("type", "clip_lora")
     if model_type not in MODEL_TYPES:
-        later = " is not part of this version" if model_type in LATER_MODEL_TYPES else " is unknown"
-        raise UserError(f"model.type {model_type!r}{later}; valid are {', '.join(MODEL_TYPES)}")
-    options = _model_options(section, dict(tree.get("task") or {}), uses_adapters=model_type == "clip_lora")
+        raise UserError(f"model.type {model_type!r} is unknown; valid are {', '.join(MODEL_TYPES)}")
+    family, adapted = model_type.removesuffix("_lora"), model_type.endswith("_lora")
+    build, wrap = _BUILT[family]
+    task = dict(tree.get("task") or {})
+    if family == "vqa":
+        task.pop("name", None)
+        section |= section.pop("options", {})
+        section.setdefault("fine_tuning", "full")
+    options = _model_options(section, task, build, uses_adapters=adapted)
     seed = int(tree.get("seed", 0))
-    model = FederatedCLIPModel(**{"seed": seed, **options, **model_options})
-    if model_type == "clip":
+    model = build(**{"seed": seed, **options, **model_options})
+    if not adapted:
         return model
-    wrapper = CLIPLoRAWrapper(model, _lora_config(tree.get("lora") or {}, "lora"), seed=seed)
-    wrapper.apply_lora_to_federated_model()
+    lora = tree.get("lora")
+    settings = None if family == "vqa" and not lora else _lora_config(lora or {}, "lora")
+    wrapper = wrap(model, settings, seed=seed).apply_lora_to_federated_model()
     if adapter is not None:
         start_from_adapter(wrapper, adapter)
     return wrapper
@@ -276,8 +285,17 @@ def _explained(source: str, detail: Any) -> str:
     return f"{source}: {key}: {detail['msg']}{hint}"
 
 
-def _model_options(section: dict[str, Any], task: dict[str, Any], *, uses_adapters: bool) -> dict[str, Any]:
-    """Arguments of FederatedCLIPModel from the `model` and `task` sections of a configuration."""
+_BUILT: dict[str, tuple[Any, Any]] = {
+    "clip": (FederatedCLIPModel, CLIPLoRAWrapper),
+    "vqa": (FederatedVQAModel, VQALoRAWrapper),
+}
+"""Model family -> its model and wrapper."""
+
+
+def _model_options(
+    section: dict[str, Any], task: dict[str, Any], build: Any, *, uses_adapters: bool
+) -> dict[str, Any]:
+    """Arguments of a model from the `model` and `task` sections of a configuration."""
     renamed = {"fine_tuning": "strategy"}
     options = {renamed.get(key, key): value for key, value in section.items()}
     options |= {"task" if key == "name" else key: value for key, value in task.items()}
@@ -285,7 +303,7 @@ def _model_options(section: dict[str, Any], task: dict[str, Any], *, uses_adapte
         options["dtype"] = getattr(torch, options["dtype"], options["dtype"])
     if uses_adapters:
         options["strategy"] = "lora"
-    valid = [name for name in inspect.signature(FederatedCLIPModel.__init__).parameters if name != "self"]
+    valid = [name for name in inspect.signature(build.__init__).parameters if name != "self"]
     for key in options:
         if key not in valid:
             near = difflib.get_close_matches(key, valid, n=1)

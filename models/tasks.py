@@ -24,6 +24,8 @@ from models.finite import or_not_a_number
 from models.metrics import CONCEPT, PICTURE, TEXT, retrieval_set
 from models.registration import add
 from models.training import Batch, Rows, num_examples
+from models.vqa_metrics import EXACT_MATCH
+from models.vqa_task import COLUMNS, evaluate_vqa, predict_answers, read_questions, vqa_loss
 
 if TYPE_CHECKING:
     from models.clip import FederatedCLIPModel
@@ -218,6 +220,17 @@ TASKS: dict[str, Task] = {
             uses_text=True,
             splits_into_micro_batches=False,
             reads_captions=True,
+        ),
+        Task(
+            name="vqa",
+            loss=vqa_loss,
+            evaluate=evaluate_vqa,
+            headline_metric=EXACT_MATCH,
+            splits_into_micro_batches=True,
+            family="vqa",
+            reads=COLUMNS,
+            batch=read_questions,
+            predict=predict_answers,
         ),
     )
 }

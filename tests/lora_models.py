@@ -9,10 +9,14 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
+from models.vqa import FederatedVQAModel
+
 NUM_BLOCKS = 2
 BACKENDS = ("huggingface", "fused")
 INSTALLED_BACKENDS = BACKENDS if find_spec("open_clip") is None else (*BACKENDS, "open_clip")
 """open_clip itself too, where this optional extra is installed; "fused" stands for it elsewhere."""
+VQA = "vqa"
+"""The second model family: a vision tower in front of a text encoder."""
 
 
 class FusedBlock(nn.Module):
@@ -117,9 +121,12 @@ def small_clip(backend: str = "huggingface", seed: int = 0) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip = {"huggingface": lambda: CLIPModel(small_config()), "fused": FusedCLIP, "open_clip": open_clip}[
-            backend
-        ]()
+        clip = {
+            "huggingface": lambda: CLIPModel(small_config()),
+            "fused": FusedCLIP,
+            "open_clip": open_clip,
+            VQA: lambda: FederatedVQAModel(decoder="frozen", train_head=False),
+        }[backend]()
         with torch.no_grad():  # freshly made models have zero biases, which would hide mistakes
             for name, parameter in clip.named_parameters():
                 if name.endswith("bias"):
@@ -130,6 +137,11 @@ def small_clip(backend: str = "huggingface", seed: int = 0) -> nn.Module:
 def features(clip: nn.Module, tower: str = "both") -> torch.Tensor:
     """Image and text features of fixed inputs, one row each, (B, D)."""
     generator = torch.Generator().manual_seed(7)
+    if isinstance(clip, FederatedVQAModel):
+        ids = torch.tensor([[0, 30, 50, 2], [0, 90, 90, 2]])
+        pixels = torch.randn(2, 3, 32, 32, generator=generator)
+        batch = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return clip.encode(batch)[0].flatten(1)
     pixels = torch.randn(3, 3, 16, 16, generator=generator)
     ids = torch.tensor([[21, 3, 5, 22], [21, 9, 9, 22]])
     if isinstance(clip, CLIPModel):

@@ -234,24 +234,28 @@ SETTINGS: dict[str, Any] = {
     "weight_decay": 0.03,
     "optimizer": "sgd",
     "momentum": 0.5,
-    "warmup_steps": 2,
     "schedule": "cosine",
     "clip_norm": 0.5,
     "micro_batch_size": 3,
     "precision": "bf16",
 }
+WARM_UPS = ({"warmup_steps": 2}, {"warmup_ratio": 0.5})
+"""Two steps of four, by either key."""
 
 
 @both_ways
+@pytest.mark.parametrize("warm_up", WARM_UPS, ids=["steps", "ratio"])
 def test_every_training_setting_of_the_yaml_reaches_the_trainer(
-    trains: Trains, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    warm_up: dict[str, Any], trains: Trains, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert set(SETTINGS) == set(TrainingSettings.__dataclass_fields__), "a new setting needs a line here"
+    known = {*SETTINGS, *(key for keys in WARM_UPS for key in keys)}
+    assert known == set(TrainingSettings.__dataclass_fields__), "a new setting needs a line here"
+    settings = SETTINGS | warm_up
     watch = Watch(monkeypatch)
-    trains(watch, [f"client.{key}={value}" for key, value in SETTINGS.items()], tmp_path, monkeypatch)
+    trains(watch, [f"client.{key}={value}" for key, value in settings.items()], tmp_path, monkeypatch)
     trainer = watch.trainer
     assert trainer is not None
-    assert trainer.settings == TrainingSettings(**SETTINGS)
+    assert trainer.settings == TrainingSettings(**settings)
     assert isinstance(trainer.optimizer, torch.optim.SGD)
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0, 0.03}
     expected = [learning_rate_at(trainer.settings, step, NUM_STEPS) for step in range(NUM_STEPS)]

@@ -20,6 +20,7 @@ import typer
 from PIL import Image
 
 from federated.cli import app
+from federated.config.config_files import load_config
 from federated.engines.simulation import run_experiment
 from tests.command import fedlora
 from tests.small_run import SMALL, small_config
@@ -83,6 +84,17 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("examples")
     overrides = ["federation.rounds=4", "output.keep_checkpoints=4", "output.report=false"]
     run_experiment(small_config(root / "runs", overrides=[*SMALLER, *overrides]))
+    small = [
+        "partition={name: iid, num_clients: 2, options: {}}",
+        "federation={rounds: 1, cohort_size: null}",
+    ]
+    run_experiment(
+        load_config(
+            "easy_vqa",
+            [*SMALLER, *small, "client.local_steps=1", "output.report=false", "engine.workers=1"]
+            + [f"output.root={root / 'runs'}"],
+        )
+    )
     for name in ("full_finetune", "head_only"):
         shutil.copytree(root / "runs" / "quickstart", root / "runs" / name)
     (root / "photos").mkdir()

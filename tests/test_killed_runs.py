@@ -85,7 +85,7 @@ def test_a_killed_run_is_evaluated_as_of_its_last_round_or_not_at_all(
     with pytest.raises(UserError, match="did not come to its end"):
         open_model(run)
     _, report = evaluate_source(run, output=tmp_path / "out")
-    assert "100 images" in report
+    assert "100 samples" in report
     assert not (run / "summary.json").exists()
     run_experiment(config, overwrite=True)  # the dead run's lock and half-written files are no obstacle
     assert torch.isfinite(open_model(run).model.temperature_scale())

@@ -1,4 +1,4 @@
-"""What holds for every choice of backend, towers, bias and rank."""
+"""What holds for every choice of backend, towers, bias and rank, and for models that answer questions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lora.switching import (
     unmerge_lora,
 )
 from lora.verify import check_lora_injection, verify_gradients
-from tests.lora_models import INSTALLED_BACKENDS, disturb, features, outputs, small_clip
+from tests.lora_models import INSTALLED_BACKENDS, VQA, disturb, features, outputs, small_clip
 
 TOLERANCE = 1e-5
 
@@ -71,7 +71,7 @@ def case(backend: str, component: str, bias: str, rank: int) -> Case:
 
 CASES = [
     pytest.param(backend, component, bias, rank, id=f"{backend}-{component}-{bias}-r{rank}")
-    for backend in INSTALLED_BACKENDS
+    for backend in (*INSTALLED_BACKENDS, VQA)
     for component in ("encoder", "vision", "text")
     for bias, rank in (("none", 1), ("none", 5), ("lora_only", 5), ("all", 5))
 ]

@@ -60,8 +60,11 @@ def test_a_configuration_may_start_from_an_adapter(small_clip_folder: Path, tmp_
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"model": {"type": "vqa"}}, "'vqa' is not part of this version; valid are clip, clip_lora"),
-        ({"model": {"type": "vqa_lora"}}, "not part of this version"),
+        ({"model": {"type": "vqa", "options": {"decodre": "full"}}}, "did you mean decoder"),
+        (
+            {"model": {"type": "vqa_lora", "options": {"unfreeze_encoder_layers": 1}}, "lora": {"r": 2}},
+            "unfreeze",
+        ),
         ({"model": {"type": "bert"}}, "'bert' is unknown; valid are clip, clip_lora"),
         ({"model": {"type": "clip", "model_nam": "x"}}, "'model_nam'; did you mean model_name"),
         ({"model": {"model_name": "FOLDER"}, "lora": {"lora_alpa": 2}}, "lora_alpa.*did you mean lora_alpha"),

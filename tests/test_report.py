@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from federated.communication.ledger import Ledger, Transfer
 from federated.communication.savings import Bandwidth, ModelSizes, communication_summary
-from federated.results import plot_style, plots, run_place
+from federated.results import client_plots, plot_style, plots, run_place
 from federated.results.byte_reasons import byte_reasons
 from federated.results.plot_style import inline_svg, save_figure
 from federated.results.records import read_run
@@ -230,7 +230,7 @@ def test_words_of_the_run_are_escaped_everywhere(tmp_path: Path) -> None:
 
 def test_class_names_are_not_read_as_formulas(tmp_path: Path) -> None:
     partition = FakeRun(class_names=("$\\frac{1}{", "cash $ and $ more")).partition()
-    figure = plots.client_split(partition)
+    figure = client_plots.client_split(partition)
     svg = inline_svg(figure, "split", "Split")
     assert "$\\frac{1}{" in svg
     assert "cash $ and $ more" in svg
@@ -431,7 +431,7 @@ def test_a_central_run_has_epochs_and_no_rounds_clients_or_bytes(tmp_path: Path)
 @pytest.mark.parametrize("num_classes", [2, 100])
 def test_the_split_is_drawn_for_few_and_many_clients(num_clients: int, num_classes: int) -> None:
     run = FakeRun(num_clients=num_clients, class_names=tuple(f"class {i}" for i in range(num_classes)))
-    sizes, cells = plots.client_split(run.partition()).axes[:2]
+    sizes, cells = client_plots.client_split(run.partition()).axes[:2]
     counts = np.array([client["class_counts"] for client in run.partition()["clients"]])
     shown = np.asarray(cells.images[0].get_array())  # (classes, clients)
     assert shown.shape == (num_classes, num_clients)
@@ -445,7 +445,7 @@ def test_the_split_is_drawn_for_few_and_many_clients(num_clients: int, num_class
 
 def test_a_split_without_classes_shows_sizes() -> None:
     clients = [{"client_id": i, "num_examples": 10 + i} for i in range(4)]
-    (axis,) = plots.client_split({"clients": clients}).axes
+    (axis,) = client_plots.client_split({"clients": clients}).axes
     assert [bar.get_height() for bar in axis.patches] == [10, 11, 12, 13]
 
 
@@ -505,7 +505,7 @@ def test_client_values_show_their_weighted_mean(num_clients: int) -> None:
     run = FakeRun(num_clients=num_clients, cohort_size=3)
     clients = [entry for entry in run.metrics()[-1]["clients"].values() if "accuracy" in entry]
     mean = np.average([c["accuracy"] for c in clients], weights=[c["eval_examples"] for c in clients])
-    (axis,) = plots.client_metric(run.metrics(), "accuracy").axes
+    (axis,) = client_plots.client_metric(run.metrics(), "accuracy").axes
     assert f"{100 * mean:.1f} %" in axis.get_legend().get_texts()[0].get_text()
     assert len(clients) == num_clients
 

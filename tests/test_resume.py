@@ -10,14 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset
 
 import federated
 from benchmarks.crashes import METHODS, continued, plain, results_of, tiny_config
 from federated.communication.ledger import Ledger
+from federated.engines import simulation
 from federated.engines.simulation import fork_experiment, resume_experiment, run_experiment
 from federated.rounds import server
 from federated.rounds.checkpoint import ServerCheckpoint, commits_of, read_commit, read_latest, round_of
-from federated.rounds.fingerprints import fingerprints
+from federated.rounds.fingerprints import _rows_digest, fingerprints
+from federated.rounds.run import build_run
 from models.errors import NoRoomError, UserError
 from tests.crash_points import Stopped, built_once, failing_at, stop
 from tests.mutations import mutated_bytes
@@ -83,12 +87,18 @@ def test_a_run_that_stops_at_a_step_of_its_writing_goes_on_from_there(
     _check_crash_point(tmp_path / "stopped", method, int(share * num_steps), expected)
 
 
+def steps_of(method: str, num_steps: int) -> range:
+    """Every sixth step, another sixth for each method; all of them where ``EVERY_STEP`` is set (an hour)."""
+    stride = 1 if os.environ.get("EVERY_STEP") else 6
+    return range(list(METHODS).index(method) % stride, num_steps, stride)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_may_stop_at_every_step_of_its_writing(method: str, tmp_path: Path) -> None:
     expected, num_steps = _counted(tmp_path / "whole", method)
     assert num_steps > 60
-    for step in range(num_steps):
+    for step in steps_of(method, num_steps):
         _check_crash_point(tmp_path / str(step), method, step, expected)
         shutil.rmtree(tmp_path / str(step))
 
@@ -97,15 +107,15 @@ def test_a_run_may_stop_at_every_step_of_its_writing(method: str, tmp_path: Path
 @pytest.mark.parametrize("method", METHODS)
 def test_a_process_may_be_killed_at_every_step_of_its_writing(method: str, tmp_path: Path) -> None:
     expected, num_steps = _counted(tmp_path / "whole", method)
-    for step in range(0, num_steps, 3):
+    for step in steps_of(method, num_steps):
         config = tiny_config(tmp_path / str(step), method)
         child = os.fork()
         if child == 0:
             with failing_at(step, lambda step: os._exit(77)):
                 run_experiment(config)
             os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 77
-        assert results_of(continued(config)) == expected
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 77, step
+        assert results_of(continued(config)) == expected, step
         shutil.rmtree(tmp_path / str(step))
 
 
@@ -132,9 +142,11 @@ def test_going_on_may_itself_stop_at_every_step(
 
 
 def _counted(root: Path, method: str) -> tuple[object, int]:
-    """The results of a run without a stop, and its number of steps."""
+    """The results of a run without a stop, and its number of steps once model and data are there."""
+    config = tiny_config(root, method)
+    simulation.build_run(config)
     with failing_at(10**9, stop) as made:
-        run = run_experiment(tiny_config(root, method))
+        run = run_experiment(config)
     return results_of(run), len(made)
 
 
@@ -145,13 +157,42 @@ def _check_crash_point(root: Path, method: str, step: int, expected: object) -> 
     assert results_of(continued(config)) == expected, step
 
 
-def test_a_run_goes_on_with_another_engine(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((), ["engine.workers=2"]),
+        (["engine.workers=2"], ["engine.workers=1"]),
+        (["engine.batched_clients=2"], ["engine.batched_clients=2"]),
+    ],
+)
+def test_a_run_goes_on_with_another_number_of_processes(
+    before: list[str], after: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = stopped_after(tiny_config(tmp_path, "fedavg"), 2, monkeypatch)
-    expected = results_of(whole)
-    found = results_of(resume_experiment(run, ["engine.workers=2"]))
-    assert found == expected
+    whole = run_experiment(tiny_config(tmp_path / "whole", "fedsa", *before))
+    run = stopped_after(tiny_config(tmp_path, "fedsa", *before), 2, monkeypatch)
+    assert results_of(resume_experiment(run, after)) == results_of(whole)
+
+
+@pytest.mark.parametrize(("before", "after"), [("2", "off"), ("off", "2")])
+def test_a_run_goes_on_with_batched_clients_or_without_to_rounding(
+    before: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = results_of(run_experiment(tiny_config(tmp_path / "whole", "fedsa")))
+    run = stopped_after(tiny_config(tmp_path, "fedsa", f"engine.batched_clients={before}"), 2, monkeypatch)
+    found = results_of(resume_experiment(run, [f"engine.batched_clients={after}"]))
+    assert found["ledger"] == whole["ledger"]
+    assert found["versions"] == whole["versions"]
+    for line, other in zip(found["metrics"], whole["metrics"], strict=True):
+        assert line["failed"] == other["failed"] == []
+        for client, metrics in other["clients"].items():
+            assert line["clients"][client] == pytest.approx(metrics, rel=1e-4)
+    expected = whole["clients"]
+    assert found["clients"].keys() == expected.keys()
+    for client, records in found["clients"].items():
+        for key, record in records.items():
+            for name, values in record.items():
+                other = expected[client][key][name]
+                torch.testing.assert_close(torch.tensor(values), torch.tensor(other), rtol=1e-4, atol=1e-5)
 
 
 def test_more_rounds_follow_a_complete_run(whole: Path, tmp_path: Path) -> None:
@@ -184,7 +225,13 @@ def test_a_run_that_ended_early_and_stopped_before_its_results_only_writes_them(
         patched.setattr(server, "save_results", stop)
         with pytest.raises(Stopped):
             run_experiment(tiny_config(tmp_path / "stopped", "fedavg", *early))
-    assert results_of(resume_experiment(tmp_path / "stopped" / "quickstart")) == expected
+    run = tmp_path / "stopped" / "quickstart"
+    assert results_of(resume_experiment(run)) == expected
+    with pytest.raises(UserError, match=r"complete: stopped after round 1.*early_stopping\.patience=2"):
+        resume_experiment(run)
+    assert results_of(run) == expected
+    resume_experiment(run, ["federation.early_stopping.patience=9"])
+    assert json.loads((run / "summary.json").read_text())["rounds"] == 5
 
 
 def test_python_goes_on_with_a_run_too(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,8 +263,12 @@ def test_a_branch_shares_the_past_and_says_what_differs_from_there(whole: Path, 
     expected = results_of(run)
     assert same["summary"].pop("forks")[0]["changes"] == {}
     assert same == expected
+    with pytest.raises(UserError, match="same already exists: give the branch another --name"):
+        fork_experiment(run, 2, "same")
     with pytest.raises(UserError, match=r"of round 2, 3"):
         fork_experiment(run, 1, "older")
+    with pytest.raises(UserError, match=r"no round is left after 3; set federation\.rounds=6"):
+        fork_experiment(run, 3, "none_left")
     with pytest.raises(UserError, match="seed cannot change"):
         fork_experiment(run, 2, "other", ["seed=3"])
 
@@ -233,6 +284,73 @@ def test_other_rows_and_other_weights_are_refused(whole: Path, tmp_path: Path) -
             with pytest.raises(UserError, match=words):
                 resume_experiment(run, ["federation.rounds=4"])
     assert results_of(run) == results_of(whole)
+
+
+def test_an_image_counts_with_all_of_its_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    rows = Dataset.from_dict({"image": [{"path": str(path), "bytes": None}], "label": [0]})
+    digests = []
+    for middle in (b"one", b"two"):
+        path.write_bytes(bytes(2000) + middle + bytes(2000))
+        digests.append(_rows_digest(rows, "image"))
+        embedded = {"image": [{"path": "image", "bytes": path.read_bytes()}], "label": [0]}
+        assert _rows_digest(Dataset.from_dict(embedded), "image") == digests[-1]
+    assert digests[0] != digests[1]
+    path.unlink()
+    with pytest.raises(UserError, match=str(path)):
+        _rows_digest(rows, "image")
+
+
+def test_a_run_goes_on_from_the_adapter_that_it_started_from_or_not_at_all(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulation, "build_run", build_run)
+    start, moved = tmp_path / "start", tmp_path / "moved"
+    shutil.copytree(whole / "adapter", start)
+    config = tiny_config(tmp_path, "fedsa", f"model.adapter={start}")
+    expected = results_of(run_experiment(tiny_config(tmp_path / "w", "fedsa", f"model.adapter={start}")))
+    run = stopped_after(config, 2, monkeypatch)
+    start.rename(moved)
+    with pytest.raises(UserError, match=str(start)):
+        resume_experiment(run)
+    shutil.copytree(whole / "adapter_best", start)
+    assert (start / "adapter_model.safetensors").read_bytes() != (
+        moved / "adapter_model.safetensors"
+    ).read_bytes()
+    with pytest.raises(UserError, match=r"model\.adapter has other values"):
+        resume_experiment(run)
+    assert results_of(resume_experiment(run, [f"model.adapter={moved}"])) == expected
+
+
+def test_a_complete_run_that_cannot_go_on_keeps_its_end(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "quickstart"
+    shutil.copytree(whole, run)
+    kept = {name: (run / name).read_bytes() for name in ("summary.json", "config.yaml")}
+    lines = (run / "metrics.jsonl").read_bytes()
+    for damaged in (lines[:-10], b"{" + lines[1:].replace(b'"', b"'")):
+        (run / "metrics.jsonl").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"metrics\.jsonl"):
+            resume_experiment(run, ["federation.rounds=4"])
+        assert {name: (run / name).read_bytes() for name in kept} == kept
+
+
+def test_what_was_lost_stays_counted_where_the_run_goes_on_from_an_older_commit(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped_after(tiny_config(tmp_path, "fedavg", "output.keep_checkpoints=4"), 2, monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr(server, "save_results", stop)
+        with pytest.raises(Stopped):
+            resume_experiment(run)
+    once = Ledger.read_csv(run / "lost.csv").rows
+    again = Ledger.read_csv(run / "communication.csv").rows
+    for commit in commits_of(run / "checkpoint"):
+        if commit.name.startswith("commit_002"):
+            (commit / "manifest.json").unlink()
+    resume_experiment(run)
+    sent_after_round_1 = [row for row in again if row.server_round > 1]
+    assert list(Ledger.read_csv(run / "lost.csv").rows) == [*once, *sent_after_round_1]
+    assert (run / "communication.csv").read_bytes() == (whole / "communication.csv").read_bytes()
 
 
 def test_a_run_folder_that_can_be_resumed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

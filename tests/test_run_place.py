@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -16,11 +17,12 @@ import yaml
 from federated.cli import main
 from federated.engines.simulation import run_experiment
 from federated.results.run_folder import RunFolder
-from federated.results.run_place import LOCK_FILE, check_replaceable, claim
+from federated.results.run_place import LOCK_FILE, beside, check_replaceable, claim
 from federated.tools.central import train_centrally
 from federated.tools.evaluation import evaluate_source
 from models.errors import UserError
 from tests.command import fedlora
+from tests.crash_points import Stopped, failing_at, stop
 from tests.fake_run import FakeRun
 from tests.small_run import small_config
 
@@ -174,6 +176,14 @@ def test_a_folder_that_a_run_is_writing_to_is_refused_with_the_process(tmp_path:
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 
 
+@pytest.mark.parametrize(("run", "place"), [(".", "/a"), ("..", "/"), ("b", "."), ("/a/b", "/a")])
+def test_a_branch_goes_beside_a_run_however_that_is_named(
+    run: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getcwd", lambda: "/a/b")
+    assert beside(Path(run)) == Path(place)
+
+
 def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
@@ -188,6 +198,28 @@ def test_the_lock_of_a_killed_process_is_no_obstacle(tmp_path: Path) -> None:
     os.waitpid(child, 0)
     assert (tmp_path / "run" / LOCK_FILE).read_text() == f"{child}\n"
     os.close(claim(tmp_path / "run", overwrite=True))
+
+
+@pytest.mark.parametrize("left", ["run.lock", ".environment.json.part"])
+def test_a_folder_of_a_run_that_was_killed_before_it_said_so_can_be_replaced(
+    left: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / left).write_text("{")
+    os.close(claim(tmp_path / "run", overwrite=True))
+    assert os.listdir(tmp_path / "run") == ["run.lock"]
+
+
+def test_a_folder_may_be_left_at_any_step_of_its_making(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    with failing_at(10**9, stop) as made:
+        RunFolder(tmp_path / "run", config).close()
+    assert len(made) > 5
+    for step in range(len(made)):
+        folder = tmp_path / str(step)
+        with contextlib.suppress(Stopped), failing_at(step, stop):
+            RunFolder(folder, config).close()
+        os.close(claim(folder, overwrite=folder.exists()))
 
 
 def test_results_come_first_and_pictures_are_best_effort(

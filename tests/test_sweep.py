@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from federated.config.config_files import dump_config
+from federated.config.schema import ExperimentConfig
 from federated.results.records import RunRecord
 from federated.results.study_page import write_page, write_tables
 from federated.tools import sweep_runs
@@ -307,6 +308,26 @@ def test_a_rate_is_tuned_on_the_validation_rows_of_real_runs(
     )  # fmt: skip
     assert code == 0, err
     assert "s: chose client.learning_rate=5e-3" in out
+
+
+def test_the_command_ends_with_1_where_a_run_failed_and_names_it_when_it_is_quiet_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(config: ExperimentConfig, overwrite: bool) -> None:
+        if config.seed:
+            raise UserError("the data is gone")
+        fake(PlannedRun(str(config.output.name), "x", config.seed, config))
+
+    monkeypatch.setattr(sweep_runs, "run_experiment", begin)
+    place = (f"output.root={tmp_path}", "output.name=study")
+    code, out, err = fedlora(capsys, "sweep", "quickstart", *place, "--seeds", "2", "--quiet")
+    assert code == 1
+    assert out.strip() == str(tmp_path / "study" / "study.html")
+    assert "failed: study-seed1: the data is gone" in err
+    code, out, err = fedlora(capsys, "sweep", "quickstart", *place, "--seeds", "1")
+    assert (code, err) == (0, "")
+    assert "study-seed0  accuracy" in out
+    assert "finished before" in out
 
 
 def test_no_seeds_are_refused_on_the_command_line_too(

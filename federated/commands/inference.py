@@ -74,6 +74,12 @@ FormatOption = Annotated[
 def predict(  # noqa: PLR0913 - the command's options
     inputs: InputsArgument,
     *,
+    question: Annotated[
+        str | None, typer.Option("--question", help="Ask a run of vqa about the image.")
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", help="The image that --question asks about.")
+    ] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes to show for each image.")] = 5,
     classes: Annotated[
         str | None,
@@ -100,9 +106,11 @@ def predict(  # noqa: PLR0913 - the command's options
     precision: PrecisionOption = Precision.fp32,
     plugin: PluginsOption = None,
 ) -> None:
-    """Classify an image, or all images of a folder, with a run's model or with class prompts.
+    """Classify an image, or all images of a folder, with a run's model or class prompts; or ask a question.
 
     Example: fedlora predict runs/quickstart photos --top-k 3
+
+    Example: fedlora predict runs/easy_vqa --image photos/1.png --question "what color is the shape?"
 
     Example: fedlora predict --model tiny --classes "boots,a bag" photos/1.png
     """
@@ -114,6 +122,9 @@ def predict(  # noqa: PLR0913 - the command's options
         from federated.tools.result_tables import prediction_records, prediction_table
 
         load_plugins(plugin or ())
+    if question is not None or image is not None:
+        _ask(inputs, image, question, device, any_base=any_base, as_json=as_json)
+        return
     chosen = _format(Format.json if as_json else output_format, output)
     if output is not None:
         check_output(output, overwrite=overwrite)
@@ -128,6 +139,27 @@ def predict(  # noqa: PLR0913 - the command's options
     _name_corrupt([str(file) for file, _ in found.corrupt])
     title = f"Predictions by {found.method}"
     _deliver(chosen, prediction_records(found), prediction_table(found), title, output)
+
+
+def _ask(
+    inputs: Sequence[str],
+    image: Path | None,
+    question: str | None,
+    device: str,
+    *,
+    any_base: bool,
+    as_json: bool,
+) -> None:
+    from federated.tools.prediction import answer_question
+
+    given = [*inputs[1:], *([] if image is None else [str(image)])]
+    if question is None or len(given) != 1:
+        raise UserError('give a run, one image and a question: RUN --image FILE --question "..."')
+    answer = answer_question(inputs[0], given[0], question, device=device, any_base=any_base)
+    if as_json:
+        print_json({"image": given[0], "question": question, "answer": answer})
+    else:
+        typer.echo(answer)
 
 
 def encode(  # noqa: PLR0913 - the command's options

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from federated.commands.importing import PluginsOption, modules_that_stay
 from federated.config.plugins import load_plugins
+from models.progress import is_quiet
 
 if TYPE_CHECKING:
     from federated.results.records import RunRecord
@@ -86,8 +87,11 @@ def sweep(  # noqa: PLR0913 - options of a command
     _print_tables(console, tables, notes)
     page = write_page(results, study.folder, tables, notes)
     console.print(f"study: {page}", highlight=False, soft_wrap=True)
+    if is_quiet():
+        typer.echo(str(page))
     for name, reason in results.failures.items():
-        console.print(Text(f"failed: {name}: {reason}", style="red"), highlight=False, soft_wrap=True)
+        line = Text(f"failed: {name}: {reason}", style="red")
+        Console(stderr=True).print(line, highlight=False, soft_wrap=True)
     if results.failures:
         raise typer.Exit(1)
 

@@ -97,7 +97,8 @@ def _allowed(annotation: Any) -> str:
             words += map(str, schema.get("enum", [schema.get("const")]))
         elif schema["type"] != "integer":
             kind = "mapping" if schema["type"] == "object" else schema["type"]
-            words.append(f"a {kind}{at_least}")
+            article = "an" if kind[0] in "aeiou" else "a"
+            words.append(f"{article} {kind}{at_least}")
         elif not has_floats:
             words.append(f"a whole number{at_least}")
     return f"give {' or '.join(filter(None, [', '.join(words[:-1]), words[-1]]))}"

@@ -18,10 +18,10 @@ from lora.config import MAX_RANK, LoRAConfig
 from models.registration import added
 from models.untrusted import PathText
 
-TASK_NAMES = ("classification", "zero_shot", "retrieval")
+TASK_NAMES = ("classification", "zero_shot", "retrieval", "vqa")
 """What ``models.tasks`` holds, which imports torch; plugins add others."""
 
-MODEL_FAMILIES = ("clip",)
+MODEL_FAMILIES = ("clip", "vqa")
 """What ``federated.rounds.families`` holds, likewise."""
 
 ADAPTED = "_lora"
@@ -40,17 +40,17 @@ class ModelSection(Section):
 
     type: str = "clip_lora"
     """``clip_lora``: adapters train and travel; ``clip``: the weights that ``fine_tuning`` names do. Likewise
-    for another model family: its name, with ``_lora`` behind it for adapters."""
+    ``vqa_lora`` and ``vqa``, for questions about images, and any other model family."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the model family's own; CLIP has none."""
+    """Arguments of the model family's own, such as ``decoder`` of ``vqa``; CLIP has none."""
     model_name: PathText = "tiny"
     """``tiny`` (bundled), a hub name, a local folder in the hub's format, or ``open_clip:<architecture>``."""
-    adapter: PathText | None = None
+    adapter: PathText | None = Field(None, json_schema_extra=ON_RESUME)
     """Start from this adapter, a run's folder or one of PEFT's, that fits ``lora``; fresh ones otherwise."""
     num_classes: int | None = Field(None, ge=2)
     """Checked against the data when given; taken from the data otherwise."""
     fine_tuning: str | None = None
-    """What trains and travels when ``type`` names no adapters: full (the default), or for CLIP head_only or
+    """What trains and travels when ``type`` names no adapters: full (the default), head_only, or for CLIP
     another key of ``models.finetuning.STRATEGIES``."""
     pretrained: bool = True
     """False: the same architecture with random weights, a control for what pre-training is worth."""
@@ -81,7 +81,7 @@ class TaskSection(Section):
 
     name: str = "classification"
     """A task of ``models.tasks.TASKS``: for CLIP classification (by a linear head), zero_shot (by class
-    prompts) or retrieval (match images and captions)."""
+    prompts) or retrieval (match images and captions); vqa, questions about images, for the family vqa."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Prompts around a class name; their text embeddings are averaged."""
     train_head: bool = True

@@ -103,7 +103,7 @@ class BatchedClients:
     """
 
     def __init__(self, run: Run, trainer: JointTrainer, group_size: int) -> None:
-        self._experiment = run
+        self._run = run
         self._trainer = trainer
         self._group_size = group_size
         self._prepared: dict[tuple[int, int], Callable[[], LocalResult | None]] = {}  # (round, client id)
@@ -115,7 +115,7 @@ class BatchedClients:
             messages: About to be run; other than training messages are passed over.
             contexts: Of the clients they are addressed to; not changed.
         """
-        run = self._experiment
+        run = self._run
         self._prepared.clear()
         members = [
             _member(message, context)

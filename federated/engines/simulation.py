@@ -18,7 +18,7 @@ from federated.engines.workers import check_workers
 from federated.results.callbacks import Callback, Followers
 from federated.results.console import RunDisplay
 from federated.results.run_folder import RunFolder
-from federated.results.run_place import check_free, run_path
+from federated.results.run_place import beside, check_free, run_path
 from federated.results.trackers import check_trackers, tracked
 from federated.rounds.client import client_app
 from federated.rounds.learnable import check_can_learn
@@ -112,10 +112,11 @@ def fork_experiment(
     Raises:
         UserError: There is no such commit, a key may not change, or the branch's folder exists.
     """
-    place = [f"output.root={json.dumps(str(source.parent))}", f"output.name={json.dumps(name)}"]
+    root = str(beside(source))
+    place = [f"output.root={json.dumps(root)}", f"output.name={json.dumps(name)}"]
     config = load_config(source / "config.yaml", [*place, *overrides])
-    path = run_path(str(source.parent), name)
-    check_free(path, overwrite=False)
+    path = run_path(root, name)
+    check_free(path, overwrite=False, other="give the branch another --name")
     resumption = check_fork(source, server_round, config)
     with limited_threads(config.engine.threads):
         check_workers(config.engine.workers)

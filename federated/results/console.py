@@ -1,6 +1,6 @@
 """What a run shows in the terminal: bars while it runs, a line a round, and tables at the end.
 
-The experiment calls ``round_started`` when the cohort is known, ``client_done`` as replies arrive and
+The server calls ``round_started`` when the cohort is known, ``client_done`` as replies arrive and
 ``round_done`` with the round's line of ``metrics.jsonl``. Where the output is no terminal (a file, CI), the
 bars are left out and the lines stay. Only this file and the command line print.
 """
@@ -116,7 +116,7 @@ class BarsDisplay:
 
 
 class RunDisplay(BarsDisplay):
-    """Shows a running experiment: a context manager that the experiment tells what happens.
+    """Shows a run: a context manager that the server tells what happens.
 
     Args:
         console: where to print; standard output by default.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from federated.results import plots
+from federated.results import client_plots, plots
 from federated.results.records import RunRecord
 from federated.results.time_plot import TIME, metric_by_time
 from federated.results.wording import format_bytes, metric_label
@@ -78,7 +78,7 @@ def drawings(run: RunRecord) -> list[Drawing]:
             "client_metric",
             f"{label} of each client",
             run.kind.client_caption,
-            lambda: plots.client_metric(run.metrics, run.metric),
+            lambda: client_plots.client_metric(run.metrics, run.metric),
         ),
         Drawing(
             "class_accuracy",
@@ -96,7 +96,7 @@ def drawings(run: RunRecord) -> list[Drawing]:
             "client_split",
             "How the data is split",
             "Training examples of each client, and what share of them each class has.",
-            lambda: plots.client_split(run.partition),
+            lambda: client_plots.client_split(run.partition),
         ),
     )
     return [drawing for drawing in makers if run.kind.has_clients or drawing.name in _OF_CENTRAL_RUNS]

@@ -61,6 +61,7 @@ class RunFolder:
         self._begin(path, claim(path, overwrite=overwrite))
         with self._closed_on_error():
             write_json(path / ENVIRONMENT_FILE, describe_environment(config))
+            self._log.enter_context(logged(path))
             self.write_config(config)
             write_text(path / METRICS_FILE, "")
 
@@ -73,13 +74,13 @@ class RunFolder:
         """
         folder = cls.__new__(cls)
         folder._begin(path, reclaim(path))
+        folder._log.enter_context(logged(path))
         return folder
 
     def _begin(self, path: Path, lock: int) -> None:
         self.path = path
         self._lock: int | None = lock
         self._log = contextlib.ExitStack()
-        self._log.enter_context(logged(path))
         self._writer: SummaryWriter | None = None
         self._has_events = True
         self.purge_step: int | None = None

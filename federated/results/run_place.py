@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -19,6 +20,8 @@ from models.files import errors_named, sync
 from models.untrusted import read_json
 
 ENVIRONMENT_FILE, LOCK_FILE = "environment.json", "run.lock"
+_FIRST = (LOCK_FILE, f".{ENVIRONMENT_FILE}.part")
+"""What a run leaves that is killed before its folder says whose it is."""
 _WEIGHTS = (
     "manifest.json",
     "adapter_config.json",
@@ -54,6 +57,7 @@ WRITTEN = (
 )
 """Patterns of what runs, reports and evaluations leave in a run's folder: all that --overwrite removes."""
 
+_REPLACE = "pass --overwrite to replace it, or set output.name=OTHER"
 _PROBE_BYTES, _MAX_NAME_BYTES, _MAX_NAMED = 65_536, 255, 5
 
 
@@ -80,6 +84,11 @@ def run_path(root: str, name: str) -> Path:
                 "or output.root to where the link leads"
             )
     return Path(root) / path
+
+
+def beside(run: Path) -> Path:
+    """Return the folder that a run's folder is in, also where the run is named by ``.`` or ``..``."""
+    return run.parent if run.name not in ("", "..") else Path(os.path.abspath(run)).parent
 
 
 def check_place(path: Path, remedy: str = "set output.root and output.name to another place") -> None:
@@ -116,8 +125,13 @@ def check_place(path: Path, remedy: str = "set output.root and output.name to an
         raise UserError(f"{shown} cannot be written ({error.strerror or error}); {remedy}") from error
 
 
-def check_free(path: Path, *, overwrite: bool) -> None:
+def check_free(path: Path, *, overwrite: bool, other: str = _REPLACE) -> None:
     """Make sure that a run may be written to ``path``, without touching it.
+
+    Args:
+        path: The folder.
+        overwrite: What an earlier run left there may go.
+        other: What to do where there is one.
 
     Raises:
         UserError: It cannot be written, is in use, exists and may not be replaced, or is not a run's alone.
@@ -130,10 +144,9 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     if path.is_dir() and (path / LOCK_FILE).is_file():
         os.close(_locked(path))
     if not overwrite:
-        remedy = "pass --overwrite to replace it, or set output.name=OTHER"
         if can_be_resumed(path):
-            remedy = f"continue it with: fedlora resume {path}; {remedy}"
-        raise UserError(f"{path} already exists: {remedy}")
+            other = f"continue it with: fedlora resume {shlex.quote(str(path))}; {other}"
+        raise UserError(f"{path} already exists: {other}")
     check_replaceable(path)
 
 
@@ -148,7 +161,7 @@ def check_replaceable(path: Path) -> None:
     Raises:
         UserError: It is not a run folder, or something else is in it.
     """
-    if path.is_dir() and all(entry.name == LOCK_FILE for entry in path.iterdir()):
+    if path.is_dir() and all(entry.name in _FIRST for entry in path.iterdir()):
         return
     if not _is_run(path):
         raise UserError(
@@ -208,7 +221,7 @@ def reclaim(path: Path) -> int:
             "give the folder that a run wrote"
         )
     with errors_named(path):
-        return _locked(path)
+        return _locked(path, f"wait for its end; how far it is: fedlora status {shlex.quote(str(path))}")
 
 
 def release(path: Path, lock: int) -> None:
@@ -219,7 +232,7 @@ def release(path: Path, lock: int) -> None:
         os.close(lock)
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path, remedy: str = "wait for its end, or set output.name=OTHER") -> int:
     """Lock a folder by a file in it that names this process.
 
     The system frees the lock when its process ends, so that one a dead process left behind is no obstacle.
@@ -232,9 +245,7 @@ def _locked(path: Path) -> int:
         except BlockingIOError as error:
             holder = os.read(lock, 32).decode("ascii", "replace").strip() or "unknown"
             os.close(lock)
-            raise UserError(
-                f"{path} is in use by a run (process {holder}): wait for its end, or set output.name=OTHER"
-            ) from error
+            raise UserError(f"{path} is in use by a run (process {holder}): {remedy}") from error
         if _is_open_as(lock, file):
             break
         os.close(lock)  # its holder has removed it since

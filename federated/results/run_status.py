@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -150,7 +151,7 @@ def in_words(status: RunStatus) -> list[Text]:
     if status.stopped:
         lines.append(Text(status.stopped))
     if status.can_be_resumed:
-        lines.append(Text(f"continue it with: fedlora resume {status.run}"))
+        lines.append(Text(f"continue it with: fedlora resume {shlex.quote(status.run)}"))
     return lines
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 _THOUSAND = 1000
-_SHARES = ("accuracy", "recall", "precision", "f1", "fraction", "share")
+_SHARES = ("accuracy", "recall", "precision", "f1", "fraction", "share", "exact_match")
 _SHORT_METRICS = {"image_to_text_recall_at_": "I→T R@", "text_to_image_recall_at_": "T→I R@"}
 MISSING = "–"
 

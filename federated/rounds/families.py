@@ -15,11 +15,13 @@ import torch
 from federated.config.choices import Choice
 from federated.config.schema import ADAPTED
 from federated.data.image_reader import clip_reader
+from federated.data.question_reader import QuestionReader
 from federated.data.row_reader import ReadingSettings, RowReader, task_reader
 from federated.data.sources.form import FederatedData
 from federated.rounds.learnable import CLIP_CHECKS
 from lora.clip_wrapper import CLIPLoRAWrapper
 from lora.config import LoRAConfig
+from lora.vqa_wrapper import VQALoRAWrapper
 from lora.wrapper import LoRAWrapper
 from models.clip import FederatedCLIPModel
 from models.errors import UserError
@@ -27,6 +29,8 @@ from models.federated_model import FederatedModel
 from models.images import with_background
 from models.registration import add, check_call
 from models.tasks import Task
+from models.vqa import Decoder, FederatedVQAModel, Head
+from models.vqa_metrics import Language
 
 if TYPE_CHECKING:
     from federated.rounds.run import Run
@@ -127,8 +131,70 @@ def adapt_clip(model: FederatedCLIPModel, config: LoRAConfig, seed: int) -> CLIP
     return CLIPLoRAWrapper(model, config, seed=seed).apply_lora_to_federated_model()
 
 
+def build_vqa(  # noqa: PLR0913 - the family's options, keyword-only
+    setup: ModelSetup,
+    *,
+    text_model: str = "tiny",
+    head: Head = "generation",
+    answers: tuple[str, ...] = (),
+    decoder: Decoder = "full",
+    unfreeze_encoder_layers: int = 0,
+    dropout: float = 0.0,
+    num_beams: int = 1,
+    most_question_tokens: int = 32,
+    most_answer_tokens: int = 24,
+    language: Language = "en",
+) -> FederatedVQAModel:
+    """A CLIP's vision tower and an MBart that answer questions about images.
+
+    Args:
+        setup: ``model_name`` is that of the CLIP.
+        text_model: ``tiny`` (bundled), a hub name such as vinai/bartpho-syllable, or a local folder.
+        head: ``generation`` writes the answer; ``classification`` chooses one of ``answers``.
+        answers: The closed set of answers.
+        decoder: ``full`` trains it, ``frozen`` does not, ``lora`` puts adapters into it as well.
+        unfreeze_encoder_layers: So many last layers of the text encoder train; 0 with adapters there.
+        dropout: Of the projected patches, in training.
+        num_beams: Of beam search; 1 takes the most probable token each time.
+        most_question_tokens: Longest question; a longer one is cut.
+        most_answer_tokens: Longest answer, likewise.
+        language: How answers are normalised before they are compared.
+    """
+    return FederatedVQAModel(
+        setup.model_name,
+        text_model=text_model,
+        head=head,
+        answers=answers,
+        decoder=decoder,
+        unfreeze_encoder_layers=unfreeze_encoder_layers,
+        dropout=dropout,
+        num_beams=num_beams,
+        most_question_tokens=most_question_tokens,
+        most_answer_tokens=most_answer_tokens,
+        language=language,
+        strategy=setup.fine_tuning,
+        train_head=setup.train_head,
+        class_names=setup.class_names,
+        task=setup.task,
+        pretrained=setup.pretrained,
+        device=setup.device,
+        dtype=setup.dtype,
+        seed=setup.seed,
+        cache_dir=setup.cache_dir,
+    )
+
+
+def adapt_vqa(model: FederatedVQAModel, config: LoRAConfig, seed: int) -> VQALoRAWrapper:
+    """Put adapters into the towers of a model for questions."""
+    return VQALoRAWrapper(model, config, seed=seed).apply_lora_to_federated_model()
+
+
 FAMILIES: dict[str, ModelFamily] = {
-    family.name: family for family in (ModelFamily("clip", build_clip, adapt_clip, clip_reader, CLIP_CHECKS),)
+    family.name: family
+    for family in (
+        ModelFamily("clip", build_clip, adapt_clip, clip_reader, CLIP_CHECKS),
+        ModelFamily("vqa", build_vqa, adapt_vqa, QuestionReader),
+    )
 }
 """Name -> model family."""
 

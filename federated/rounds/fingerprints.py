@@ -9,29 +9,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 
 from federated.results.run_folder import package_versions
 from federated.rounds.run import Run
 from lora.base_identity import base_digests
 from models.errors import UserError
+from models.progress import doing
+from models.state import State
 
 log = logging.getLogger(__name__)
 
-_ROWS, _WEIGHTS, _VERSIONS = "rows", "base_weights", "versions"
-_BATCH = 1000
-_END_BYTES = 1024
+_ROWS, _WEIGHTS, _START, _VERSIONS = "rows", "base_weights", "start_adapter", "versions"
+_BATCH = 100
 
 
 def fingerprints(run: Run) -> dict[str, Any]:
     """Return the hashes of a run before its first round, JSON values.
 
-    Of an image the length counts, with its first and its last kilobyte; of every other column all values do.
+    All bytes of all rows count, images included. An adapter that the run starts from counts by its values:
+    clients that never took part still begin with what is private in it.
+
+    Raises:
+        UserError: An image cannot be read.
     """
     rows = {"train": run.data.train, "test": run.data.test}
+    with doing("checking the rows"):
+        digests = {split: _rows_digest(part, run.data.image_column) for split, part in rows.items()}
     return {
-        _ROWS: {split: _rows_digest(split_rows, run.data.image_column) for split, split_rows in rows.items()},
+        _ROWS: digests,
         _WEIGHTS: base_digests(run.model),
+        _START: None if run.config.model.adapter is None else _state_digest(run.initial_state),
         _VERSIONS: package_versions(),
     }
 
@@ -45,7 +54,7 @@ def check_fingerprints(before: Mapping[str, Any], now: Mapping[str, Any], source
         source: The run, for messages.
 
     Raises:
-        UserError: The rows or the base weights are others.
+        UserError: The rows, the base weights or the adapter that the run starts from are others.
     """
     for split, digest in now[_ROWS].items():
         if before.get(_ROWS, {}).get(split) != digest:
@@ -57,6 +66,11 @@ def check_fingerprints(before: Mapping[str, Any], now: Mapping[str, Any], source
         raise UserError(
             f"the base model's weights are not those that {source} was run with so far: put the model back "
             "as it was"
+        )
+    if before.get(_START) != now[_START]:
+        raise UserError(
+            f"model.adapter has other values than when {source} started from it: put it back as it was, or "
+            "set model.adapter to where it is"
         )
     versions = before.get(_VERSIONS, {})
     others = [
@@ -89,12 +103,18 @@ def _image_digest(image: Mapping[str, Any] | None) -> bytes:
     """Return the hash of an image that is embedded as bytes, or of its file."""
     content = (image or {}).get("bytes")
     if content is not None:
-        length, first, last = len(content), content[:_END_BYTES], content[-_END_BYTES:]
-    else:
-        path = Path(str((image or {}).get("path")))
-        length = path.stat().st_size
+        return hashlib.sha256(content).digest()
+    path = Path(str((image or {}).get("path")))
+    try:
         with path.open("rb") as file:
-            first = file.read(_END_BYTES)
-            file.seek(max(0, length - _END_BYTES))
-            last = file.read(_END_BYTES)
-    return hashlib.sha256(f"{length}\n".encode() + first + last).digest()
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def _state_digest(state: State) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

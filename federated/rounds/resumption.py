@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from federated.communication.ledger import Ledger
-from federated.communication.run_files import checked_line
+from federated.communication.run_files import checked_line, read_run_file
 from federated.config.config_changes import check_changes
 from federated.config.config_files import load_config, parse_config
 from federated.config.schema import ExperimentConfig
@@ -87,13 +88,26 @@ def read_resumption(run: Path, overrides: Sequence[str]) -> Resumption:
     done = checkpoint.server.server_round
     if config.federation.rounds < done:
         raise UserError(f"federation.rounds={config.federation.rounds}, but {done} rounds of {run} are done")
-    if config.federation.rounds == done and (run / "summary.json").exists():
-        raise UserError(
-            f"{run} is complete: all {done} rounds are done. More of them: "
-            f"fedlora resume {run} federation.rounds={2 * done}"
-        )
+    if (run / "summary.json").exists():
+        _check_incomplete(run, done, before, config)
     attempts = [int(commit.name.split("_")[1]) for commit in commits_of(run / "checkpoint")]
     return Resumption(config, checkpoint, store, states, max(attempts) + 1)
+
+
+def _check_incomplete(run: Path, done: int, before: ExperimentConfig, config: ExperimentConfig) -> None:
+    """Refuse to go on with a run that has come to its end, unless more of it is asked for."""
+    if config.federation.rounds == done:
+        raise UserError(
+            f"{run} is complete: all {done} rounds are done. More of them: "
+            f"fedlora resume {shlex.quote(str(run))} federation.rounds={2 * done}"
+        )
+    stopped = read_run_file(run / "summary.json").get("stopped")
+    if stopped and config.federation.early_stopping == before.federation.early_stopping:
+        patience = 2 * (before.federation.early_stopping.patience or 1)
+        raise UserError(
+            f"{run} is complete: {stopped}. More of it: "
+            f"fedlora resume {shlex.quote(str(run))} federation.early_stopping.patience={patience}"
+        )
 
 
 def check_fork(run: Path, server_round: int, config: ExperimentConfig) -> Resumption:
@@ -114,7 +128,8 @@ def check_fork(run: Path, server_round: int, config: ExperimentConfig) -> Resump
     changes = check_changes(before.model_copy(update={"output": config.output}), config, "fork")
     if config.federation.rounds <= server_round:
         raise UserError(
-            f"federation.rounds={config.federation.rounds}: no round is left after {server_round}"
+            f"federation.rounds={config.federation.rounds}: no round is left after {server_round}; "
+            f"set federation.rounds={2 * max(server_round, 1)}"
         )
     latest = read_latest(run / "checkpoint")[0].progress
     best = checkpoint.progress.best
@@ -149,6 +164,9 @@ def copy_past(run: Path, branch: Path, resumption: Resumption) -> Resumption:
 def cut_back(run: Path, progress: Progress) -> None:
     """Cut the growing files of a run to their lengths at a commit; keep the ledger's rows in ``lost.csv``.
 
+    A run that goes on from an older commit than its newest, as that is damaged, keeps what was lost after the
+    older one.
+
     Raises:
         UserError: A file is shorter than it was at the commit.
     """
@@ -156,9 +174,8 @@ def cut_back(run: Path, progress: Progress) -> None:
     for name in (METRICS_FILE, LEDGER_FILE):
         path = run / name
         if not path.is_file() or path.stat().st_size < lengths[name]:
-            raise UserError(
-                f"{path} is shorter than it was at the last commit: copy it again from where it is whole"
-            )
+            fault = "is shorter than it was at the last commit" if path.is_file() else "is missing"
+            raise UserError(f"{path} {fault}: copy it again from where it is whole")
     ledger = run / LEDGER_FILE
     with errors_named(run), ledger.open("rb") as file:
         head = file.readline()
@@ -167,7 +184,9 @@ def cut_back(run: Path, progress: Progress) -> None:
     rows = tail[: tail.rfind(b"\n") + 1]
     if rows:
         lost = run / LOST_FILE
-        kept = lost.read_bytes()[: lengths[LOST_FILE]] if lost.is_file() else b""
+        kept = lost.read_bytes() if lost.is_file() else b""
+        if kept[lengths[LOST_FILE] :] in (rows, head + rows):  # an earlier try was cut short after this
+            kept = kept[: lengths[LOST_FILE]]
         with written_whole(lost) as temporary:
             temporary.write_bytes((kept or head) + rows)
     for name in (LEDGER_FILE, METRICS_FILE):

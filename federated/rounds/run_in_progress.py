@@ -81,9 +81,9 @@ def go_on(served: Served, resumption: Resumption) -> None:
     served.origin = replace(served.origin, forks=resumption.origin.forks)
     served.started -= resumption.progress.elapsed_seconds
     served.best = resumption.progress.best
-    folder.reopen_files(served.run.config, first_step=resumption.server_round + 1)
     cut_back(folder.path, resumption.progress)
     served.ledger, served.lines = Ledger.continued(folder.path / LEDGER_FILE), read_lines(folder.path)
+    folder.reopen_files(served.run.config, first_step=resumption.server_round + 1)
     commit(served)
     if served.best is not None and served.best[0] == resumption.server_round:
         save_global(served, "adapter_best", server_round=served.best[0], metric=served.best[1])

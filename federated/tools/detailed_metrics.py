@@ -5,13 +5,15 @@ The model is used as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from datasets import Dataset
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
@@ -21,7 +23,9 @@ from federated.data.splits import IntArray
 from federated.results.wording import format_metric, format_percent, metric_label
 from federated.tools.evaluation_plots import (
     CHANCE,
+    NUM_PICTURES,
     ClassFigures,
+    answered_pictures,
     class_performance,
     confusion_matrix,
     recall_by_k,
@@ -30,10 +34,14 @@ from lora.adapters import unwrap
 from models.federated_model import FederatedModel
 from models.finite import check_finite
 from models.metrics import CONCEPT, DIRECTIONS, PICTURE, TEXT, RetrievalSet, retrieval_set
+from models.question_baselines import baseline_scores
 from models.training import Batch
+from models.vqa_metrics import Language, answer_type, mean_scores, normalised, row_scores, scores_by
 
 TOP = 5
 """The class of an image is among so many best ones, where there are more classes: top-5 accuracy."""
+MOST_ANSWERS_DRAWN = 15
+"""Frequent answers that the picture of confused answers names."""
 CUTOFFS = (1, 2, 3, 5, 10, 20, 30, 50, 100)
 """Values of k at which recall is reported, as far as the gallery reaches."""
 
@@ -101,6 +109,59 @@ def describe_task(
     lines = [f"{metric_label(name)}: {format_metric(name, value)}" for name, value in metrics.items()]
     results = {"headline_metric": task.headline_metric, **metrics}
     return DetailedMetrics(results, "\n".join(lines) + "\n", {}, tuple(predictions))
+
+
+def describe_answers(
+    described: DetailedMetrics, data: FederatedData, split: str, language: Language
+) -> DetailedMetrics:
+    """Add to what `describe_task` says of questions: types, baselines, confused answers, some pictures.
+
+    Args:
+        described: With the predictions of all rows.
+        data: Has questions and right answers.
+        split: Which rows they are.
+        language: How answers are normalised.
+    """
+    rows, said = data.split(split), described.predictions
+    (questions, right), types = _asked(rows), data.labels(split)
+    people = rows["answers"][:] if "answers" in rows.column_names else None
+    scores = row_scores(said, right, answers=people, language=language)
+    names = data.class_names or ()
+    groups = {
+        "by_type": [names[number] for number in types],
+        "by_answer_type": [answer_type(answer) for answer in right],
+    }
+    found: dict[str, Any] = {name: scores_by(scores, group) for name, group in groups.items()}
+    found["baselines"] = baseline_scores(
+        _asked(data.train), (questions, right), answers=people, language=language
+    )
+    lines = [described.report, "beside answers that look at no picture:"]
+    for name, words in (("majority", "most frequent answer"), ("question_only", "question only")):
+        lines.append(f"  {words}: {_scores_in_words(found['baselines'][name])}")
+    for title, group in (("type of question", "by_type"), ("type of answer", "by_answer_type")):
+        lines += [f"by {title}:"]
+        lines += [f"  {name}: {_scores_in_words(values)}" for name, values in found[group].items()]
+    frequent = [answer for answer, _ in Counter(right).most_common(MOST_ANSWERS_DRAWN)]
+    places = {normalised(answer, language): number for number, answer in enumerate(frequent)}
+    counts = np.zeros((len(frequent) + 1,) * 2, dtype=np.int64)
+    for expected, answer in zip(right, said, strict=True):
+        here, there = (places.get(normalised(text, language), len(frequent)) for text in (expected, answer))
+        counts[here, there] += 1
+    figures = {
+        "confusion_matrix": confusion_matrix(counts, [*frequent, "other"]),
+        "answers": answered_pictures(rows["image"][:NUM_PICTURES], questions, right, said),
+    }
+    results = {**described.results, **mean_scores(scores), **found}
+    return replace(described, results=results, report="\n".join(lines) + "\n", figures=figures)
+
+
+def _asked(rows: Dataset) -> tuple[list[str], list[str]]:
+    return rows["question"][:], rows["answer"][:]
+
+
+def _scores_in_words(scores: Mapping[str, float]) -> str:
+    parts = [f"{metric_label(n)} {format_metric(n, value)}" for n, value in scores.items() if n != "rows"]
+    return ", ".join([*parts, *([f"{scores['rows']:.0f} rows"] if "rows" in scores else [])])
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from federated.rounds.trained_record import TrainedRecord, check_rows, matched_c
 from federated.tools.central import one_shard
 from federated.tools.detailed_metrics import (
     DetailedMetrics,
+    describe_answers,
     describe_classes,
     describe_retrieval,
     describe_task,
@@ -254,6 +255,10 @@ def load_checkpoint(experiment: Run, folder: Path) -> str:
 def evaluate_in_detail(experiment: Run, split: str, report: Report = quiet) -> DetailedMetrics:
     """Evaluate the experiment's model, as it is, on the rows of a split."""
     batches, task = reported_batches(experiment, split, report), experiment.model.task
+    if task.family == "vqa":
+        model = unwrap(experiment.model)
+        described = describe_task(model, batches, experiment.data, split)
+        return describe_answers(described, experiment.data, split, model.language)
     if task.family != CLIP or task.predict is not None:
         return describe_task(unwrap(experiment.model), batches, experiment.data, split)
     if task.reads_captions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +13,17 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from PIL import Image
 
 from federated.results import plot_style as style
+from models.vqa_metrics import normalised
 
 CHANCE = "guessing"
 MAX_NUMBERED = 20  # classes up to which a cell carries its count
 MAX_NAMED = 40  # classes up to which every class is named
 MAX_BARS = 30  # classes up to which every class has its bar; beyond, the weakest and the strongest have
 MAX_LETTERS = 20  # of a class name on an axis
+NUM_PICTURES = 12  # that are shown with their question
 
 _CELLS = LinearSegmentedColormap.from_list("cells", [style.PAPER, style.BLUE])
 
@@ -70,6 +74,26 @@ def confusion_matrix(counts: npt.NDArray[np.int64], class_names: Sequence[str]) 
     bar.ax.tick_params(colors=style.INK, labelsize=8)
     bar.outline.set_edgecolor(style.GRID)
     style.percent_ticks(bar.ax.yaxis)
+    return figure
+
+
+def answered_pictures(
+    images: Sequence[Image.Image], questions: Sequence[str], right: Sequence[str], said: Sequence[str]
+) -> Figure:
+    """Draw pictures, each with a question, the answer given and, where it is another, the right one."""
+    columns = 4
+    figure = Figure(
+        figsize=(10, 2.6 * -(-len(images) // columns)), layout="constrained", facecolor=style.PAPER
+    )
+    axes = figure.subplots(-(-len(images) // columns), columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, image, question, expected, answer in zip(axes, images, questions, right, said, strict=False):
+        is_right = normalised(answer) == normalised(expected)
+        axis.imshow(image.convert("RGB"))
+        given = answer or "nothing"
+        lines = [*textwrap.wrap(question, 34)[:2], given if is_right else f"{given} (right: {expected})"]
+        axis.set_title("\n".join(lines), size=8, color=style.BLUE if is_right else style.ORANGE)
     return figure
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from federated.data.sources.folder_scan import DECODE_ERRORS
+from federated.rounds.build import usable_device
 from federated.tools.embeddings import (
     DEFAULT_OPTIONS,
     ImageEmbeddings,
@@ -19,12 +21,13 @@ from federated.tools.embeddings import (
     image_batches,
     read_texts,
 )
-from federated.tools.trained_models import OpenedModel
+from federated.tools.trained_models import OpenedModel, model_of_run, run_of
 from lora.adapters import adapter_layers
 from lora.base_delta_file import BASE_DELTA_FILE
 from lora.named import compare_embeddings
 from models.errors import UserError
 from models.finite import check_finite
+from models.image_modes import load_image
 from models.prompts import (
     average_templates,
     check_classes,
@@ -33,6 +36,8 @@ from models.prompts import (
     encode_in_chunks,
     warn_of_cut,
 )
+from models.vqa import FederatedVQAModel
+from models.vqa_task import ask
 
 _SCORED_AT_ONCE = 4096
 
@@ -157,6 +162,39 @@ def predict(
     """
     found = embed_images(opened.model, find_images(path), options)
     return Predictions(classify(opened, found, classifier, top_k), classifier.method, found.corrupt)
+
+
+def answer_question(
+    source: str | Path, image: str | Path, question: str, *, device: str = "cpu", any_base: bool = False
+) -> str:
+    """Ask the model of a run about an image.
+
+    Args:
+        source: The run, or its ``adapter_best``.
+        image: A file.
+        question: A text.
+        device: Where the model runs.
+        any_base: Take the trained part although the base model is not known to be its own.
+
+    Raises:
+        UserError: It is no run of questions, there is no such image, or the question is empty.
+    """
+    path, run = Path(source), run_of(Path(source))
+    if not question.strip():
+        raise UserError("the question is empty: say what to answer with --question")
+    if run is None:
+        raise UserError(f"{source} is no run folder: --question goes with a run of task.name=vqa")
+    folder = run / (path.name if path != run else "adapter")
+    model = model_of_run(run, folder, usable_device(device, "--device cpu"), any_base=any_base)
+    if not isinstance(model, FederatedVQAModel):
+        raise UserError(f"{source} answers no questions: --question goes with a run of task.name=vqa")
+    if not Path(image).is_file():
+        raise UserError(f"{image} is no file: give --image an image")
+    try:
+        picture = load_image(image)
+    except DECODE_ERRORS as error:
+        raise UserError(f"{image} cannot be decoded ({error}); replace it") from error
+    return ask(model, [picture], [question])[0]
 
 
 def compare_with_base(

@@ -190,7 +190,9 @@ def scan_classes(folder: Path, inside: Path | None) -> ClassScan:
 def _scan_class(folder: Path, inside: Path | None) -> tuple[tuple[Path, ...], list[Path], list[str]]:
     """Images of one class folder, at any depth, what is not read, and what is wrong."""
     images: list[Path] = []
-    ignored, problems, pending = [], [], [folder]
+    ignored: list[Path] = []
+    problems: list[str] = []
+    pending = [folder]
     while pending:
         for entry in sorted(pending.pop().iterdir()):
             is_folder = entry.is_dir()
