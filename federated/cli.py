@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.text import Text
 
 from federated.commands import checking, data, exporting, inference, status, sweep, train_and_evaluate
-from federated.commands.importing import PluginsOption, modules_that_stay
+from federated.commands.importing import PluginsOption, modules_that_stay, read_config
 from federated.commands.json_output import JsonOption, print_json
 from federated.commands.verbosity import add_verbosity, usual_verbosity
 from federated.config.plugins import load_plugins, plugins_at_fault
@@ -89,13 +89,10 @@ def run(
 
     Example: fedlora run quickstart federation.rounds=3 output.name=short
     """
+    loaded = read_config(config, overrides, plugin)
     with modules_that_stay():
-        from federated.config.config_files import load_config
         from federated.engines.simulation import run_experiment
         from federated.results.run_place import run_path
-
-        load_plugins(plugin or ())
-    loaded = load_config(config, overrides or [])
     path = run_path(loaded.output.root, loaded.output.name or "run")
     _play(path, lambda display: run_experiment(loaded, overwrite=overwrite, display=display))
 
@@ -190,13 +187,11 @@ def info(
 
     Example: fedlora info quickstart aggregation.name=flora federation.rounds=20 --json
     """
+    loaded = read_config(config, overrides, plugin)
     with modules_that_stay():
-        from federated.config.config_files import load_config
         from federated.results.console import print_note, print_table
         from federated.tools.inspection import closing_note, describe_run, description_tables
-
-        load_plugins(plugin or ())
-    description = describe_run(load_config(config, overrides or []))
+    description = describe_run(loaded)
     if as_json:
         print_json(description.record)
         return

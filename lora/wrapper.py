@@ -142,7 +142,7 @@ class LoRAWrapper(nn.Module):
         if any(layer.merged or layer.disable_adapters for layer in self._probe):
             raise UserError(
                 "the adapters are merged or disabled, so a step would not train them; "
-                "call unmerge_lora or enable_lora_layers first"
+                "call unmerge_lora() or enable_lora() first"
             )
         return self.federated_model.train_step(data, labels, **options)
 

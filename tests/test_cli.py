@@ -6,6 +6,8 @@ import gc
 import importlib.metadata
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,16 @@ def test_an_empty_class_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFi
         image.unlink()
     assert run_command("run", "quickstart", "data.source=imagefolder", f"data.path={folder}") == 2
     assert "dog" in capsys.readouterr().err
+
+
+def test_a_wrong_key_is_told_before_torch_is_imported() -> None:
+    script = (
+        "import atexit, sys; from federated.cli import main; "
+        "atexit.register(lambda: print('torch' in sys.modules)); main(['run', 'quickstart', 'lora.rank=4'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    assert "did you mean lora.r?" in done.stderr
 
 
 def test_what_a_command_imports_is_left_out_of_the_search_for_garbage() -> None:

@@ -172,3 +172,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
 def test_an_abbreviated_key_is_answered_with_the_whole_one(key: str, meant: str) -> None:
     with pytest.raises(UserError, match=rf"did you mean {meant}\?"):
         load_config("quickstart", [f"{key}=1"])
+
+
+def test_a_key_that_goes_on_after_a_short_one_suggests_it() -> None:
+    assert "did you mean lora.r?" in message_of("quickstart", "lora.rank=4")

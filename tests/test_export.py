@@ -89,7 +89,7 @@ def by_cards(
     parts = []
     for name, merged in cases:
         folder = export_model(run_of(name), root / f"{name}_{merged}", merge=merged)
-        code = card_code(folder).replace("base = 'tiny'", f"base = {str(TINY_FOLDER)!r}")
+        code = card_code(folder).replace('base = "path/to/tiny"', f"base = {str(TINY_FOLDER)!r}")
         call = f"similarities(images, {TEXTS!r})" if name == "retrieval" else "class_logits(images)"
         parts += [f"os.chdir({str(folder)!r})", code, f"numpy.save('logits.npy', {call}.numpy())"]
     start = """
@@ -144,6 +144,7 @@ def test_a_merged_export_is_a_model_for_our_own_commands_too(run_of, tmp_path: P
     )
     torch.testing.assert_close(our_logits(again), our_logits(trained), atol=1e-5, rtol=1e-5)
     assert again.clip.config.id2label == dict(enumerate(trained.class_names))
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # whoever reads one reads all
 
 
 def test_an_exported_adapter_opens_like_the_run_s_own(run_of, tmp_path: Path) -> None:

@@ -148,6 +148,8 @@ def test_a_file_without_config_or_with_an_unknown_key_is_refused(tmp_path: Path)
     (tmp_path / "a.yaml").write_text("seeds: 2\n")
     with pytest.raises(UserError, match="without config"):
         plan_study(str(tmp_path / "a.yaml"))
+    with pytest.raises(UserError, match="no configuration nowhere: .*shipped studies: .*methods"):
+        plan_study("nowhere")
 
 
 @pytest.mark.parametrize("text", ["lora.r", "lora.r=4", "lora.r=[]", "=[1]"])

@@ -194,6 +194,14 @@ def test_latex_has_the_rules_of_booktabs_and_no_bare_command() -> None:
     assert to_markdown(table).splitlines()[:3] == ["| name_1 | share |", "| --- | ---: |", "| a & b | 50 % |"]
 
 
+def test_an_interval_that_is_wider_than_shares_can_be_is_drawn_within_them(tmp_path: Path) -> None:
+    results = study(tmp_path, {"wide": ([0.1, 0.9], [0.9, 0.1])})
+    figures = {name: figure for name, (_, _, figure) in study_pictures(results).items()}
+    low, high = figures["metric_by_round"].axes[0].get_ylim()
+    assert low == 0
+    assert 1 < high < 1.05
+
+
 def test_a_study_leaves_tables_frames_pictures_and_a_page(tmp_path: Path) -> None:
     results = study(tmp_path, {"<b>plain</b>": CURVES["plain"], "better": CURVES["better"]} | {
         f"v{n}": (CURVES["plain"][0],) for n in range(8)

@@ -147,6 +147,25 @@ def test_images_below_a_class_folder_are_read_at_any_depth(
     assert data.train["label"] == [0, 0, 0, 1]
 
 
+def test_a_corrupt_image_is_refused_with_the_option_that_leaves_it_out_and_is_left_out_by_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images(tmp_path, *(f"{split}/{name}/0.png" for split in ("train", "test") for name in "ab"))
+    (tmp_path / "train" / "a" / "1.png").write_bytes(b"no image")
+    status, _, errors = fedlora(capsys, "data", "check", tmp_path)
+    assert status == 2
+    assert "1.png cannot be decoded" in errors
+    assert "data.options.skip_corrupt=true" in errors
+    skipping = ("data", "check", tmp_path, "data.options.skip_corrupt=true")
+    status, printed, _ = fedlora(capsys, *skipping, "--json")
+    assert status == 0
+    assert json.loads(printed)["counts"]["train"] == {"a": 1, "b": 1}
+    (tmp_path / "train" / "a" / "0.png").write_bytes(b"no image")
+    status, _, errors = fedlora(capsys, *skipping)
+    assert status == 2
+    assert f"class folder {tmp_path / 'train' / 'a'} has no image that can be decoded" in errors
+
+
 def test_preparation_keeps_the_folders_below_a_class(tmp_path: Path) -> None:
     images(tmp_path / "flat", *(f"{name}/{year}/0.png" for name in "ab" for year in (2020, 2021)))
     prepare_folder(tmp_path / "made", source=tmp_path / "flat", ratios=(0.5, 0.0, 0.5))

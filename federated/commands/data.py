@@ -42,7 +42,8 @@ def check(
     options: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="For tables: data.options.label_column=kind and so on."
+            metavar="[KEY=VALUE]...",
+            help="Of the data source: data.options.skip_corrupt=true, data.options.label_column=kind …",
         ),
     ] = None,
     *,
@@ -57,9 +58,9 @@ def check(
 ) -> None:
     """Look at every image of a folder: structure, corrupt files, class balance, doubles across splits.
 
-    A csv file, a folder of them, a folder of parquet files and what save_to_disk wrote are looked at
-    likewise: rows, images, captions or questions. Ends with exit code 0 if a run can use the folder, and
-    with 2 if not.
+    Also of csv files, parquet files and what save_to_disk wrote: rows, images, captions or questions.
+
+    The exit code is 0 if a run can use the data, and 2 if not.
 
     Example: fedlora data check my_images
 
@@ -74,13 +75,20 @@ def check(
         return
     from federated.data.folders import check_folder
 
-    if options:
-        raise UserError(f"{folder} is a folder of images, which has no option {options[0]}; leave it out")
+    given = _options_of(options or [], allow_outside=allow_outside)
+    skip_corrupt, allow_outside = (bool(given.pop(key, False)) for key in ("skip_corrupt", "allow_outside"))
+    if given:
+        raise UserError(
+            f"{folder} is a folder of images, which has no option data.options.{next(iter(given))}; "
+            "leave it out"
+        )
     from federated.results.console import print_table
     from federated.tools.result_tables import class_table, double_table
 
     with progress_bar("images") as report_progress:
-        report = check_folder(folder, allow_outside=allow_outside, report=report_progress)
+        report = check_folder(
+            folder, skip_corrupt=skip_corrupt, allow_outside=allow_outside, report=report_progress
+        )
     if as_json:
         print_json({"usable": report.usable, **asdict(report)})
     else:
@@ -94,9 +102,15 @@ def check(
             shown = listed(report.ignored)
             typer.echo(f"not images by their suffix or place, and ignored: {shown}")
         _name_suspects(report)
+    corrupt = [f"{path} cannot be decoded ({error})" for path, error in report.corrupt]
     if not report.usable:
-        corrupt = [f"{path} cannot be decoded ({error})" for path, error in report.corrupt]
+        if corrupt and not skip_corrupt:
+            corrupt[-1] += (
+                "; replace or remove it, or pass data.options.skip_corrupt=true, here and to the run"
+            )
         raise UserError(f"{folder} cannot be used:\n  " + "\n  ".join([*report.problems, *corrupt]))
+    if corrupt and not as_json:
+        typer.echo(f"left out: {listed(corrupt)}")
     if not as_json:
         typer.echo(f"{folder} can be used; {_balance(report.imbalance())}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +13,9 @@ from typing import Annotated
 import click
 import typer
 
+from federated.config.config_files import load_config
+from federated.config.plugins import load_plugins
+from federated.config.schema import ExperimentConfig
 from models.progress import is_quiet
 
 
@@ -52,3 +55,23 @@ def modules_that_stay() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def read_config(
+    config: str, overrides: Sequence[str] | None, plugins: Sequence[Path] | None, *, name_suffix: str = ""
+) -> ExperimentConfig:
+    """Read what a command was given before torch is imported, so that a wrong key is told at once.
+
+    Args:
+        config: A file or a shipped name.
+        overrides: ``KEY=VALUE`` texts.
+        plugins: Files that may bring names; they are loaded first.
+        name_suffix: As of ``load_config``.
+
+    Raises:
+        UserError: As ``load_config`` and ``load_plugins``.
+    """
+    if plugins:
+        with modules_that_stay():
+            load_plugins(plugins)
+    return load_config(config, overrides or [], name_suffix=name_suffix)

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from federated.commands.importing import PluginsOption, Precision, modules_that_stay
+from federated.commands.importing import PluginsOption, Precision, modules_that_stay, read_config
 from federated.commands.json_output import JsonOption, print_json
 from federated.config.plugins import load_plugins
 from federated.results.console import BarsDisplay, print_notes, print_where
@@ -46,12 +46,9 @@ def train(
 
     Example: fedlora train quickstart train.epochs=5 train.early_stopping.patience=2
     """
+    loaded = read_config(config, overrides, plugin, name_suffix="-central")
     with modules_that_stay():
-        from federated.config.config_files import load_config
         from federated.tools.central import train_centrally
-
-        load_plugins(plugin or ())
-    loaded = load_config(config, overrides or [], name_suffix="-central")
     console = lasting_console()
     with EpochDisplay(console) as display:
         folder = train_centrally(loaded, overwrite=overwrite, display=display)

@@ -113,6 +113,8 @@ def _nearest(location: list[str], root: type[BaseModel]) -> str:
     matches = _abbreviated(leaf, siblings) or difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.5)
     if matches:
         return f"; did you mean {siblings[matches[0]]}?"
+    if beginnings := [name for name in siblings if leaf.startswith(name)]:  # rank: r
+        return f"; did you mean {siblings[max(beginnings, key=len)]}?"
     leaves = {key.rsplit(".", 1)[-1]: key for key in valid}
     matches = _abbreviated(leaf, leaves) or difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)
     return (

@@ -54,6 +54,7 @@ class FolderReport:
         one_colour: images whose pixels are all of one colour.
         several_frames: images of which all frames but the first are not read.
         look_alike: groups of images that differ as files hold them and are equal as a model is shown them.
+        skips_corrupt: whether corrupt images are left out; ``counts`` is then of the others.
     """
 
     path: Path
@@ -66,11 +67,12 @@ class FolderReport:
     one_colour: tuple[Path, ...] = ()
     look_alike: tuple[tuple[Path, ...], ...] = ()
     several_frames: tuple[Path, ...] = ()
+    skips_corrupt: bool = False
 
     @property
     def usable(self) -> bool:
         """Whether the ``imagefolder`` source takes the folder as it is."""
-        return not self.problems and not self.corrupt
+        return not self.problems and (self.skips_corrupt or not self.corrupt)
 
     @property
     def leaks(self) -> bool:
@@ -85,11 +87,14 @@ class FolderReport:
         return max(counts) / min(counts)
 
 
-def check_folder(path: Path | str, *, allow_outside: bool = False, report: Report = quiet) -> FolderReport:
+def check_folder(
+    path: Path | str, *, skip_corrupt: bool = False, allow_outside: bool = False, report: Report = quiet
+) -> FolderReport:
     """Look at every file of an image folder: structure, corrupt images, balance, leaks between splits.
 
     Args:
         path: a folder with ``train/<class>/*``, ``test/<class>/*`` and, if wanted, ``val/<class>/*``.
+        skip_corrupt: take a folder with corrupt images, without them, as the source's option does.
         allow_outside: follow links that leave the folder, as the source's option of that name does.
         report: told about the progress, after each image.
 
@@ -112,10 +117,20 @@ def check_folder(path: Path | str, *, allow_outside: bool = False, report: Repor
         by_pixels[look.shown].append(image)
     same_content = _across_splits(by_content, root)
     known = set(same_content)
+    left_out = {file for file, _ in corrupt} if skip_corrupt else set()
+    emptied = [
+        f"class folder {root / split / name} has no image that can be decoded"
+        for split, classes in scan.files.items()
+        for name, files in classes.items()
+        if files and left_out.issuperset(files)
+    ]
     return FolderReport(
         path=root,
-        counts={split: {name: len(images) for name, images in c.items()} for split, c in scan.files.items()},
-        problems=scan.problems,
+        counts={
+            split: {name: sum(file not in left_out for file in files) for name, files in classes.items()}
+            for split, classes in scan.files.items()
+        },
+        problems=(*scan.problems, *emptied),
         corrupt=tuple(corrupt),
         same_content=same_content,
         same_pixels=tuple(group for group in _across_splits(by_pixels, root) if group not in known),
@@ -123,6 +138,7 @@ def check_folder(path: Path | str, *, allow_outside: bool = False, report: Repor
         one_colour=of_one_colour(looks),
         look_alike=look_alike(looks),
         several_frames=of_several_frames(looks),
+        skips_corrupt=skip_corrupt,
     )
 
 

@@ -216,7 +216,10 @@ def reclaim(path: Path) -> int:
         UserError: No run made it, or it is in use.
     """
     if path.is_symlink() or not _is_run(path):
-        raise UserError(f"{path} is not a run folder (it has no {ENVIRONMENT_FILE} of a run)")
+        raise UserError(
+            f"{path} is not a run folder (it has no {ENVIRONMENT_FILE} of a run): "
+            "give the folder that a run wrote"
+        )
     with errors_named(path):
         return _locked(path, f"wait for its end; how far it is: fedlora status {shlex.quote(str(path))}")
 

@@ -111,6 +111,9 @@ def _curves(results: StudyResults, variants: Sequence[VariantRuns], name: str, p
     else:
         style.name_round_axis(axis)
     style.name_metric_axis(axis, results.metric)
+    if style.is_share(results.metric):  # an interval may end where no share is
+        low, high = axis.get_ylim()
+        axis.set_ylim(max(low, 0.0), min(high, 1.02))
     _draw_legend(figure, axis)
     return figure
 

@@ -54,9 +54,11 @@ def study_notes(results: StudyResults, target: float | None = None) -> list[str]
         "± is the standard deviation over seeds, [ ] the 95 % confidence interval of the mean (Student's t)."
     ]
     if results.differences:
+        number = len(results.corrected_p_values)
         notes.append(
             "Differences pair runs of one seed; p is of the paired t-test, and p (Holm) is corrected for "
-            f"the {len(results.corrected_p_values)} comparisons of this study. Intervals are not corrected."
+            f"the {'one comparison' if number == 1 else f'{number} comparisons'} of this study. Intervals "
+            "are not corrected."
         )
     if len(results.seeds) < 3:
         notes.append("With fewer than 3 seeds an interval says next to nothing.")

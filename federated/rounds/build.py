@@ -14,6 +14,7 @@ from federated.config import choices
 from federated.config.schema import ADAPTED, ExperimentConfig
 from federated.config.seeding import generator
 from federated.data.dataset import FederatedData, check_task_data, load_data
+from federated.data.names import listed
 from federated.data.partition import Partition
 from federated.data.row_reader import ReadingSettings
 from federated.data.splits import IntArray, hold_out
@@ -123,7 +124,8 @@ def build_bare_model(
     if section.num_classes and class_names and section.num_classes != len(class_names):
         raise UserError(
             f"model.num_classes is {section.num_classes} but the data has {len(class_names)} classes "
-            f"({', '.join(class_names[:5])} …): set model.num_classes=null (the data's number), or correct it"
+            f"({listed(map(repr, class_names))}): set model.num_classes=null (the data's number), or "
+            "correct it"
         )
     check_family(config)
     setup = ModelSetup(

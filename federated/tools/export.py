@@ -147,6 +147,8 @@ def _write_merged(model: FederatedCLIPModel, folder: Path) -> None:
         clip.config.label2id = {name: number for number, name in enumerate(model.class_names)}
     with without_progress_bar():
         clip.save_pretrained(str(folder))
+    for weights in folder.glob("*.safetensors"):  # written for their owner alone
+        weights.chmod((folder / "config.json").stat().st_mode)
     tokenize.tokenizer.save_pretrained(str(folder))
     settings = read_image_settings(
         model.model_name,

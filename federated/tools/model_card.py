@@ -5,6 +5,7 @@ It names no place on the machine that trained it. Its code runs as it stands in 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from peft import PeftModel
 from transformers import AutoProcessor, CLIPModel
 
 folder = "."  # this folder
-base = {base!r}{remark}
+base = {base}{remark}
 clip = PeftModel.from_pretrained(CLIPModel.from_pretrained(base), folder).eval().base_model.model
 processor = AutoProcessor.from_pretrained(base)
 """
@@ -79,7 +80,7 @@ def similarities(images, texts):
         return clip.logit_scale.exp() * image_features(images) @ text_features(texts).T
 '''
 
-_LOCAL = "  # its folder: python -c 'from models.clip_loading import TINY_FOLDER; print(TINY_FOLDER)'"
+_LOCAL = "  # what this prints: python -c 'from models.clip_loading import TINY_FOLDER; print(TINY_FOLDER)'"
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,8 +170,10 @@ def _usage(facts: CardFacts) -> Iterator[str]:
     remark = (
         "" if _is_hub_name(model.model_name) else _LOCAL if model.model_name == "tiny" else "  # its folder"
     )
-    base = model.model_name if _is_hub_name(model.model_name) else Path(model.model_name).name
-    load = _MERGED if facts.merged else _ADAPTER.format(base=base, remark=remark)
+    base = model.model_name if _is_hub_name(model.model_name) else f"path/to/{Path(model.model_name).name}"
+    load = (
+        _MERGED if facts.merged else _ADAPTER.format(base=json.dumps(base, ensure_ascii=False), remark=remark)
+    )
     if model.task.reads_captions or model.class_names is None:
         yield f"```python\n{load}{_IMAGES}{_TEXTS}```\n"
         return

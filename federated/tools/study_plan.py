@@ -23,6 +23,7 @@ from federated.rounds.build import load_run_data
 from federated.rounds.compatibility import build_aggregator
 from models.errors import UserError
 from models.files import json_text
+from models.shipped_configs import find_config
 from models.tasks import TASKS
 
 _NO_RESULT = ("output", "engine.threads", "engine.workers")
@@ -118,6 +119,8 @@ def plan_study(source: str, overrides: Sequence[str] = (), **given: Any) -> Stud
     shipped = config_folder() / "studies" / f"{source}.yaml"
     path = shipped if shipped.is_file() and not Path(source).is_file() else Path(source)
     found = read_study(path) if path.is_file() else None
+    if found is None:
+        _check_source(source)
     default_name = (
         f"{path.stem}-study" if found is None else path.parent.name if _is_kept(path) else path.stem
     )
@@ -136,6 +139,19 @@ def plan_study(source: str, overrides: Sequence[str] = (), **given: Any) -> Stud
     study = Study(name, folder, file.model_copy(update=whole), base, tuple(variants_of(file, name)))
     _check(study)
     return study
+
+
+def _check_source(source: str) -> None:
+    """Name the shipped studies too where a configuration is not there.
+
+    Raises:
+        UserError: There is no such file and no such name.
+    """
+    try:
+        find_config(source)
+    except UserError as error:
+        studies = sorted(path.stem for path in (config_folder() / "studies").glob("*.yaml"))
+        raise UserError(f"{error}; shipped studies: {', '.join(studies)}") from error
 
 
 def fingerprint(config: ExperimentConfig) -> str:
