@@ -96,7 +96,7 @@ def test_an_evaluation_of_values_that_are_no_numbers_has_no_metric(
 
 
 def test_a_sound_model_has_metrics(small_clip_folder: Path) -> None:
-    for task in TASKS:
+    for task in (name for name, task in TASKS.items() if task.family == "clip"):
         model = FederatedCLIPModel(
             str(small_clip_folder), 3, class_names=("cat", "dog", "red car"), task=task
         )

@@ -311,7 +311,7 @@ def test_a_wrong_task_has_the_nearest_registered_one_named(capsys: pytest.Captur
     command = ("show-config", "quickstart", "task.name=smoothd")
     error = fedlora(capsys, *command)[2]
     assert "task.name: no task 'smoothd'" in error
-    assert "classification, retrieval, zero_shot" in error
+    assert "classification, retrieval, vqa, zero_shot" in error
     assert "did you mean 'smoothed'?" in fedlora(capsys, *command, "--plugin", EXAMPLES / "own_task.py")[2]
 
 
