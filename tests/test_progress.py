@@ -37,7 +37,7 @@ def echo(text, **options):
     sys.exit()
 typer.echo = echo
 from federated.cli import main
-main(["run", "no such configuration"])
+main(["run", "quickstart"])
 """
 
 
