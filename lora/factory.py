@@ -105,7 +105,7 @@ def create_model(config: Any, **model_options: Any) -> nn.Module:
     build, wrap = _BUILT[family]
     task = dict(tree.get("task") or {})
     if family == "vqa":
-        task.pop("name", None)
+        task = {key: value for key, value in task.items() if key not in ("name", "templates")}
         section |= section.pop("options", {})
         section.setdefault("fine_tuning", "full")
     options = _model_options(section, task, build, uses_adapters=adapted)

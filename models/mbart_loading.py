@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, MBartConfig, MBartForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, MBartConfig, MBartForConditionalGeneration
 
 from models.clip_loading import _local_only as local_only
 from models.clip_loading import without_progress_bar
@@ -86,6 +86,9 @@ def load_mbart(
             )
         else:
             local = local_only(source)
+            kind = AutoConfig.from_pretrained(source, local_files_only=local, cache_dir=cache_dir).model_type
+            if kind != "mbart":
+                raise UserError(f"text_model={name!r} is of model_type {kind!r}: an MBart is needed")
             with without_progress_bar() if local else nullcontext():
                 found = MBartForConditionalGeneration.from_pretrained(
                     source, local_files_only=local, cache_dir=cache_dir, dtype=torch.float32

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from models.finetuning import check_choice
 from models.mbart_loading import TextTokenizer, load_mbart
 from models.tasks import TASKS, Task
 from models.towers import Towers
-from models.training import Batch, autocast
+from models.training import Batch
 from models.vqa_metrics import Language
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ FINE_TUNINGS = ("full", "head_only", "lora")
 
 Decoder = Literal["full", "frozen", "lora"]
 Head = Literal["generation", "classification"]
+DECODERS: tuple[Decoder, ...] = get_args(Decoder)
+HEADS: tuple[Head, ...] = get_args(Head)
 
 
 class FederatedVQAModel(FederatedModel):
@@ -51,7 +53,6 @@ class FederatedVQAModel(FederatedModel):
         tokenizer: Texts to numbers and back.
         answers: The closed set of answers; empty where answers are written.
         deduplicates: Encode a picture that is several times in a batch once.
-        precision: Of forward passes outside training: "fp32", "bf16" or "fp16" (autocast).
         recipe: Arguments of the documented recipe that `lora.vqa_wrapper.VQALoRAWrapper` reads.
     """
 
@@ -162,11 +163,13 @@ class FederatedVQAModel(FederatedModel):
         self.vision, self.text = tower.vision_model, text
         self.preprocess, self.image_size = clip.preprocess, clip.image_size
         self.tokenizer = TextTokenizer(text_model, cache_dir)
-        self.deduplicates, self.precision, self.language = True, "fp32", language
+        self.deduplicates, self.language = True, language
         self.towers = self._towers()
         self._apply_strategy()
 
     def _check(self, text: Any) -> None:
+        check_choice("head", self.head_kind, HEADS)
+        check_choice("decoder", self.decoder_kind, DECODERS)
         closed = self.head_kind == "classification"
         if closed and len(set(self.answers)) < 2:
             raise UserError(
@@ -305,11 +308,10 @@ class FederatedVQAModel(FederatedModel):
     def forward(self, data: Batch) -> Tensor:
         """Logits of a batch, as `answer_logits`."""
         batch = self._batch(data, None)
-        with autocast(self.precision, self.device.type):
-            return self.answer_logits(batch, *self.encode(batch))
+        return self.answer_logits(batch, *self.encode(batch))
 
     def answer_loss(self, batch: Batch, logits: Tensor) -> Tensor:
-        """Mean cross-entropy over the answers, or over their tokens; 0 where none counts."""
+        """Mean cross-entropy over the answers, or over their tokens; NaN where none counts."""
         labels = batch["labels"].flatten()
         return F.cross_entropy(logits.flatten(0, -2).float(), labels, ignore_index=-100)
 

@@ -148,6 +148,12 @@ def test_a_separator_inside_the_fields_is_not_taken_for_the_one_of_the_file(tmp_
     assert set(load_data("csv", path=path, test_fraction=0.5).train.column_names) >= {"image", "caption"}
 
 
+def test_a_quote_that_is_not_closed_in_a_long_file_is_an_error_that_names_the_file(tmp_path):
+    path = write_csv(tmp_path / "all.csv", "image,label", ['a.png,"open', *30_000 * ["b.png,c"]])
+    with pytest.raises(UserError, match=r"all\.csv: no csv"):
+        load_data("csv", path=path)
+
+
 def test_missing_images_are_left_out_under_skip_corrupt_and_counted(tmp_path, caplog):
     write_images(tmp_path, 2)
     rows = ["0.png,a,train", "7.png,a,train", "1.png,a,test"]

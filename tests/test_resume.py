@@ -249,6 +249,12 @@ def test_a_key_that_would_make_the_past_untrue_is_refused_by_name(whole: Path, o
     assert (whole / "summary.json").is_file()
 
 
+def test_a_branch_that_could_not_learn_is_refused_before_it_has_a_folder(whole: Path) -> None:
+    with pytest.raises(UserError, match="fp16"):
+        fork_experiment(whole, 2, "half", ["client.precision=fp16"])
+    assert not (whole.parent / "half").exists()
+
+
 def test_a_branch_shares_the_past_and_says_what_differs_from_there(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "quickstart"
     shutil.copytree(whole, run)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from federated.config.config_files import load_config
 from lora import create_model, load_lora_adapters, save_lora_adapters
 from lora.adapters import is_adapter_parameter
 from lora.vqa_wrapper import VQALoRAWrapper
@@ -354,3 +355,15 @@ def test_three_unfrozen_layers_and_the_decoder_of_bartpho_have_the_documented_nu
     assert counts["decoder"] > 200_000_000
     vision = bartpho(use_vision_lora=True, decoder="frozen").parameter_counts()["vision"]
     assert vision == 12 * 3 * 2 * 8 * 768 == 442_368
+
+
+@pytest.mark.parametrize("wrong", [{"decoder": "Full"}, {"head": "classify"}])
+def test_a_kind_of_decoder_or_head_that_there_is_not_is_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        FederatedVQAModel(**wrong)
+
+
+def test_a_loaded_configuration_makes_the_model_that_its_file_makes() -> None:
+    loaded, read = create_model(load_config("easy_vqa")), create_model("easy_vqa")
+    assert type(loaded) is type(read) is VQALoRAWrapper
+    assert loaded.lora_config == read.lora_config

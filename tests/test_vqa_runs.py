@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from federated.config.config_files import load_config
 from federated.config.schema import ExperimentConfig
 from federated.engines.simulation import run_experiment
+from federated.results.run_place import _is_written
 from federated.rounds.run import build_run
 from models.errors import UserError
 from tests.command import fedlora
@@ -100,6 +101,8 @@ def test_an_evaluation_stands_beside_answers_that_look_at_no_picture(
         right
     )
     assert (finished / "evaluation_test" / "confusion_matrix.png").is_file()
+    for path in (finished / "evaluation_test").iterdir():
+        assert _is_written(f"evaluation_test/{path.name}"), "--overwrite would refuse the folder"
 
 
 def test_a_question_about_an_image_is_answered(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,6 +115,9 @@ def test_a_question_about_an_image_is_answered(finished: Path, capsys: pytest.Ca
     assert status == 0, error
     status, as_json, _ = fedlora(capsys, "predict", finished, *question, "--json")
     assert json.loads(as_json)["answer"] == printed.strip()
+    status, _, error = fedlora(capsys, "predict", finished, *question, "--output", "a.csv")
+    assert status == 2
+    assert "--output" in error
     status, _, error = fedlora(capsys, "predict", finished, "--question", "what?")
     assert status == 2
     assert "--image" in error

@@ -17,7 +17,7 @@ from rich.console import Console
 from federated.commands.importing import PluginsOption, Precision, modules_that_stay
 from federated.commands.json_output import JsonOption, print_json
 from federated.config.plugins import load_plugins
-from federated.data.names import names_in
+from federated.data.names import listed, names_in
 from models.errors import UserError, printable
 from models.progress import progress_bar
 
@@ -123,6 +123,10 @@ def predict(  # noqa: PLR0913 - the command's options
 
         load_plugins(plugin or ())
     if question is not None or image is not None:
+        given = {"--output": output, "--format": output_format, "--classes": classes, "--template": template}
+        given |= {"--model": model, "--adapter": adapter}
+        if unread := [name for name, value in given.items() if value is not None]:
+            raise UserError(f"a question takes no {listed(unread)}: leave it out")
         _ask(inputs, image, question, device, any_base=any_base, as_json=as_json)
         return
     chosen = _format(Format.json if as_json else output_format, output)

@@ -85,7 +85,9 @@ def resume_experiment(
         with limited_threads(resumption.config.engine.threads):
             check_workers(resumption.config.engine.workers)
             check_trackers(resumption.config.output.trackers)
-            _simulate(build_run(resumption.config), folder, display, resumption)
+            run = build_run(resumption.config)
+            check_can_learn(run)
+            _simulate(run, folder, display, resumption)
     return path
 
 
@@ -122,6 +124,7 @@ def fork_experiment(
         check_workers(config.engine.workers)
         check_trackers(config.output.trackers)
         run = build_run(config)
+        check_can_learn(run)
         with contextlib.closing(RunFolder(path, config)) as folder:
             _simulate(run, folder, display, copy_past(source, path, resumption))
     return path

@@ -30,7 +30,7 @@ _WEIGHTS = (
     "base_delta.safetensors",
     "model.safetensors",
 )
-_PICTURES = ("confusion_matrix", "class_performance", "recall_by_k")
+_PICTURES = ("confusion_matrix", "class_performance", "recall_by_k", "answers")
 _ENDINGS = ("png", "svg", "pdf")
 _EVALUATION = (
     "evaluation_report.txt",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from federated.config.schema import ADAPTED
 from federated.results.records import RunRecord
 from federated.results.run_kind import CENTRAL
 
@@ -51,7 +52,7 @@ def method_of(run: RunRecord) -> str | None:
         parts.append("scaffold")
     if settings.get("client.proximal_mu") and run.kind is not CENTRAL:
         parts.append("fedprox")
-    adapters = settings.get("model.type") == "clip_lora" and settings.get("lora.enabled", True)
+    adapters = str(settings.get("model.type")).endswith(ADAPTED) and settings.get("lora.enabled", True)
     trained = "" if adapters else f", {settings.get('model.fine_tuning') or 'full'}"
     return " + ".join(parts) + trained
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def write_page(
         UserError: A file cannot be written, or a run's file cannot be read.
     """
     for name, by_round in (("runs", False), ("rounds", True)):
-        frame = load_runs(folder / "runs" / "*", by_round=by_round)
+        frame = load_runs(Path(glob.escape(str(folder))) / "runs" / "*", by_round=by_round)
         write_text(folder / f"{name}.csv", frame.to_csv(lineterminator="\n"))
     study_file = folder / "study.yaml"
     page = _template().render(

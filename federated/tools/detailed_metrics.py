@@ -125,6 +125,8 @@ def describe_answers(
     rows, said = data.split(split), described.predictions
     (questions, right), types = _asked(rows), data.labels(split)
     people = rows["answers"][:] if "answers" in rows.column_names else None
+    if people is not None and any(len(answers) != 10 for answers in people):
+        people = None  # the official accuracy is defined for ten
     scores = row_scores(said, right, answers=people, language=language)
     names = data.class_names or ()
     groups = {
@@ -149,7 +151,7 @@ def describe_answers(
         counts[here, there] += 1
     figures = {
         "confusion_matrix": confusion_matrix(counts, [*frequent, "other"]),
-        "answers": answered_pictures(rows["image"][:NUM_PICTURES], questions, right, said),
+        "answers": answered_pictures(rows["image"][:NUM_PICTURES], questions, right, said, language),
     }
     results = {**described.results, **mean_scores(scores), **found}
     return replace(described, results=results, report="\n".join(lines) + "\n", figures=figures)

@@ -16,7 +16,7 @@ from matplotlib.ticker import NullLocator
 from PIL import Image
 
 from federated.results import plot_style as style
-from models.vqa_metrics import normalised
+from models.vqa_metrics import Language, normalised
 
 CHANCE = "guessing"
 MAX_NUMBERED = 20  # classes up to which a cell carries its count
@@ -78,7 +78,11 @@ def confusion_matrix(counts: npt.NDArray[np.int64], class_names: Sequence[str]) 
 
 
 def answered_pictures(
-    images: Sequence[Image.Image], questions: Sequence[str], right: Sequence[str], said: Sequence[str]
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+    right: Sequence[str],
+    said: Sequence[str],
+    language: Language = "en",
 ) -> Figure:
     """Draw pictures, each with a question, the answer given and, where it is another, the right one."""
     columns = 4
@@ -89,7 +93,7 @@ def answered_pictures(
     for axis in axes:
         axis.set_axis_off()
     for axis, image, question, expected, answer in zip(axes, images, questions, right, said, strict=False):
-        is_right = normalised(answer) == normalised(expected)
+        is_right = normalised(answer, language) == normalised(expected, language)
         axis.imshow(image.convert("RGB"))
         given = answer or "nothing"
         lines = [*textwrap.wrap(question, 34)[:2], given if is_right else f"{given} (right: {expected})"]

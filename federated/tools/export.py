@@ -156,6 +156,7 @@ def _write_merged(model: FederatedCLIPModel, folder: Path) -> None:
         model.image_size,
         pretrained=model.pretrained,
         local_only=tokenize.local_only(tokenize.source),
+        cache_dir=tokenize.cache_dir,
     )
     settings.save_pretrained(str(folder))
 

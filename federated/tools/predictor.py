@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from federated.tools.embeddings import ImageEmbeddings, InputOptions, find_images
+from federated.data.sources.folder_scan import DECODE_ERRORS
+from federated.tools.embeddings import ImageEmbeddings, InputOptions
 from federated.tools.prediction import Prediction, classify, make_classifier, predict
 from federated.tools.trained_models import open_model
 from models.errors import UserError
@@ -65,14 +66,14 @@ class Predictor:
         """Classify images in order, files or ones in memory.
 
         Raises:
-            UserError: There is none, or the model's output is not finite.
+            UserError: There is none, a file cannot be decoded, or the model's output is not finite.
         """
         if not images:
             raise UserError("there are no images to classify")
         model, rows = self._opened.model, []
         for start in range(0, len(images), self._options.batch_size):
             chunk = images[start : start + self._options.batch_size]
-            opened = [each if isinstance(each, Image.Image) else load_image(Path(each)) for each in chunk]
+            opened = [each if isinstance(each, Image.Image) else _read(Path(each)) for each in chunk]
             pixel_values = torch.stack([model.preprocess(image) for image in opened])  # (B, 3, H, W)
             rows.append(model.encode_image(pixel_values).cpu())
         paths = tuple(Path("" if isinstance(each, Image.Image) else each) for each in images)
@@ -85,5 +86,11 @@ class Predictor:
         Raises:
             UserError: There is no such folder, no image in it, or one that cannot be decoded.
         """
-        find_images(folder)
         return predict(self._opened, folder, self._classifier, top_k=top_k, options=self._options).rows
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        return load_image(path)
+    except DECODE_ERRORS as error:
+        raise UserError(f"{path} cannot be decoded ({error}): give another image") from error

@@ -66,7 +66,12 @@ def read_csv(path: Path, separator: str | None = None) -> list[Row]:
             number of fields than the header; names file and line.
     """
     text = _text_of(path)
-    separator = separator or _sniffed(text)
+    try:
+        separator = separator or _sniffed(text)
+    except csv.Error as error:
+        raise UserError(
+            f"{path}: no csv ({error}); set data.options.separator, or correct the quotes"
+        ) from error
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
