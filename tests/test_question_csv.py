@@ -234,4 +234,4 @@ def test_data_check_reads_questions_with_options(tmp_path, capsys, table):
     assert "is no option: write data.options.KEY=VALUE" in error
     code, _, error = fedlora(capsys, "data", "check", tmp_path, "image_dir=x")
     assert code == 2
-    assert "which has no option image_dir=x" in error
+    assert "which has no option data.options.image_dir" in error
