@@ -157,7 +157,9 @@ def _simulate(
         tracked(run.config.output.trackers, folder.path, settings) as trackers,
     ):
         followers = Followers(display, [*trackers, *callbacks])
-        followers.run_done(serve(grid, run, clients, folder, followers, states=grid, resumption=resumption))
+        followers.run_done(
+            serve(grid, run, clients, folder, display=followers, states=grid, resumption=resumption)
+        )
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Trackers of experiments as callbacks of a run: Weights & Biases, MLflow; TensorBoard is the run folder's.
 
-Where they write, whether they are offline and under which project, their own environment variables say
-(``WANDB_MODE=offline``, ``WANDB_PROJECT``, ``MLFLOW_TRACKING_URI``, ``MLFLOW_EXPERIMENT_NAME``). A tracker
-that fails while the run goes on is told of once and left out: the run folder has every value.
+Their own environment variables (``WANDB_MODE=offline``, ``WANDB_PROJECT``, ``MLFLOW_TRACKING_URI``,
+``MLFLOW_EXPERIMENT_NAME``) say where they write, whether they are offline, and under which project. A tracker
+that fails during a run is warned of once and left out: the run folder has every value.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class BestSoFar:
     _without_improvement: int = 0
 
     def update(self, epoch: int, value: float) -> bool:
-        """Take in an evaluation; return whether it is the best so far. NaN never is."""
+        """Receive an evaluation; return whether it is the best so far. NaN never is."""
         if self._improves(value, self._reference, self.minimum_change):
             self._reference, self._without_improvement = value, 0
         else:

@@ -1,6 +1,6 @@
 """Model families: how a federated model is built, adapted and fed, by name; ``model.type`` chooses one.
 
-Nothing past this module asks which family a run has. What only one family offers (caches of frozen towers,
+What only one family offers (caches of frozen towers,
 batches that clients share) is the doing of its reader and of its tasks.
 """
 

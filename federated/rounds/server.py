@@ -50,9 +50,9 @@ def serve(
     run: Run,
     clients: Mapping[int, int],
     folder: RunFolder,
+    *,
     display: Display | None = None,
     ledger: Ledger | None = None,
-    *,
     states: ClientStates | None = None,
     resumption: Resumption | None = None,
 ) -> dict[str, Any]:
@@ -239,6 +239,6 @@ def server_app(run: Run) -> ServerApp:
         ):
             save_clients_rows(run, folder.path / "partition.json")
             followers = Followers(None, trackers)
-            followers.run_done(serve(grid, run, clients, folder, followers, ledger=ledger))
+            followers.run_done(serve(grid, run, clients, folder, display=followers, ledger=ledger))
 
     return app
