@@ -156,6 +156,15 @@ def test_the_check_says_how_unlike_the_classes_sizes_are(prepared, tmp_path, cap
     assert "the same number" in fedlora(capsys, "data", "check", tmp_path / "equal")[1]
 
 
+@pytest.mark.parametrize("place", ["", "run"])
+def test_a_folder_of_runs_is_named_as_such(place, tmp_path, capsys):
+    (tmp_path / "run" / "plots").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    status, _, error = fedlora(capsys, "data", "check", tmp_path / place)
+    assert status == 2
+    assert "holds runs and no data" in error
+
+
 def test_a_folder_of_another_kind_is_refused(flat, tmp_path, capsys):
     code, _, error = fedlora(capsys, "data", "check", flat)
     assert code == 2

@@ -249,6 +249,13 @@ def test_a_key_that_would_make_the_past_untrue_is_refused_by_name(whole: Path, o
     assert (whole / "summary.json").is_file()
 
 
+def test_a_branch_of_a_round_to_come_or_of_no_run_says_so(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the run has not come to it"):
+        fork_experiment(whole, 99, "later", [])
+    with pytest.raises(UserError, match="not a run folder"):
+        fork_experiment(tmp_path / "nothing", 1, "other", [])
+
+
 def test_a_branch_that_could_not_learn_is_refused_before_it_has_a_folder(whole: Path) -> None:
     with pytest.raises(UserError, match="fp16"):
         fork_experiment(whole, 2, "half", ["client.precision=fp16"])

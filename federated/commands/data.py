@@ -186,6 +186,8 @@ def _kind_of(path: Path) -> str:
     """Return the data source that reads a path."""
     if path.is_file():
         return "csv"
+    if any(any(path.glob(pattern)) for pattern in ("metrics.jsonl", "*/metrics.jsonl")):
+        raise UserError(f"{path} holds runs and no data: give the folder or file that data.path names")
     if not path.is_dir() or any((path / "train").glob("*/")):
         return "imagefolder"
     if any(file.suffix.lower() in (".csv", ".tsv") for file in path.iterdir()):

@@ -341,7 +341,8 @@ def _source_and_input(inputs: Sequence[str], model: str | None) -> tuple[str, st
         return inputs[0], inputs[1]
     if model is None:
         raise UserError(
-            f"only {inputs[0]} is given; say what to use on it: a run, an adapter, or --model NAME"
+            f"only {inputs[0]} is given; give what to use and what to use it on: RUN INPUT, "
+            "ADAPTER INPUT, or --model NAME INPUT"
         )
     return model, inputs[0]
 

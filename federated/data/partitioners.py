@@ -92,9 +92,10 @@ def dirichlet(
             return _rows_of(flower, light)
         except ValueError as error:  # Flower's word for "gave up after its draws"
             logger.info("no Dirichlet split with %d samples a client yet: %s", min_samples, error)
+    fitting = max(len(light) // (4 * num_clients), 1)
     raise UserError(
         f"no Dirichlet split with alpha={alpha} gave each of {num_clients} clients {min_samples} samples; "
-        "raise alpha, lower min_samples, or use fewer clients",
+        f"raise alpha, lower min_samples, to {fitting} for example, or use fewer clients",
         options=("alpha", "min_samples"),
     )
 

@@ -17,6 +17,7 @@ from federated.engines.inprocess import InProcessGrid, node_id_of
 from federated.engines.workers import check_workers
 from federated.results.callbacks import Callback, Followers
 from federated.results.console import RunDisplay
+from federated.results.records import check_is_run
 from federated.results.run_folder import RunFolder
 from federated.results.run_place import beside, check_free, run_path
 from federated.results.trackers import check_trackers, tracked
@@ -114,6 +115,7 @@ def fork_experiment(
     Raises:
         UserError: There is no such commit, a key may not change, or the branch's folder exists.
     """
+    check_is_run(source)
     root = str(beside(source))
     place = [f"output.root={json.dumps(root)}", f"output.name={json.dumps(name)}"]
     config = load_config(source / "config.yaml", [*place, *overrides])

@@ -98,6 +98,20 @@ class RunRecord:
         return derived | {key: self.summary[key] for key in derived if key in self.summary}
 
 
+def check_is_run(folder: Path) -> Path:
+    """Return the file of a run's lines.
+
+    Raises:
+        UserError: The folder is no run folder.
+    """
+    path = folder / "metrics.jsonl"
+    if not os.path.isfile(path):
+        raise UserError(
+            f"{folder} is not a run folder (it has no metrics.jsonl): give the folder that a run wrote"
+        )
+    return path
+
+
 def read_run(run_dir: str | Path) -> RunRecord:
     """Read a run folder.
 
@@ -105,11 +119,7 @@ def read_run(run_dir: str | Path) -> RunRecord:
         UserError: it is no run folder, or one of its files cannot be read.
     """
     directory = Path(run_dir)
-    metrics_path = directory / "metrics.jsonl"
-    if not os.path.isfile(metrics_path):
-        raise UserError(
-            f"{directory} is not a run folder (it has no metrics.jsonl): give the folder that a run wrote"
-        )
+    metrics_path = check_is_run(directory)
     ledger_path, config_path = directory / "communication.csv", directory / "config.yaml"
     metrics, summary = read_lines(metrics_path), _read_json(directory / "summary.json", Summary)
     check_series(metrics, str(summary.get("headline_metric", "accuracy")), metrics_path)

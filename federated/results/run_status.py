@@ -18,7 +18,7 @@ from typing import Any, Literal
 from rich.text import Text
 
 from federated.communication.run_files import Summary, read_run_file
-from federated.results.records import read_lines
+from federated.results.records import check_is_run, read_lines
 from federated.results.run_kind import kind_of
 from federated.results.run_place import LOCK_FILE, can_be_resumed
 from federated.results.wording import (
@@ -28,7 +28,6 @@ from federated.results.wording import (
     is_share,
     metric_label,
 )
-from models.errors import UserError
 from models.files import json_text
 from models.untrusted import MOST_YAML_BYTES, parse_yaml, read_text
 
@@ -86,11 +85,7 @@ def read_status(run: Path) -> RunStatus:
     Raises:
         UserError: The folder is no run's, or one of its files cannot be read.
     """
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(
-            f"{run} is not a run folder (it has no metrics.jsonl): give the folder that a run wrote"
-        )
+    path = check_is_run(run)
     holder, lines = _holder(run / LOCK_FILE), read_lines(path)
     summary = read_run_file(run / "summary.json", Summary) if (run / "summary.json").is_file() else {}
     last = lines[-1] if lines else {}

@@ -359,9 +359,12 @@ def read_latest(
         return found
     if first is not None:
         raise UserError(f"no commit in {checkpoint} is whole. {first}") from first
-    there = ", ".join(str(number) for number in sorted({round_of(c) for c in commits_of(checkpoint)}))
+    numbers = sorted({round_of(commit) for commit in commits_of(checkpoint)})
+    there = ", ".join(map(str, numbers))
+    is_to_come = server_round is not None and server_round > max(numbers, default=0)
+    remedy = "; the run has not come to it" if is_to_come else ": see output.keep_checkpoints"
     wanted = "a commit" if server_round is None else f"a commit of round {server_round}"
     raise UserError(
         f"{checkpoint} has no {wanted.removeprefix('a ')}"
-        + (f", but of round {there}: see output.keep_checkpoints" if there else ": start the run again")
+        + (f", but of round {there}{remedy}" if there else ": start the run again")
     )

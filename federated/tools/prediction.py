@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ from models.vqa import FederatedVQAModel
 from models.vqa_task import ask
 
 _SCORED_AT_ONCE = 4096
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +128,10 @@ def make_classifier(
         return Classifier(names, "head", lambda features: model.logits({"image_features": features}))
     if len(set(names)) < max(2, len(names)) or not all(name.strip() for name in names):
         raise UserError(f"classes {', '.join(names)}: give at least two, all different and none empty")
+    if class_names is None and model.task.reads_captions:
+        logger.warning(
+            "%s learned captions: these are the classes of its data, by prompts; others by --classes", opened
+        )
     wording = model.templates if templates is None else tuple(templates)
     check_classes(len(names), names, wording)
     texts = class_prompts(names, wording)
