@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from federated.engines.simulation import run_experiment
 from federated.tools.export import export_model
+from federated.tools.prediction import make_classifier
 from federated.tools.trained_models import open_model
+from lora import quick_clip_lora, save_lora_adapters
 from models.clip import FederatedCLIPModel
 from models.clip_loading import TINY_FOLDER
 from models.errors import UserError
@@ -123,6 +125,26 @@ def test_a_merged_export_gives_our_logits_in_transformers_alone(name: str, by_ca
 def test_an_exported_adapter_gives_our_logits_in_peft_alone(name: str, by_cards, run_of) -> None:
     wanted = our_logits(open_model(run_of(name)).model)
     torch.testing.assert_close(by_cards[name, False], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_merged_export_predicts_with_the_head_that_it_brings(run_of, tmp_path: Path) -> None:
+    folder = export_model(run_of("fedavg"), tmp_path / "out", merge=True)
+    trained, exported = open_model(run_of("fedavg")), open_model(folder)
+    assert exported.model.class_names == trained.model.class_names
+    assert make_classifier(exported).method == make_classifier(trained).method == "head"
+    torch.testing.assert_close(our_logits(exported.model), our_logits(trained.model), atol=1e-5, rtol=1e-5)
+    (folder / "classifier.safetensors").write_bytes(b"not one")
+    with pytest.raises(UserError, match=r"classifier\.safetensors"):
+        open_model(folder)
+
+
+def test_a_head_that_names_no_classes_is_given_their_names(tmp_path: Path) -> None:
+    wrapper = quick_clip_lora("tiny", 2, lora_r=2)
+    opened = open_model(save_lora_adapters(wrapper, tmp_path / "own"))
+    assert make_classifier(opened, ["circle", "square"]).method == "head"
+    assert make_classifier(opened, ["circle", "square", "star"]).method != "head"
+    with pytest.raises(UserError, match="--classes"):
+        make_classifier(opened)
 
 
 def test_captions_are_matched_by_the_card_of_a_retrieval_run(by_cards, run_of) -> None:

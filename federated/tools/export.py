@@ -25,7 +25,7 @@ from federated.results.records import read_run
 from federated.results.run_place import check_place
 from federated.rounds.trained_record import TrainedRecord
 from federated.tools.model_card import CardFacts, model_card
-from federated.tools.trained_models import OpenedModel, open_model, record_of_adapter
+from federated.tools.trained_models import CLASSIFIER_FILE, OpenedModel, open_model, record_of_adapter
 from lora.adapter_files import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -47,7 +47,7 @@ from models.image_settings import read_image_settings
 from models.state import save_state
 from models.untrusted import read_json
 
-CARD_FILE, CLASSIFIER_FILE = "README.md", "classifier.safetensors"
+CARD_FILE = "README.md"
 _EXPORTED = "exported"
 
 

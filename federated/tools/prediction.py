@@ -112,7 +112,8 @@ def make_classifier(
 
     Args:
         opened: The model.
-        class_names: Classes for zero-shot prediction with prompts; by default those of the run.
+        class_names: Classes for zero-shot prediction with prompts, or those of a head that does not name its
+            own; by default those of the run.
         templates: Prompts with one {} each; by default those of the run, or "a photo of a {}.".
 
     Raises:
@@ -124,7 +125,8 @@ def make_classifier(
         raise UserError(
             f"{opened} does not say which classes there are; give a run folder, or --classes a,b,c"
         )
-    if opened.uses_head and class_names is None and templates is None:
+    unnamed = model.head is not None and model.class_names is None and len(names) == model.num_classes
+    if templates is None and (unnamed or opened.uses_head and class_names is None):
         return Classifier(names, "head", lambda features: model.logits({"image_features": features}))
     if len(set(names)) < max(2, len(names)) or not all(name.strip() for name in names):
         raise UserError(f"classes {', '.join(names)}: give at least two, all different and none empty")

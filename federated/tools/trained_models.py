@@ -20,7 +20,16 @@ from federated.methods import aggregator_from_name
 from federated.rounds.build import build_bare_model, usable_device
 from federated.rounds.checkpoint import CHECKPOINT_FILES, latest_checkpoint
 from federated.rounds.trained_record import TrainedRecord, record_from
-from lora.adapter_files import CONFIG_FILE, FILES, FULL_FILE, HEAD_FILE, read_adapter, read_notes
+from lora.adapter_files import (
+    CLASS_NAMES,
+    CONFIG_FILE,
+    FILES,
+    FULL_FILE,
+    HEAD_FILE,
+    names_of_classes,
+    read_adapter,
+    read_notes,
+)
 from lora.conversion import base_named_in, is_pt
 from lora.factory import load_model_with_lora
 from lora.loading import load_full_checkpoint, load_lora_adapters
@@ -29,9 +38,12 @@ from models.committed_folders import check_committed, current_folder
 from models.errors import UserError
 from models.federated_model import FederatedModel
 from models.tasks import CLIP, TASKS
+from models.untrusted import parse_json, read_tensors
 
 log = logging.getLogger(__name__)
 
+CLASSIFIER_FILE = "classifier.safetensors"
+"""In what ``fedlora export`` wrote: weight (C, D) and bias (C,) of the classes that its metadata name."""
 ADAPTER_FOLDERS = ("adapter", "adapter_best")
 """Where a run keeps the trained part of its last and its best round."""
 
@@ -105,6 +117,9 @@ def open_model(
     name = str(path.resolve()) if path.is_dir() else str(source)
     if adapter is not None:
         return _open_adapter(Path(adapter), name, place, any_base=any_base)
+    classifier = path / CLASSIFIER_FILE
+    if classifier.is_file():
+        return _open_exported(name, classifier, place)
     return OpenedModel(FederatedCLIPModel(name, task="zero_shot", strategy="lora", device=place))
 
 
@@ -258,3 +273,21 @@ def _open_adapter(
         raise UserError(f"{folder} does not name its base model; give it with --model")
     model = load_model_with_lora(folder, name, device=device, check_base=not any_base)
     return OpenedModel(model, adapter=str(folder.resolve()), uses_head=model.class_names is not None)
+
+
+def _open_exported(name: str, classifier: Path, device: torch.device) -> OpenedModel:
+    """Open a whole model that was exported with the classifier of its run."""
+    state, about = read_tensors(classifier)
+    keys = (CLASS_NAMES, "templates")
+    texts = {key: parse_json(about.get(key, "null").encode(), classifier) for key in keys}
+    names = names_of_classes(texts, classifier) or ()
+    templates = tuple(map(str, texts["templates"] or ("a photo of a {}.",)))
+    model = FederatedCLIPModel(
+        name, len(names), class_names=names, templates=templates, strategy="lora", device=device
+    )
+    assert model.head is not None
+    shapes = {key: tuple(value.shape) for key, value in model.head.state_dict().items()}
+    if {key: tuple(value.shape) for key, value in state.items()} != shapes:
+        raise UserError(f"{classifier} does not fit the model beside it: export the run again")
+    model.head.load_state_dict(state)
+    return OpenedModel(model.eval(), uses_head=True)
