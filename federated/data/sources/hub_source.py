@@ -129,8 +129,9 @@ def _load_hub(path: str, configuration: str | None, revision: str | None) -> Dat
         with contextlib.nullcontext() if reachable else _offline():
             loaded = load_dataset(path, configuration, revision=revision)
     except (ConnectionError, FileNotFoundError) as error:
+        reason = error if reachable else "the hub does not answer or has none, and nor has this machine"
         raise UserError(
-            f"cannot get the data set {path!r} ({error}); check the name and the network, fetch it once "
+            f"cannot get the data set {path!r} ({reason}); check the name and the network, fetch it once "
             "with a network so that the cache has it, or give a local folder of parquet files as path"
         ) from error
     except (ValueError, DatasetGenerationError) as error:
