@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
+
 from federated.config.schema import ExperimentConfig
 from federated.engines import simulation
+from federated.rounds import server
 from federated.rounds.run import Run, build_run
 
 STEPS = ("fsync", "replace", "truncate", "mkdir", "unlink")
@@ -73,3 +76,21 @@ def failing_at(step: int, fail: Callable[[str], Any]) -> Iterator[list[str]]:
 
 def stop(step: object) -> None:
     raise Stopped
+
+
+def stopped_after(config: ExperimentConfig, num_commits: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that is gone when it has committed so often."""
+    original, done = server.commit, 0
+
+    def commit(served: server.Served) -> None:
+        nonlocal done
+        if done == num_commits:
+            raise Stopped
+        original(served)
+        done += 1
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server, "commit", commit)
+        with pytest.raises(Stopped):
+            simulation.run_experiment(config)
+    return Path(config.output.root) / "quickstart"

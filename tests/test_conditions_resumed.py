@@ -12,9 +12,8 @@ import pytest
 from benchmarks.crashes import results_of, tiny_config
 from federated.engines.simulation import fork_experiment, resume_experiment, run_experiment
 from federated.results.run_status import in_words, read_status
-from federated.rounds import server
 from models.errors import UserError
-from tests.crash_points import Stopped, built_once
+from tests.crash_points import built_once, stopped_after
 
 UNDER = (
     "federation.cohort_size=3",
@@ -35,30 +34,12 @@ def _one_build() -> Iterator[None]:
         yield
 
 
-def stopped_after(root: Path, num_commits: int, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Path:
-    """A run that is gone when it has committed so often."""
-    original, done = server.commit, 0
-
-    def commit(served: server.Served) -> None:
-        nonlocal done
-        if done == num_commits:
-            raise Stopped
-        original(served)
-        done += 1
-
-    with monkeypatch.context() as patched:
-        patched.setattr(server, "commit", commit)
-        with pytest.raises(Stopped):
-            run_experiment(tiny_config(root, "fedavg", *overrides))
-    return root / "quickstart"
-
-
 @pytest.mark.parametrize("overrides", [UNDER, EARLY], ids=["faults and clock", "early end"])
 def test_a_run_under_conditions_goes_on_with_the_same_bytes(
     overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = results_of(run_experiment(tiny_config(tmp_path / "whole", "fedavg", *overrides)))
-    run = stopped_after(tmp_path / "stopped", 2, monkeypatch, *overrides)
+    run = stopped_after(tiny_config(tmp_path / "stopped", "fedavg", *overrides), 2, monkeypatch)
     status = read_status(run)
     assert (status.state, status.can_be_resumed) == ("interrupted", True)
     assert any(f"fedlora resume {run}" in line.plain for line in in_words(status))

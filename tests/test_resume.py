@@ -23,7 +23,7 @@ from federated.rounds.checkpoint import ServerCheckpoint, commits_of, read_commi
 from federated.rounds.fingerprints import _rows_digest, fingerprints
 from federated.rounds.run import build_run
 from models.errors import NoRoomError, UserError
-from tests.crash_points import Stopped, built_once, failing_at, stop
+from tests.crash_points import Stopped, built_once, failing_at, stop, stopped_after
 from tests.mutations import mutated_bytes
 
 
@@ -31,24 +31,6 @@ from tests.mutations import mutated_bytes
 def _one_build() -> Iterator[None]:
     with built_once():
         yield
-
-
-def stopped_after(config, num_commits: int, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that is gone when it has committed so often."""
-    original, done = server.commit, 0
-
-    def commit(served: server.Served) -> None:
-        nonlocal done
-        if done == num_commits:
-            raise Stopped
-        original(served)
-        done += 1
-
-    with monkeypatch.context() as patched:
-        patched.setattr(server, "commit", commit)
-        with pytest.raises(Stopped):
-            run_experiment(config)
-    return Path(config.output.root) / "quickstart"
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from federated.results.run_outcome import Outcome, outcome_of, parse_budget, par
 from federated.results.study_page import write_page, write_tables
 from federated.results.study_plots import front, study_pictures
 from federated.results.study_results import StudyResults, VariantRuns
-from federated.results.study_tables import study_notes, study_tables, to_latex, to_latex_text, to_markdown
-from federated.results.tables import TextTable
+from federated.results.study_tables import study_notes, study_tables, to_latex, to_latex_text
+from federated.results.tables import TextTable, to_markdown
 from models.errors import UserError
 from tests.fake_run import EXCHANGED, OVERHEAD_BYTES, TOTAL, FakeRun
 

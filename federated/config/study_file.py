@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,12 +109,3 @@ def key_and_values(text: str, option: str) -> tuple[str, list[Any]]:
     if not key.strip() or not isinstance(found, list) or not found:
         raise UserError(f"{option} {text!r} is not of the form KEY=[VALUE, VALUE], such as lora.r=[4,8]")
     return key.strip(), found
-
-
-def dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of settings by section or dotted key; an empty mapping is a value."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from federated.config.study_file import StudyFile, dotted
+from federated.config.config_files import dotted
+from federated.config.study_file import StudyFile
 from models.errors import UserError
 from models.files import json_text
 

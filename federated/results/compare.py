@@ -23,7 +23,7 @@ from federated.results.round_record import curve_lines
 from federated.results.run_kind import FEDERATED
 from federated.results.run_outcome import parse_target
 from federated.results.run_settings import ALPHA, differing_settings, method_of, settings_of
-from federated.results.tables import TextTable
+from federated.results.tables import TextTable, escaped, to_markdown
 from federated.results.time_plot import TIME, metric_by_time
 from federated.results.wording import (
     MISSING,
@@ -171,8 +171,8 @@ def write_comparison(comparison: Comparison, out_dir: str | Path) -> Path:
             curves.append(plots.curve_of(row.label, run.metrics, run.metric, run.ledger))
         except plots.MissingData:
             continue
-    text = to_markdown(rows) + "".join(f"\n{_escape(note)}\n" for note in comparison.notes)
-    text += "".join(f"\nLeft out: {_escape(reason)}\n" for reason in comparison.left_out)
+    text = to_markdown(comparison_table(rows)) + "".join(f"\n{escaped(note)}\n" for note in comparison.notes)
+    text += "".join(f"\nLeft out: {escaped(reason)}\n" for reason in comparison.left_out)
     if curves:
         with BestEffort("drawing the comparison"):
             save_figure(plots.metric_by_bytes_of_runs(curves, rows[0].metric), folder, "comparison")
@@ -242,15 +242,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
-
-
-def to_markdown(rows: Sequence[RunRow]) -> str:
-    """Return ``comparison_table`` in Markdown."""
-    table = comparison_table(rows)
-    rule = tuple("---" if place in table.words else "---:" for place in range(len(table.columns)))
-    lines = [tuple(_escape(head) for head in table.columns), rule]
-    lines += [tuple(_escape(cell) for cell in row) for row in table.rows]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 
 def to_json(rows: Sequence[RunRow]) -> str:
@@ -335,7 +326,3 @@ def _names(runs: Sequence[RunRecord]) -> list[str]:
     names = [run.name for run in runs]
     full = [f"{run.directory.resolve().parent.name}/{run.name}" for run in runs]
     return [long if names.count(short) > 1 else short for short, long in zip(names, full, strict=True)]
-
-
-def _escape(text: str) -> str:
-    return " ".join(text.splitlines()).replace("\\", "\\\\").replace("|", "\\|")

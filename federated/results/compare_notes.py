@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from federated.config.config_files import dotted
 from federated.results.records import RunRecord
 from federated.results.run_kind import CENTRAL, PERSONAL
-from federated.results.run_settings import leaves
 
 SETTINGS = (
     "seed",
@@ -67,7 +67,7 @@ def _by_value(holders: Mapping[str, list[str]]) -> str:
 
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of what ``SETTINGS`` names."""
-    for key, value in leaves(config):
+    for key, value in dotted(config):
         if value != {} and key not in _OF_THE_METHOD and any(f"{key}.".startswith(f"{n}.") for n in SETTINGS):
             yield key, value
 

@@ -32,7 +32,7 @@ from rich.text import Text
 
 from federated.communication.ledger import Ledger
 from federated.communication.savings import FULL_MODEL
-from federated.results.round_record import SCORED_BY
+from federated.results.round_record import SCORED_BY, wire_bytes
 from federated.results.run_kind import PERSONAL, RunKind, kind_of
 from federated.results.tables import TextTable, failure_table, round_table, saving_table
 from federated.results.wording import (
@@ -48,7 +48,6 @@ from models.progress import watched_by
 MAX_COLUMNS = 1000  # of a table that is not cut
 MIN_WORDS = 12  # columns that a folded word keeps
 MAX_FAILURES_SHOWN = 5  # of one round, in its line; the table at the end has them all
-_BYTE_KEYS = ("uplink_wire_bytes", "downlink_wire_bytes")
 
 
 def _bars_with_notes(console: Console) -> Progress:
@@ -152,7 +151,7 @@ class RunDisplay(BarsDisplay):
     def rounds_before(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Say after which round the run goes on; what was sent before counts."""
         done = lines[-1]["server_round"]
-        self._wire_bytes = sum(line.get(key) or 0 for line in lines for key in _BYTE_KEYS)
+        self._wire_bytes = sum(map(wire_bytes, lines))
         self.console.print(f"resumed after round {done}", highlight=False, soft_wrap=True)
         self._progress.update(self._rounds, completed=done)
 
@@ -171,7 +170,7 @@ class RunDisplay(BarsDisplay):
 
     def round_done(self, metrics: Mapping[str, Any]) -> None:
         """Print a round's line, and move the bar of rounds."""
-        self._wire_bytes += sum(metrics.get(key) or 0 for key in _BYTE_KEYS)
+        self._wire_bytes += wire_bytes(metrics)
         server_round = metrics["server_round"]
         self.console.print(self._line(metrics), highlight=False, soft_wrap=True)
         value = metrics.get(self._metric)

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch.utils.tensorboard.summary import hparams
 
-from federated.results.run_settings import leaves
+from federated.config.config_files import dotted
+from federated.results.round_record import WIRE, wire_bytes
 from models.untrusted import MOST_YAML_BYTES, parse_yaml, read_text
 
 TOTAL = "communication/total_megabytes"
@@ -30,12 +31,6 @@ _BYTES = {
     "downlink_payload_bytes": "communication/downlink_payload_megabytes",
 }
 _LISTS = {"cohort": "clients/cohort", "failed": "clients/failed"}
-_WIRE = ("uplink_wire_bytes", "downlink_wire_bytes")
-
-
-def wire_bytes(line: Mapping[str, Any]) -> int:
-    """Return what a line of ``metrics.jsonl`` says was sent in its round, both ways."""
-    return sum(line.get(key) or 0 for key in _WIRE)
 
 
 def scalars(line: Mapping[str, Any], sent_before: int) -> dict[str, float]:
@@ -53,7 +48,7 @@ def scalars(line: Mapping[str, Any], sent_before: int) -> dict[str, float]:
             found[_BYTES[key]] = value / 1e6
         elif key != "server_round" and isinstance(value, int | float):
             found[tag_of(key)] = float(value)
-    if any(key in line for key in _WIRE):
+    if WIRE.intersection(line):
         found[TOTAL] = (sent_before + wire_bytes(line)) / 1e6
     return found
 
@@ -78,7 +73,7 @@ def settings_events(config_file: Path, tags: Iterable[str]) -> tuple[Any, Any, A
         UserError: The file cannot be read.
     """
     tree = parse_yaml(read_text(config_file, MOST_YAML_BYTES), config_file)
-    settings = {key: _plain(value) for key, value in leaves(tree) if not key.startswith("output.")}
+    settings = {key: _plain(value) for key, value in dotted(tree) if not key.startswith("output.")}
     shown = [tag for tag in tags if tag == TOTAL or tag.startswith("evaluation/")]
     first, second, last = hparams(settings, dict.fromkeys(shown, 0.0))
     return first, second, last

@@ -15,13 +15,13 @@ import jinja2
 from markupsafe import Markup
 
 from federated.communication.savings import FULL_MODEL
+from federated.config.config_files import dotted
 from federated.results import plots
 from federated.results.byte_reasons import byte_reasons
 from federated.results.plot_style import inline_svg, remove_figure, save_figure
 from federated.results.records import RunRecord, read_run
 from federated.results.report_cards import base_note, cards, notices, provenance, subtitle
 from federated.results.report_pictures import Drawing, drawings
-from federated.results.run_settings import leaves
 from federated.results.tables import class_table, failure_table, round_table, saving_table
 from federated.results.wording import MISSING
 from models.files import BestEffort, errors_named, write_text
@@ -118,6 +118,6 @@ def _flatten(tree: Mapping[str, Any]) -> dict[str, list[str]]:
         key: [
             MISSING if item is None else str(item) for item in (value if isinstance(value, list) else [value])
         ]
-        for key, value in leaves(tree)
+        for key, value in dotted(tree)
         if value != {}
     }

@@ -76,3 +76,12 @@ def curve_lines(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the lines of ``metrics.jsonl`` that make one curve: those scored as the last one was."""
     scorer = lines[-1].get(SCORED_BY) if lines else None
     return [line for line in lines if line.get(SCORED_BY) == scorer]
+
+
+WIRE = frozenset({"uplink_wire_bytes", "downlink_wire_bytes"})
+"""Keys of what was sent in a round."""
+
+
+def wire_bytes(line: Mapping[str, Any]) -> int:
+    """Return what a line of ``metrics.jsonl`` says was sent in its round, both ways."""
+    return sum(line.get(key) or 0 for key in WIRE)

@@ -30,7 +30,8 @@ from torch.utils.tensorboard import SummaryWriter
 from federated.config.config_files import dump_config
 from federated.config.plugins import PLUGINS_FILE, used_plugins
 from federated.config.schema import ExperimentConfig
-from federated.results.event_tags import scalars, settings_events, wire_bytes
+from federated.results.event_tags import scalars, settings_events
+from federated.results.round_record import wire_bytes
 from federated.results.run_log import logged
 from federated.results.run_place import ENVIRONMENT_FILE, claim, reclaim, release
 from lora.start_adapter import adapter_identity

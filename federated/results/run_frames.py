@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
+from federated.config.config_files import dotted
 from federated.results.records import RunRecord, read_run
-from federated.results.run_settings import leaves
 from models.errors import UserError
 
 _PLACE = ("output.", "engine.threads", "engine.workers")
@@ -60,7 +60,7 @@ def _settings(record: RunRecord) -> dict[str, Any]:
     """Return dotted key -> value of what may set runs apart; lists as tuples, which frames can group by."""
     return {
         key: tuple(value) if isinstance(value, list) else value
-        for key, value in leaves(record.config)
+        for key, value in dotted(record.config)
         if not key.startswith(_PLACE)
     }
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from federated.config.config_files import dotted
 from federated.config.schema import ADAPTED
 from federated.results.records import RunRecord
 from federated.results.run_kind import CENTRAL
@@ -18,20 +19,11 @@ _IN_COLUMNS = frozenset({"seed", ALPHA, "aggregation.name"})
 """Keys that a comparison has a column for, whether runs differ in them or not."""
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of a tree, in its order."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def settings_of(run: RunRecord) -> dict[str, Any]:
     """Return dotted key -> value of all that a run was set to; nothing without ``config.yaml``."""
     return {
         key: value
-        for key, value in leaves(run.config)
+        for key, value in dotted(run.config)
         if not key.startswith(_NOT_SETTINGS)
         and not (run.kind is CENTRAL and key.startswith(_WITHOUT_CLIENTS))
     }

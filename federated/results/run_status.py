@@ -19,6 +19,7 @@ from rich.text import Text
 
 from federated.communication.run_files import Summary, read_run_file
 from federated.results.records import check_is_run, read_lines
+from federated.results.round_record import wire_bytes
 from federated.results.run_kind import kind_of
 from federated.results.run_place import LOCK_FILE, can_be_resumed
 from federated.results.wording import (
@@ -100,9 +101,7 @@ def read_status(run: Path) -> RunStatus:
         rounds=summary.get("rounds") if ended else _rounds(run / "config.yaml", lines),
         metric=metric,
         value=values[-1] if values else None,
-        wire_bytes=sum(
-            line.get(key) or 0 for line in lines for key in ("uplink_wire_bytes", "downlink_wire_bytes")
-        ),
+        wire_bytes=sum(map(wire_bytes, lines)),
         seconds=round(sum(line.get("seconds") or 0.0 for line in lines), 3),
         simulated_seconds=last.get("simulated_seconds_total"),
         failed=tuple(last.get("failed") or ()),

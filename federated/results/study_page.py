@@ -6,17 +6,16 @@ import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
 from federated.results.plot_style import inline_svg, save_figure
-from federated.results.report import Picture
+from federated.results.report import Picture, templates
 from federated.results.run_frames import load_runs
 from federated.results.run_outcome import parse_budget, parse_target
 from federated.results.study_plots import study_pictures
 from federated.results.study_results import StudyResults
-from federated.results.study_tables import study_notes, study_tables, to_latex, to_latex_text, to_markdown
-from federated.results.tables import TextTable
+from federated.results.study_tables import study_notes, study_tables, to_latex, to_latex_text
+from federated.results.tables import TextTable, to_markdown
 from models.errors import UserError
 from models.files import BestEffort, errors_named, write_text
 
@@ -69,12 +68,16 @@ def write_page(
         frame = load_runs(Path(glob.escape(str(folder))) / "runs" / "*", by_round=by_round)
         write_text(folder / f"{name}.csv", frame.to_csv(lineterminator="\n"))
     study_file = folder / "study.yaml"
-    page = _template().render(
-        results=results,
-        tables=tables,
-        notes=notes,
-        pictures=_pictures(results, folder / "plots"),
-        study_text=study_file.read_text(encoding="utf-8") if study_file.is_file() else "",
+    page = (
+        templates()
+        .get_template("study.html.j2")
+        .render(
+            results=results,
+            tables=tables,
+            notes=notes,
+            pictures=_pictures(results, folder / "plots"),
+            study_text=study_file.read_text(encoding="utf-8") if study_file.is_file() else "",
+        )
     )
     path = folder / "study.html"
     write_text(path, page)
@@ -106,14 +109,3 @@ def _pictures(results: StudyResults, folder: Path) -> list[Picture]:
             found.append(Picture(name, title, caption, Markup(inline_svg(figure, name, title))))
             save_figure(figure, folder, name)
     return found
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("federated.results"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("study.html.j2")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from federated.results.seed_statistics import Spread, spread
 from federated.results.study_results import Cost, StudyResults
@@ -218,13 +218,6 @@ def _p_value(value: float | None) -> str:
 # ---- files
 
 
-def to_markdown(table: TextTable) -> str:
-    """Return a table in Markdown; columns of numbers are set right."""
-    marks = ["---" if number in table.words else "---:" for number in range(len(table.columns))]
-    lines: list[Sequence[str]] = [table.columns, marks, *table.rows]
-    return "".join(f"| {' | '.join(map(_escaped, cells))} |\n" for cells in lines)
-
-
 def to_latex(table: TextTable) -> str:
     """Return a table as a LaTeX tabular with the rules of booktabs."""
     columns = "".join("l" if number in table.words else "r" for number in range(len(table.columns)))
@@ -246,7 +239,3 @@ def to_latex_text(text: str) -> str:
     """Return a text with what LaTeX reads as commands escaped."""
     escaped = "".join(_LATEX.get(mark, mark) for mark in text)
     return re.sub(r"^\[", "{[}", escaped)  # after \\ it would be an argument
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|")

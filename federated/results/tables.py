@@ -54,6 +54,18 @@ class TextTable:
         )
 
 
+def to_markdown(table: TextTable) -> str:
+    """Return a table in Markdown; columns of numbers are set right."""
+    marks = ["---" if number in table.words else "---:" for number in range(len(table.columns))]
+    lines: list[Sequence[str]] = [table.columns, marks, *table.rows]
+    return "".join(f"| {' | '.join(map(escaped, cells))} |\n" for cells in lines)
+
+
+def escaped(text: str) -> str:
+    """Return a text as one line of Markdown, in a table or out of one."""
+    return " ".join(text.splitlines()).replace("\\", "\\\\").replace("|", "\\|")
+
+
 def round_table(metrics: Sequence[Mapping[str, Any]], metric: str, ledger: Ledger | None = None) -> TextTable:
     """Return one row a round (or epoch): metrics, losses, clients, MB up and down, seconds.
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from federated.config.config_files import dotted
 from federated.results.callbacks import Callback
-from federated.results.run_settings import leaves
 from models.errors import UserError, install_command
 from models.files import BestEffort
 
@@ -151,7 +151,7 @@ def tracked(names: Sequence[str], run_folder: Path, config: Mapping[str, Any]) -
     Raises:
         UserError: The package of one is not installed.
     """
-    settings = dict(leaves(config))
+    settings = dict(dotted(config))
     with contextlib.ExitStack() as stack:
         followers: list[Callback] = []
         for name in names:

@@ -12,12 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from federated.communication.run_files import Summary, read_run_file
-from federated.config.config_files import load_config
+from federated.config.config_files import dotted, load_config
 from federated.config.schema import AggregationSection, ExperimentConfig
 from federated.engines.simulation import limited_threads
 from federated.results.plot_style import save_figure
 from federated.results.run_place import check_place
-from federated.results.run_settings import leaves
 from federated.rounds.batches import evaluation_batches
 from federated.rounds.build import load_run_data
 from federated.rounds.checkpoint import (
@@ -175,7 +174,7 @@ def check_held(run: Path, config: ExperimentConfig) -> None:
         UserError: It changes one of them.
     """
     before, now = (
-        dict(leaves(tree.model_dump(mode="json"))) for tree in (load_config(run / "config.yaml"), config)
+        dict(dotted(tree.model_dump(mode="json"))) for tree in (load_config(run / "config.yaml"), config)
     )
     changed = [
         key

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from federated.config.config_files import load_config, parse_config
+from federated.config.config_files import dotted, load_config, parse_config
 from federated.config.plugins import load_plugins
 from federated.config.schema import ExperimentConfig
 from federated.results.callbacks import Callback
@@ -154,7 +154,7 @@ def resume(folder: str | Path, *, show_progress: bool = True, **sections: Any) -
     """
     from federated.engines.simulation import resume_experiment
 
-    overrides = [f"{key}={json.dumps(value)}" for key, value in _dotted(sections)]
+    overrides = [f"{key}={json.dumps(value)}" for key, value in dotted(sections)]
     with _display(show_progress) as display:
         return RunResult(resume_experiment(Path(folder), overrides, display=display))
 
@@ -195,7 +195,7 @@ def config_from(
     Raises:
         UserError: There is no such configuration, section or key, or a value does not fit.
     """
-    overrides = [f"{key}={json.dumps(value)}" for key, value in _dotted(sections)]
+    overrides = [f"{key}={json.dumps(value)}" for key, value in dotted(sections)]
     if isinstance(config, str | Path):
         return load_config(config, overrides)
     tree = (
@@ -204,12 +204,3 @@ def config_from(
         else copy.deepcopy(dict(config))
     )
     return parse_config(tree, source="the configuration given", overrides=overrides)
-
-
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value); an empty mapping is a value."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from federated.config.choices import checked_options
-from federated.config.config_files import config_folder, load_config, parse_config, set_value
+from federated.config.config_files import config_folder, dotted, load_config, parse_config, set_value
 from federated.config.schema import ExperimentConfig
-from federated.config.study_file import StudyFile, dotted, parse_study, read_study
+from federated.config.study_file import StudyFile, parse_study, read_study
 from federated.config.study_variants import Variant, as_folder_name, variants_of
 from federated.data.dataset import SOURCE, SOURCES
 from federated.data.partition import PARTITIONER, PARTITIONERS
